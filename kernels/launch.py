@@ -1,0 +1,73 @@
+"""How each kernel is launched: the tile split of a head dim, and one table of settings per architecture.
+
+The settings were chosen from compiled code (registers, spills, shared memory, clocks per score of the hot loop):
+``python -m benchmarks.compile_report`` prints what they give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The column tiles of one head dim. A tile is a power of two, so 40 is read as 32 + 16 and not as 64.
+
+    ``k``: the tiles of Q K^T (second 0 where one will do). ``v``: those of P V. ``k_columns``, ``v_columns``: the
+    length of a packed row, a multiple of 16 bytes; a tile longer than its row is filled with zeros as it is loaded.
+    ``ones``: whether V has a spare column for the ones whose product with P is the softmax's sum.
+    """
+
+    k: tuple[int, int]
+    v: tuple[int, int]
+    k_columns: int
+    v_columns: int
+    ones: bool
+
+
+def tiles(head_dim: int) -> Tiles:
+    """The tiles for a head dim that is a multiple of 8 and at most 256."""
+    first = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = max(0, head_dim - first)
+    second = max(16, 1 << (rest - 1).bit_length()) if rest else 0
+    if first == second:  # two tiles as wide as the next power of two: one will do
+        first, second = 2 * first, 0
+    k = (first, second)
+    # As a product of 64 columns P V costs less on Hopper than as 32 + 16 (a small wgmma is no cheaper to issue).
+    v = (64, 0) if k == (32, 16) else k
+    ones = sum(v) > head_dim
+    return Tiles(k=k, v=v, k_columns=sum(k), v_columns=min(sum(v), -(-(head_dim + ones) // 16) * 16), ones=ones)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Queries and keys per tile, warps per program, depth of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (columns of a K tile, settings): the first row whose columns suffice is taken. "default" is safe on any GPU from
+# compute capability 8.0 on: it fits 99 KB of shared memory and does not spill.
+_HALF: dict[str, list[tuple[int, Settings]]] = {
+    "hopper": [
+        (160, Settings(128, 128, 8, 2)),
+        (256, Settings(128, 64, 8, 2)),
+    ],
+    "default": [
+        (64, Settings(128, 64, 4, 2)),
+        (128, Settings(128, 64, 8, 2)),
+        (256, Settings(64, 32, 8, 2)),
+    ],
+}
+_FP32: list[tuple[int, Settings]] = [(64, Settings(32, 32, 4, 1)), (256, Settings(16, 32, 4, 1))]
+_ARCHITECTURE = {90: "hopper"}
+
+
+def settings(capability: tuple[int, int], head_dim: int, half: bool) -> Settings:
+    """The settings for compute capability (major, minor); an untuned GPU gets the default row."""
+    architecture = _ARCHITECTURE.get(capability[0] * 10 + capability[1], "default")
+    columns = tiles(head_dim).k_columns
+    return next(row for limit, row in (_HALF[architecture] if half else _FP32) if columns <= limit)

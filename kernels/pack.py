@@ -1,0 +1,178 @@
+"""Keys and values of the coarse grid, copied once into the rows that the attention kernel reads.
+
+A coarse grid has a factor-squared fewer tokens than queries, so this copy is well under 1 % of the work, and everything
+that would otherwise sit in the attention's hot loop is done here instead: which token a coarse position takes, pooling,
+padding of the head dim, masking of the last keys, and the column of ones that makes the tensor cores sum the softmax.
+
+Rows past the last key repeat its key (the running maximum is untouched) and have all-zero values, the ones column
+included (they add to neither output nor sum). So the attention loop needs no mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import Tiles
+
+BLOCK_ROWS = 64
+
+
+@triton.jit
+def _source_nearest(i, size, scale, EXACT: tl.constexpr):
+    """The index that ``interpolate`` reads for coarse position ``i``: float32 arithmetic, as there."""
+    position = i.to(tl.float32)
+    if EXACT:
+        position = position + 0.5
+    return tl.minimum((position * scale).to(tl.int32), size - 1)
+
+
+@triton.jit
+def _load_token(x, y, column, width, stride_n, offs_d, stride_d, mask):
+    token = (y * width + column).to(tl.int64)
+    return tl.load(x + token[:, None] * stride_n + offs_d[None, :].to(tl.int64) * stride_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def pack_kernel(
+    key,  # (B, gh*gw, H, D), any strides
+    value,  # (B, gh*gw, H, D), any strides
+    packed_key,  # (B*H*rows, K_COLUMNS)
+    packed_value,  # (B*H*rows, V_COLUMNS)
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_vd,
+    heads,
+    rows,
+    height,
+    width,
+    coarse_height,
+    coarse_width,
+    scale_y,  # height / coarse_height, as a float32
+    scale_x,
+    sign,  # -1.0 where the attention's scale is negative: its running maximum is of the unscaled product
+    HEAD_DIM: tl.constexpr,
+    K_COLUMNS: tl.constexpr,
+    V_COLUMNS: tl.constexpr,
+    ONES: tl.constexpr,
+    MODE: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    blocks = tl.cdiv(rows, BLOCK)
+    bh = tl.program_id(0) // blocks
+    row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_COLUMNS)
+    key += (bh // heads).to(tl.int64) * stride_kb + (bh % heads).to(tl.int64) * stride_kh
+    value += (bh // heads).to(tl.int64) * stride_vb + (bh % heads).to(tl.int64) * stride_vh
+
+    keys = coarse_height * coarse_width
+    position = tl.minimum(row, keys - 1)
+    cy = position // coarse_width
+    cx = position % coarse_width
+    mask = (offs_d[None, :] < HEAD_DIM) & (row[:, None] < rows)
+
+    if MODE == "mean":
+        # Adaptive pooling windows: [floor(i * size / coarse), ceil((i + 1) * size / coarse)).
+        y0 = cy * height // coarse_height
+        x0 = cx * width // coarse_width
+        y1 = ((cy + 1) * height + coarse_height - 1) // coarse_height
+        x1 = ((cx + 1) * width + coarse_width - 1) // coarse_width
+        k = tl.zeros([BLOCK, BLOCK_COLUMNS], tl.float32)
+        v = tl.zeros([BLOCK, BLOCK_COLUMNS], tl.float32)
+        for dy in range(WINDOW_H):
+            for dx in range(WINDOW_W):
+                inside = mask & (y0 + dy < y1)[:, None] & (x0 + dx < x1)[:, None]
+                k += _load_token(key, y0 + dy, x0 + dx, width, stride_kn, offs_d, stride_kd, inside).to(tl.float32)
+                v += _load_token(value, y0 + dy, x0 + dx, width, stride_vn, offs_d, stride_vd, inside).to(tl.float32)
+        area = ((y1 - y0) * (x1 - x0)).to(tl.float32)[:, None]
+        k = tl.div_rn(k, tl.broadcast_to(area, k.shape))
+        v = tl.div_rn(v, tl.broadcast_to(area, v.shape))
+    else:
+        y = _source_nearest(cy, height, scale_y, MODE == "nearest-exact")
+        x = _source_nearest(cx, width, scale_x, MODE == "nearest-exact")
+        k = _load_token(key, y, x, width, stride_kn, offs_d, stride_kd, mask)
+        v = _load_token(value, y, x, width, stride_vn, offs_d, stride_vd, mask)
+
+    v = v.to(packed_value.dtype.element_ty)
+    if ONES:
+        v = tl.where(offs_d[None, :] == HEAD_DIM, 1.0, v).to(packed_value.dtype.element_ty)
+    v = tl.where(row[:, None] < keys, v, 0.0).to(packed_value.dtype.element_ty)
+    out_row = bh.to(tl.int64) * rows + row
+    inside = row[:, None] < rows
+    tl.store(
+        packed_key + out_row[:, None] * K_COLUMNS + offs_d[None, :],
+        (k * sign).to(packed_key.dtype.element_ty),
+        mask=inside & (offs_d[None, :] < K_COLUMNS),
+    )
+    tl.store(
+        packed_value + out_row[:, None] * V_COLUMNS + offs_d[None, :],
+        v,
+        mask=inside & (offs_d[None, :] < V_COLUMNS),
+    )
+
+
+def window(size: int, coarse: int) -> int:
+    """Length of the longest adaptive pooling window along one axis."""
+    return max(-(-(i + 1) * size // coarse) - i * size // coarse for i in range(coarse))
+
+
+def constants(head_dim: int, tile: Tiles, mode: str, window_h: int = 1, window_w: int = 1) -> dict[str, object]:
+    """The compile-time arguments of :func:`pack_kernel`."""
+    return {
+        "HEAD_DIM": head_dim,
+        "K_COLUMNS": tile.k_columns,
+        "V_COLUMNS": tile.v_columns,
+        "ONES": tile.ones,
+        "MODE": mode,
+        "WINDOW_H": window_h,
+        "WINDOW_W": window_w,
+        "BLOCK": BLOCK_ROWS,
+        "BLOCK_COLUMNS": triton.next_power_of_2(max(tile.k_columns, tile.v_columns)),
+    }
+
+
+def pack(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: tuple[int, int],
+    coarse: tuple[int, int],
+    mode: str,
+    negative: bool,
+    rows: int,
+    tile: Tiles,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, gh*gw, H, D) keys and values -> (B*H*rows, k_columns) and (B*H*rows, v_columns), contiguous.
+
+    ``rows`` is the number of coarse tokens rounded up to the attention kernel's block of keys.
+    """
+    batch, _, heads, head_dim = key.shape
+    packed_key = key.new_empty((batch * heads * rows, tile.k_columns))
+    packed_value = value.new_empty((batch * heads * rows, tile.v_columns))
+    windows = [window(size, small) for size, small in zip(grid, coarse, strict=True)] if mode == "mean" else []
+    pack_kernel[(triton.cdiv(rows, BLOCK_ROWS) * batch * heads,)](
+        key,
+        value,
+        packed_key,
+        packed_value,
+        *key.stride(),
+        *value.stride(),
+        heads,
+        rows,
+        *grid,
+        *coarse,
+        grid[0] / coarse[0],
+        grid[1] / coarse[1],
+        -1.0 if negative else 1.0,
+        **constants(head_dim, tile, mode, *windows),
+        num_warps=4,
+    )
+    return packed_key, packed_value

@@ -1,0 +1,261 @@
+"""``ops.downsampled_attention`` on every backend that runs here, against the float64 oracle.
+
+The error bound is at most twice the error of torch's own attention in the same dtype.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from todo_attn import ops, reference
+
+HALF_ON_GPU = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEAD_DIMS = [8, 24, 40, 64, 80, 96, 128, 160, 256]
+
+
+def inputs(head_dim, dtype, grid, tokens=None, batch=2, heads=2, spread=1.0):
+    shape = (batch, tokens or grid[0] * grid[1], heads, head_dim)
+    query = (spread * torch.randn(shape)).to(dtype).to(DEVICE)
+    key, value = (torch.randn(batch, grid[0] * grid[1], heads, head_dim).to(dtype).to(DEVICE) for _ in range(2))
+    return query, key, value
+
+
+def torch_attention(query, key, value, grid, factor, mode, scale=None):
+    """torch's own op on the oracle's coarse tokens, in the dtype of the input."""
+    key, value = (
+        reference.downsample_tokens(t.flatten(2), grid, factor, mode=mode).unflatten(2, t.shape[2:]).transpose(1, 2)
+        for t in (key, value)
+    )
+    return F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale).transpose(1, 2)
+
+
+def check(query, key, value, grid, factor=1, mode="nearest", scale=None, backend="triton"):
+    exact = reference.downsampled_attention(
+        query.double(), key.double(), value.double(), grid, factor, mode=mode, scale=scale
+    )
+    peer = torch_attention(query, key, value, grid, factor, mode, scale).double()
+    actual = ops.downsampled_attention(query, key, value, grid, factor, mode=mode, scale=scale, backend=backend)
+    assert actual.dtype == query.dtype
+    assert actual.shape == query.shape
+    assert torch.isfinite(actual).all()
+    # A rounding step of the largest output is the floor: torch may happen to be exact on a small case.
+    floor = torch.finfo(query.dtype).eps * exact.abs().max()
+    error, bound = (actual.double() - exact).abs().max(), (peer - exact).abs().max()
+    assert error <= max(2 * bound, floor), f"max error {error:.3g}, torch's own {bound:.3g}"
+    assert (actual.double() - exact).norm() <= max(2 * (peer - exact).norm(), floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_ON_GPU], ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(head_dim, dtype):
+    """Keys end inside a tile (5 * 13 = 65) and queries inside a block."""
+    check(*inputs(head_dim, dtype, (11, 27), tokens=70), (11, 27), 2)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 5, 6, 7, 8, (1, 3), (4, 2), (9, 1)], ids=str)
+@pytest.mark.parametrize("grid", [(16, 16), (9, 23), (62, 10)], ids=str)
+def test_factors_grids_and_modes(grid, factor, mode):
+    fh, fw = (factor, factor) if isinstance(factor, int) else factor
+    if fh > grid[0] or fw > grid[1]:
+        pytest.fail("the grids above hold every factor")
+    check(*inputs(40, torch.float32, grid, tokens=33, batch=1), grid, factor, mode)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
+def test_torch_backend(dtype, mode):
+    check(*inputs(40, dtype, (9, 14)), (9, 14), (2, 3), mode, backend="torch")
+    check(*inputs(7, dtype, (9, 14)), (9, 14), 2, mode, backend="torch")  # an odd head dim
+
+
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
+def test_logits_from_tiny_to_30x(head_dim, spread):
+    for dtype in (torch.float32, *HALF_ON_GPU):
+        check(*inputs(head_dim, dtype, (12, 13), spread=spread), (12, 13), 1)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("scale", [None, 0.0, 1.0, -0.3, 2], ids=str)
+def test_scale_as_given(head_dim, scale):
+    check(*inputs(head_dim, torch.float32, (8, 9)), (8, 9), 2, scale=scale)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_extreme_rows_stay_finite(head_dim):
+    """One key far above the rest, all scores far below zero, and products near the end of fp32."""
+    query, key, value = inputs(head_dim, torch.float32, (10, 10))
+    key[:, 37] = 50 * query[:, :1].mean(1)
+    check(query, key, value, (10, 10))
+    far = torch.full_like(query, 1e3), torch.full_like(key, -1e3), value
+    check(*far, (10, 10))
+    for size in (1e9, 1e17):  # scores up to 1e37: fp32 ends at 3.4e38
+        out = ops.downsampled_attention(size * query, size * key, value, (10, 10), backend="triton")
+        assert torch.isfinite(out).all()
+        assert out.abs().max() <= value.abs().max() * (1 + 1e-5)
+
+
+def test_sink_and_flat_rows():
+    query, key, value = inputs(40, torch.float16, (16, 16))
+    key[:, 0] *= 20
+    check(query, key, value, (16, 16))
+    check(torch.zeros_like(query), key, value, (16, 16))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_any_strides(backend):
+    """(B, H, D, N) storage, an expanded batch, and a slice that starts in the middle of a row."""
+    grid = (6, 9)
+    query = torch.randn(2, 3, 40, 50, device=DEVICE).permute(0, 3, 1, 2)
+    key = torch.randn(1, 54, 3, 40, device=DEVICE).expand(2, -1, -1, -1)
+    value = torch.randn(2, 54, 3, 83, device=DEVICE)[..., 3:].as_strided(
+        (2, 54, 3, 40), (54 * 3 * 83, 3 * 83, 83, 2), 3
+    )
+    check(query, key, value, grid, 2, backend=backend)
+
+
+def test_every_output_is_written(monkeypatch):
+    """Outputs and packed keys start as NaN; a place the kernels leave out shows."""
+    plain = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for head_dim in (8, 40, 72, 80):
+        check(*inputs(head_dim, torch.float32, (7, 11), tokens=45), (7, 11), 2)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_empty(backend):
+    query, key, value = inputs(40, torch.float32, (4, 4))
+    assert ops.downsampled_attention(query[:0], key[:0], value[:0], (4, 4), 2, backend=backend).shape == (0, 16, 2, 40)
+    assert ops.downsampled_attention(query[:, :0], key, value, (4, 4), 2, backend=backend).shape == (2, 0, 2, 40)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
+@pytest.mark.parametrize(("grid", "factor"), [((6, 8), 2), ((7, 9), (2, 3)), ((4, 5), 1)], ids=str)
+def test_gradients(backend, mode, grid, factor, monkeypatch):
+    """Against autograd through the oracle, with the queries taken in several blocks."""
+    monkeypatch.setattr("todo_attn.ops.attention._BACKWARD_SCORES", 2 * 2 * 50 * 7)
+    tensors = inputs(40, torch.float32, grid, tokens=50)
+    grad = torch.randn_like(tensors[0])
+
+    def gradients(function, dtype, **options):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        function(*leaves, grid, factor, mode=mode, scale=0.3, **options).backward(grad.to(dtype))
+        return [t.grad for t in leaves]
+
+    exact = gradients(reference.downsampled_attention, torch.float64)
+    actual = gradients(ops.downsampled_attention, torch.float32, backend=backend)
+    for name, a, e in zip(("query", "key", "value"), actual, exact, strict=True):
+        assert (a.double() - e).norm() <= 1e-5 * max(e.norm(), 1e-3), name
+
+
+def test_gradcheck():
+    tensors = [t.double().requires_grad_() for t in inputs(8, torch.float32, (4, 5), tokens=6, batch=1, heads=1)]
+    torch.autograd.gradcheck(lambda q, k, v: ops.downsampled_attention(q, k, v, (4, 5), 2, scale=0.7), tensors)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("mode", ["nearest", "mean"])
+def test_opcheck(backend, mode):
+    tensors = [t.requires_grad_() for t in inputs(40, torch.float32, (6, 7), tokens=20)]
+    arguments = (*tensors, [6, 7], [2, 3], mode, 0.2, backend)
+    torch.library.opcheck(torch.ops.todo_attn.downsampled_attention.default, arguments)
+    query, key, value = (t.detach() for t in tensors)
+    out = torch.randn_like(query)
+    torch.library.opcheck(
+        torch.ops.todo_attn.downsampled_attention_backward.default,
+        (torch.randn_like(query), query, key, value, out, [6, 7], [2, 3], mode, 0.2),
+    )
+
+
+def test_backward_never_holds_all_scores():
+    """The largest tensor of the backward stays far below N x M."""
+    query, key, value = (t.requires_grad_() for t in inputs(8, torch.float32, (64, 64), tokens=8192, heads=1, batch=1))
+    out = ops.downsampled_attention(query, key, value, (64, 64))
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            nonlocal largest
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    from todo_attn.ops import attention
+
+    arguments = (torch.ones_like(out), query, key, value, out)
+    with Watch(), torch.no_grad():
+        attention._backward._init_fn(*(t.detach() for t in arguments), [64, 64], [1, 1], "nearest", 0.3)
+    assert largest <= attention._BACKWARD_SCORES < 8192 * 4096
+
+
+BAD = [
+    ({"query": torch.zeros(1, 6, 8)}, "query must have shape"),
+    ({"query": torch.zeros(1, 6, 1, 8, dtype=torch.int32)}, "query must be of dtype"),
+    (
+        {"query": torch.zeros(1, 6, 1, 0), "key": torch.zeros(1, 12, 1, 0), "value": torch.zeros(1, 12, 1, 0)},
+        "head_dim",
+    ),
+    ({"key": torch.zeros(2, 12, 1, 8)}, "key must have the batch, heads and head_dim"),
+    ({"key": torch.zeros(1, 12, 2, 8)}, "key must have the batch, heads and head_dim"),
+    ({"value": torch.zeros(1, 12, 1, 16)}, "value must have the batch, heads and head_dim"),
+    ({"value": torch.zeros(1, 11, 1, 8)}, "value must have the shape of key"),
+    ({"key": torch.zeros(1, 12, 1, 8, dtype=torch.float64)}, "key must have the dtype of query"),
+    ({"value": torch.zeros(1, 12, 1, 8, device="meta")}, "value must be on the device of query"),
+    ({"grid": (4, 4)}, "grid must match the tokens of key"),
+    ({"factor": 0}, "factor must be at least 1"),
+    ({"factor": 5}, "factor must not exceed the grid"),
+    ({"mode": "max"}, "mode must be one of"),
+    ({"scale": float("nan")}, "scale must be None or a finite number"),
+    ({"scale": "1"}, "scale must be None or a finite number"),
+    ({"backend": "flash"}, "backend must be one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input(change, message):
+    arguments = {
+        "query": torch.zeros(1, 6, 1, 8),
+        "key": torch.zeros(1, 12, 1, 8),
+        "value": torch.zeros(1, 12, 1, 8),
+        "grid": (3, 4),
+    } | change
+    with pytest.raises(ValueError, match=message):
+        ops.downsampled_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "reason"),
+    [(12, torch.float32, "head_dim 12"), (264, torch.float32, "head_dim 264"), (40, torch.float64, "float64")],
+)
+def test_triton_that_cannot_run_says_why(head_dim, dtype, reason):
+    query, key, value = inputs(head_dim, dtype, (3, 4))
+    with pytest.raises(ValueError, match=f"backend='triton' cannot run here: .*{reason}"):
+        ops.downsampled_attention(query, key, value, (3, 4), backend="triton")
+    check(query, key, value, (3, 4), backend="auto")
+
+
+def test_triton_without_interpreter_needs_a_gpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    query, key, value = (t.cpu() for t in inputs(40, torch.float32, (3, 4)))
+    with pytest.raises(ValueError, match="device 'cpu' is not an NVIDIA GPU"):
+        ops.downsampled_attention(query, key, value, (3, 4), backend="triton")
+
+
+def test_compiles_in_one_graph():
+    function = torch.compile(
+        lambda q, k, v: ops.downsampled_attention(q, k, v, (6, 7), 2, mode="mean"), backend="aot_eager", fullgraph=True
+    )
+    tensors = [t.requires_grad_() for t in inputs(40, torch.float32, (6, 7))]
+    out = function(*tensors)
+    torch.testing.assert_close(out, ops.downsampled_attention(*tensors, (6, 7), 2, mode="mean"))
+    out.sum().backward()
+    assert all(t.grad is not None for t in tensors)

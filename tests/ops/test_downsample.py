@@ -1,0 +1,121 @@
+"""Which tokens the coarse grid takes, against ``torch.nn.functional.interpolate`` itself."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from todo_attn import ops, reference
+from todo_attn.ops.downsample import _float32, _source_index
+
+INTERPOLATE = {"nearest": "nearest", "nearest-exact": "nearest-exact", "mean": "area"}
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_index_is_interpolates_for_every_size(mode):
+    """Every size up to 512 and factor up to 16; float32 rounding makes some differ from integer arithmetic."""
+    odd_ones = 0
+    for size in range(1, 513):
+        line = torch.arange(size, dtype=torch.float32).view(1, 1, size)
+        for factor in range(1, min(size, 16) + 1):
+            coarse = size // factor
+            expected = F.interpolate(line, size=coarse, mode=mode).view(-1).long()
+            actual = _source_index(size, coarse, mode == "nearest-exact", torch.device("cpu"))
+            assert torch.equal(actual, expected), (size, factor)
+            twice = 2 * torch.arange(coarse) + (mode == "nearest-exact")
+            odd_ones += not torch.equal(expected, (twice * size // (2 * coarse)).clamp_max(size - 1))
+    assert odd_ones > 0, "the sizes where float32 differs from integer arithmetic are among those tried"
+
+
+def test_float32_rounding():
+    for numerator in range(1, 700):
+        for denominator in (1, 3, 7, 26, 106, 511):
+            expected = torch.tensor(numerator / denominator, dtype=torch.float64).float().item()
+            assert _float32(numerator / denominator) == expected
+
+
+@pytest.mark.parametrize("mode", list(INTERPOLATE))
+@pytest.mark.parametrize(
+    ("grid", "factor"),
+    [((8, 8), 2), ((9, 7), 2), ((65, 65), 2), ((106, 62), (4, 8)), ((5, 13), (5, 1)), ((3, 4), (3, 4)), ((6, 6), 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_equals_reference(mode, grid, factor, dtype):
+    # Strided on purpose: a slice of a transposed buffer.
+    x = torch.randn(24, grid[0] * grid[1], 3).to(dtype).permute(2, 1, 0)[..., ::2]
+    actual = ops.downsample_tokens(x, grid, factor, mode=mode)
+    assert actual.dtype == dtype
+    if mode == "mean":
+        exact = reference.downsample_tokens(x.double(), grid, factor, mode=mode)
+        bound = (reference.downsample_tokens(x, grid, factor, mode=mode).double() - exact).abs().max()
+        eps = torch.finfo(dtype).eps * exact.abs().max()
+        assert (actual.double() - exact).abs().max() <= max(2 * bound, eps)
+    else:
+        assert torch.equal(actual, reference.downsample_tokens(x, grid, factor, mode=mode))
+
+
+def test_reference_is_interpolate():
+    """The oracle itself, against one plain call on an image."""
+    image = torch.randn(2, 5, 11, 14, dtype=torch.float64)
+    for mode, name in INTERPOLATE.items():
+        expected = F.interpolate(image.float(), size=(5, 4), mode=name).flatten(2).transpose(1, 2)
+        actual = reference.downsample_tokens(image.float().flatten(2).transpose(1, 2), (11, 14), (2, 3), mode=mode)
+        assert torch.equal(actual, expected)
+
+
+def test_factor_one_is_the_input():
+    x = torch.randn(2, 12, 4)
+    assert ops.downsample_tokens(x, (3, 4)) is x
+
+
+@pytest.mark.parametrize("mode", list(INTERPOLATE))
+def test_gradient(mode):
+    x = torch.randn(2, 7 * 9, 3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda t: ops.downsample_tokens(t, (7, 9), (2, 3), mode=mode), x)
+
+
+def test_selection_commutes_with_projection():
+    """What lets the processor take tokens before ``to_k`` and ``to_v``."""
+    x, linear = torch.randn(2, 48, 8), torch.nn.Linear(8, 6)
+    before = linear(ops.downsample_tokens(x, (6, 8), 2))
+    after = ops.downsample_tokens(linear(x), (6, 8), 2)
+    torch.testing.assert_close(before, after, rtol=1e-6, atol=1e-6)
+
+
+def test_empty_batch():
+    assert ops.downsample_tokens(torch.randn(0, 12, 4), (3, 4), 2).shape == (0, 2, 4)
+
+
+def test_traces_in_one_graph_at_changing_sizes():
+    compiled = torch.compile(
+        lambda x, g: ops.downsample_tokens(x, g, 2, mode="nearest"), backend="eager", fullgraph=True
+    )
+    for grid in [(8, 8), (9, 7), (13, 21), (10, 21)]:
+        x = torch.randn(1, grid[0] * grid[1], 4)
+        assert torch.equal(compiled(x, grid), reference.downsample_tokens(x, grid, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 12)}, "x must have shape"),
+        ({"x": [1.0]}, "x must be a torch.Tensor"),
+        ({"x": torch.zeros(2, 12, 4, dtype=torch.int64)}, "x must be of dtype"),
+        ({"grid": (3, 5)}, "grid must match the tokens of x"),
+        ({"grid": 12}, "grid must be a pair"),
+        ({"grid": (0, 4)}, "grid must be at least"),
+        ({"grid": (3.0, 4.0)}, "grid must be a pair"),
+        ({"factor": 0}, "factor must be at least 1"),
+        ({"factor": -2}, "factor must be at least 1"),
+        ({"factor": 4}, "factor must not exceed the grid"),
+        ({"factor": 1.5}, "factor must be an integer"),
+        ({"factor": True}, "factor must be an integer"),
+        ({"factor": (1, 2, 3)}, "factor must be an integer"),
+        ({"mode": "bilinear"}, "mode must be one of"),
+        ({"mode": ""}, "mode must be one of"),
+        ({"mode": None}, "mode must be one of"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {"x": torch.zeros(2, 12, 4), "grid": (3, 4), "factor": 2, "mode": "nearest"} | change
+    with pytest.raises(ValueError, match=message):
+        ops.downsample_tokens(arguments["x"], arguments["grid"], arguments["factor"], mode=arguments["mode"])

@@ -1,0 +1,43 @@
+"""todo_attn: Stable Diffusion in diffusers, fast at high resolution.
+
+Importing registers the ops and nothing more: no compilation, no diffusers. The names that need diffusers are looked up
+on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from . import ops
+from .config import ToDoConfig
+
+if TYPE_CHECKING:
+    from .diffusers import ToDoProcessor, apply_todo, remove_todo
+
+try:
+    __version__ = version("todo_attn")
+except PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["ToDoConfig", "ToDoProcessor", "apply_todo", "ops", "remove_todo"]
+
+_NEEDS_DIFFUSERS = {"ToDoProcessor", "apply_todo", "remove_todo"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_DIFFUSERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(".diffusers", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise ModuleNotFoundError(
+            f"todo_attn.{name} needs diffusers: pip install 'todo_attn[diffusers]'", name="diffusers"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,162 @@
+"""Attention with keys and values on a coarser grid, as a torch.library op with a choice of backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import backends, checks
+from .downsample import coarse_tokens
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The backward recomputes scores for as many queries at a time as fit in this many of them.
+_BACKWARD_SCORES = 1 << 24
+
+
+@torch.library.custom_op("todo_attn::downsampled_attention", mutates_args=())
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: list[int],
+    factor: list[int],
+    mode: str,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    gh, gw = grid
+    fh, fw = factor
+    if backend == "triton":
+        from todo_attn.kernels.attention import attention
+
+        return attention(query, key, value, (gh, gw), (fh, fw), mode, scale)
+    key, value = (coarse_tokens(t, (gh, gw), (fh, fw), mode).transpose(1, 2) for t in (key, value))
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale)
+    return out.transpose(1, 2).contiguous()
+
+
+@_forward.register_fake
+def _(query, key, value, grid, factor, mode, scale, backend):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape)
+
+
+@torch.library.custom_op("todo_attn::downsampled_attention_backward", mutates_args=())
+def _backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    grid: list[int],
+    factor: list[int],
+    mode: str,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, the scores recomputed a block of queries at a time, in fp32 or better."""
+    (gh, gw), (fh, fw) = grid, factor
+    wide = torch.promote_types(query.dtype, torch.float32)
+
+    def heads_first(t: torch.Tensor) -> torch.Tensor:
+        return t.transpose(1, 2).to(wide)
+
+    coarse_key, coarse_value = (heads_first(coarse_tokens(t, (gh, gw), (fh, fw), mode)) for t in (key, value))
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_key = torch.zeros_like(coarse_key, memory_format=torch.contiguous_format)
+    grad_value = torch.zeros_like(coarse_value, memory_format=torch.contiguous_format)
+    batch, tokens, heads, _ = query.shape
+    block = max(1, _BACKWARD_SCORES // max(1, batch * heads * coarse_key.shape[2]))
+    for start in range(0, tokens, block):
+        rows = slice(start, start + block)
+        q, g, o = (heads_first(t[:, rows]) for t in (query, grad, out))  # (B, H, block, D)
+        p = (q @ coarse_key.transpose(-1, -2)).mul_(scale).softmax(dim=-1)  # (B, H, block, M)
+        grad_value += p.transpose(-1, -2) @ g
+        grad_scores = (g @ coarse_value.transpose(-1, -2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+        grad_query[:, rows] = (grad_scores @ coarse_key).transpose(1, 2).to(query.dtype)
+        grad_key += grad_scores.transpose(-1, -2) @ q
+    grads = (_refine(g.transpose(1, 2), (gh, gw), (fh, fw), mode).to(key.dtype) for g in (grad_key, grad_value))
+    return (grad_query, *(g.clone(memory_format=torch.contiguous_format) for g in grads))  # type: ignore[return-value]
+
+
+def _refine(grad: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int], mode: str) -> torch.Tensor:
+    """The adjoint of ``coarse_tokens``: (B, M, H, D) -> (B, gh*gw, H, D)."""
+    batch, _, heads, head_dim = grad.shape
+    if factor == (1, 1):
+        return grad
+    if mode == "mean":
+        image = grad.flatten(2).transpose(1, 2).unflatten(2, (grid[0] // factor[0], grid[1] // factor[1]))
+        full = image.new_empty((batch, heads * head_dim, *grid))
+        full = torch.ops.aten._adaptive_avg_pool2d_backward(image.contiguous(), full)
+        return full.flatten(2).transpose(1, 2).unflatten(2, (heads, head_dim))
+    number = torch.arange(grid[0] * grid[1], device=grad.device).view(1, -1)
+    index = coarse_tokens(number, grid, factor, mode)[0]
+    return grad.new_zeros((batch, grid[0] * grid[1], heads, head_dim)).index_copy_(1, index, grad)
+
+
+@_backward.register_fake
+def _(grad, query, key, value, out, grid, factor, mode, scale):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, value, *ctx.arguments = inputs
+    ctx.save_for_backward(query, key, value, output)
+
+
+def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+    grid, factor, mode, scale, _ = ctx.arguments
+    query, key, value, out = ctx.saved_tensors
+    grads = _backward(grad, query, key, value, out, grid, factor, mode, scale)
+    return (*grads, None, None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def downsampled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: tuple[int, int],
+    factor: int | tuple[int, int] = 1,
+    *,
+    mode: str = "nearest",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of every query over keys and values taken on a coarser spatial grid (ToDo, arXiv 2402.13573, eq. 2).
+
+    Args:
+        query: (B, N, H, D); fp32, fp16, bf16 or fp64; any strides. N need not be gh*gw.
+        key, value: (B, gh*gw, H, D), row-major over the grid; dtype and device of ``query``; any strides.
+        grid: (gh, gw), height and width of the keys in tokens.
+        factor: tokens per coarse token along each axis, an int or (fh, fw); the coarse grid is (gh // fh, gw // fw).
+        mode: "nearest", "nearest-exact" or "mean", as in :func:`todo_attn.ops.downsample_tokens`.
+        scale: multiplies the scores; None is D ** -0.5, and 0.0 is a value.
+        backend: "triton" (fp16, bf16, fp32; D a multiple of 8 up to 256; CUDA, or the CPU with TRITON_INTERPRET=1),
+            "torch" (everything), or "auto": Triton for fp16 and bf16 on a GPU that can run it, else torch.
+
+    Returns:
+        (B, N, H, D) in the dtype of ``query``, contiguous. Differentiable once in query, key and value; the backward
+        recomputes scores in blocks and never holds N x M of them.
+
+    Raises:
+        ValueError: a shape, dtype, device or value that does not fit, naming the argument, what it must be and what it
+            was; a backend that cannot run here, with the reason. Nothing has been computed then.
+    """
+    checks.tensor("query", query, "B, N, H, D", _DTYPES)
+    for name, t in (("key", key), ("value", value)):
+        checks.tensor(name, t, "B, gh*gw, H, D", _DTYPES)
+        checks.same(name, t, "query", query)
+        if t.shape[0] != query.shape[0] or t.shape[2:] != query.shape[2:]:
+            raise ValueError(
+                f"{name} must have the batch, heads and head_dim of query, {tuple(query.shape)}, got {tuple(t.shape)}"
+            )
+    if key.shape != value.shape:
+        raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+    if query.shape[3] < 1:
+        raise ValueError(f"query must have a head_dim of at least 1, got shape {tuple(query.shape)}")
+    grid = checks.grid(grid, key.shape[1], "key")
+    factor = checks.factor(factor, grid)
+    mode, scale = checks.mode(mode), checks.scale(scale, query.shape[3])
+    backend = backends.choose(backend, query.device, query.dtype, query.shape[3])
+    return _forward(query, key, value, grid, factor, mode, scale, backend)

@@ -1,0 +1,60 @@
+"""Which implementation of an op can run here, and why another cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MIN_CAPABILITY = (8, 0)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where the Triton attention can run on such tensors, else the reason, as half a sentence."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if dtype not in _TRITON_DTYPES:
+        return f"dtype {dtype} is not one of fp16, bf16, fp32"
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        return f"head_dim {head_dim} is not a multiple of 8 from 8 to 256"
+    if device.type == "cpu" and _interpreting():
+        # Triton's interpreter computes bf16 dot products wrongly (seen with 3.9).
+        return "Triton's interpreter does not compute bf16 products" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"device {device.type!r} is not an NVIDIA GPU"
+    if torch.version.hip is not None:
+        return "the kernels are not tuned or tested on ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """ "triton" or "torch" for ``backend``.
+
+    "auto" takes Triton for fp16 and bf16 on a GPU that can run it: in fp32 its exact products do not use the tensor
+    cores, and under the interpreter it is slow.
+
+    Raises:
+        ValueError: an unknown backend, or one asked for that cannot run here, with the reason.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "torch":
+        return "torch"
+    if backend == "auto" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
+        return "torch"
+    reason = why_not_triton(device, dtype, head_dim)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend='triton' cannot run here: {reason}")
+    return "torch"

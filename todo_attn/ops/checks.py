@@ -1,0 +1,76 @@
+"""Argument checks: each raises ``ValueError`` naming the argument, what it must be and what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+MODES = ("nearest", "nearest-exact", "mean")
+
+
+def tensor(name: str, x: object, dims: str, dtypes: Sequence[torch.dtype]) -> torch.Tensor:
+    """``x`` must be a strided tensor with one of ``dtypes`` and as many dimensions as ``dims`` ("B, N, C") has."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor of shape ({dims}), got {type(x).__name__}")
+    if x.dim() != dims.count(",") + 1:
+        raise ValueError(f"{name} must have shape ({dims}), got {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name} must be of dtype {names}, got {str(x.dtype).removeprefix('torch.')}")
+    return x
+
+
+def same(name: str, x: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """``x`` must share the dtype and the device of ``like``."""
+    if x.dtype != like.dtype:
+        raise ValueError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {x.device}")
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
+
+
+def grid(value: object, tokens: int, of: str) -> tuple[int, int]:
+    """``value`` must be (height, width) of at least 1 each, with as many positions as ``of`` has tokens."""
+    if not (isinstance(value, (tuple, list, torch.Size)) and len(value) == 2 and all(map(_is_int, value))):
+        raise ValueError(f"grid must be a pair of integers (height, width), got {value!r}")
+    height, width = value
+    if height < 1 or width < 1:
+        raise ValueError(f"grid must be at least (1, 1), got {(height, width)}")
+    if height * width != tokens:
+        raise ValueError(
+            f"grid must match the tokens of {of}: {height} * {width} = {height * width} positions, got {tokens} tokens"
+        )
+    return height, width
+
+
+def factor(value: object, grid: tuple[int, int]) -> tuple[int, int]:
+    """``value`` must be an int or a pair of ints, from 1 up to the grid's own height and width."""
+    pair = (value, value) if _is_int(value) else value
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(_is_int, pair))):
+        raise ValueError(f"factor must be an integer or a pair of integers (height, width), got {value!r}")
+    fh, fw = pair
+    if fh < 1 or fw < 1:
+        raise ValueError(f"factor must be at least 1, got {value!r}")
+    if fh > grid[0] or fw > grid[1]:
+        raise ValueError(f"factor must not exceed the grid {grid}, got {value!r}")
+    return fh, fw
+
+
+def mode(value: object) -> str:
+    """``value`` must be one of :data:`MODES`."""
+    if not isinstance(value, str) or value not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {value!r}")
+    return value
+
+
+def scale(value: object, head_dim: int) -> float:
+    """``value`` must be None (head_dim ** -0.5) or a finite number; 0.0 is a value."""
+    if value is None:
+        return float(head_dim) ** -0.5
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        raise ValueError(f"scale must be None or a finite number, got {value!r}")
+    return float(value)

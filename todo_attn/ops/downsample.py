@@ -1,0 +1,71 @@
+"""Tokens of a coarser grid. Plain torch: every device, dtype and tracer, autograd from torch itself."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import checks
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _float32(x: float) -> float:
+    """``x`` rounded to float32, in arithmetic that any tracer follows (Dekker's splitting at 24 of 53 bits)."""
+    shifted = x * 536870913.0  # 2^29 + 1
+    return shifted - (shifted - x)
+
+
+def _source_index(size: int, coarse: int, exact: bool, device: torch.device) -> torch.Tensor:
+    """The ``coarse`` positions along an axis of ``size`` that ``interpolate`` picks: (coarse,) int64."""
+    position = torch.arange(coarse, dtype=torch.float32, device=device)
+    position = (position + 0.5 if exact else position) * _float32(size / coarse)
+    return position.long().clamp_(max=size - 1)
+
+
+def coarse_tokens(x: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int], mode: str) -> torch.Tensor:
+    """:func:`downsample_tokens` on checked arguments; ``x`` may have any dimensions after (B, gh*gw)."""
+    (gh, gw), (fh, fw) = grid, factor
+    if fh == 1 and fw == 1:
+        return x
+    ch, cw = gh // fh, gw // fw
+    divisible = gh % fh == 0 and gw % fw == 0
+    if mode == "mean":
+        if divisible:
+            return x.unflatten(1, (ch, fh, cw, fw)).mean((2, 4)).flatten(1, 2)
+        image = x.flatten(2).transpose(1, 2).unflatten(2, (gh, gw))
+        return F.adaptive_avg_pool2d(image, (ch, cw)).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
+    exact = mode == "nearest-exact"
+    if divisible:
+        # One strided copy: the scale is the integer factor, so no index needs to be computed.
+        y, x_ = (fh // 2, fw // 2) if exact else (0, 0)
+        return x.unflatten(1, (gh, gw))[:, y::fh, x_::fw].flatten(1, 2)
+    rows = _source_index(gh, ch, exact, x.device)
+    columns = _source_index(gw, cw, exact, x.device)
+    return x.index_select(1, (rows[:, None] * gw + columns).flatten())
+
+
+def downsample_tokens(
+    x: torch.Tensor, grid: tuple[int, int], factor: int | tuple[int, int] = 1, *, mode: str = "nearest"
+) -> torch.Tensor:
+    """Take tokens on a coarser grid (ToDo, arXiv 2402.13573, section 3.2).
+
+    It commutes with a linear layer for the nearest modes and up to rounding for "mean", so tokens may be taken before
+    ``to_k`` and ``to_v``, which then see only the coarse ones.
+
+    Args:
+        x: (B, gh*gw, C) tokens, row-major; fp32, fp16, bf16 or fp64; any strides and device.
+        grid: (gh, gw), height and width in tokens.
+        factor: tokens per coarse token along each axis, an int or (fh, fw); the coarse grid is (gh // fh, gw // fw).
+        mode: "nearest", "nearest-exact" or "mean": what ``torch.nn.functional.interpolate`` does to that size in
+            float32 ("mean" is its "area").
+
+    Returns:
+        (B, (gh // fh) * (gw // fw), C). With factor 1 ``x`` itself; otherwise a new tensor. Differentiable.
+
+    Raises:
+        ValueError: a shape, dtype, grid, factor or mode that does not fit, naming the argument.
+    """
+    checks.tensor("x", x, "B, N, C", _DTYPES)
+    grid = checks.grid(grid, x.shape[1], "x")
+    return coarse_tokens(x, grid, checks.factor(factor, grid), checks.mode(mode))
