@@ -1,0 +1,278 @@
+"""Two or more ways to compute the same thing, timed fairly side by side, and the rows that say what came out.
+
+All sides are built and warmed, then run in turn, round after round, every other round in reverse, so that a steady
+drift of the machine's clocks cancels out. The ratio is taken within each round. A row holds one baseline, one contender
+and their ratio, never a side alone; a side that fails gives a row that says so and holds up no other.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+_MIN_ROUNDS = 2
+_FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
+
+
+def _nothing() -> None:
+    """In place of a call that is no more."""
+
+
+@dataclass
+class Side:
+    """One way to compute it.
+
+    Args:
+        name: as it stands in the rows.
+        build: makes the function to time. An import or an allocation that may fail belongs here.
+        info: what else the rows say of this side; may be filled until the side has run.
+    """
+
+    name: str
+    build: Callable[[], Callable[[], Any]]
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often: ``warmup`` untimed rounds, then ``rounds`` timed ones.
+
+    After two timed rounds no further one starts once they took ``seconds``.
+    """
+
+    warmup: int = 1
+    rounds: int = 5
+    seconds: float = float("inf")
+
+
+class Sample(NamedTuple):
+    """One timed call: what it returned, seconds per call, and the most memory allocated on a GPU meanwhile."""
+
+    output: Any
+    seconds: float
+    peak_bytes: int | None = None
+
+
+@dataclass
+class Measured:
+    """What became of a side: its samples, one a round, or the error that ended it."""
+
+    side: Side
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    error: str | None = None
+    call: Callable[[], Any] = _nothing
+
+    def add(self, sample: Sample) -> None:
+        self.seconds.append(sample.seconds)
+        if sample.peak_bytes is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, sample.peak_bytes)
+
+    def row(self) -> dict[str, Any]:
+        """This side's part of a row."""
+        return {
+            "name": self.side.name,
+            "seconds": quantiles(self.seconds) if self.seconds else None,
+            "samples": self.seconds,
+            "peak_gib": None if self.peak_bytes is None else round(self.peak_bytes / 2**30, 3),
+            "error": self.error,
+            **self.side.info,
+        }
+
+
+def stamp(device: torch.device) -> Any:
+    """Now, on the device's own time line: a recorded event on CUDA, elsewhere the clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """Seconds from one stamp to a later one; waits for a device to get there."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Times one sample on ``device``.
+
+    Args:
+        calls: calls per sample, for what is too short to time alone.
+        flush: on CUDA, sweep the L2 cache before each sample; the launches then also queue up behind the sweep.
+    """
+
+    device: torch.device
+    calls: int = 1
+    flush: bool = False
+
+    def __call__(self, call: Callable[[], Any]) -> Sample:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            if self.flush:
+                torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device).zero_()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = stamp(self.device)
+        for _ in range(self.calls):
+            output = call()
+        seconds = between(start, stamp(self.device)) / self.calls
+        return Sample(output, seconds, torch.cuda.max_memory_allocated(self.device) if cuda else None)
+
+
+def measure(
+    sides: Sequence[Side],
+    meter: Callable[[Callable[[], Any]], Sample],
+    rounds: Rounds,
+    *,
+    check: Callable[[Any, Any], None] | None = None,
+    label: str = "",
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Measured]:
+    """Build, warm, check and time all ``sides``; the first is the baseline. An exception ends its side only.
+
+    ``check(baseline_output, output)`` sees each side's first warm-up output, the baseline's own too, and raises where
+    it is wrong; where the baseline failed there is nothing to check against.
+
+    Raises:
+        ValueError: fewer than two sides, or a check without a warm-up round.
+    """
+    if len(sides) < 2:
+        raise ValueError(f"sides must be a baseline and at least one contender, got {[side.name for side in sides]}")
+    if check and rounds.warmup < 1:
+        raise ValueError(f"rounds.warmup must be at least 1 for the outputs to be checked, got {rounds.warmup}")
+    results = [Measured(side) for side in sides]
+    for result in results:
+        with _ending(result):
+            result.call = result.side.build()
+    with tqdm(total=len(sides) * (rounds.warmup + rounds.rounds), desc=label, leave=False, disable=None) as bar:
+        reference = None
+        for i in range(rounds.warmup):
+            for result in _turns(results, bar):
+                with _ending(result):
+                    output = meter(result.call).output
+                    if i == 0 and check:
+                        reference = output if result is results[0] else reference
+                        if reference is not None:
+                            check(reference, output)
+        start = clock()
+        for i in range(rounds.rounds):
+            if i >= _MIN_ROUNDS and clock() - start >= rounds.seconds:
+                break
+            for result in _turns(results[::-1] if i % 2 else results, bar):
+                with _ending(result):
+                    result.add(meter(result.call))
+    for result in results:
+        result.call = _nothing
+    _free()
+    return results
+
+
+def compare(benchmark: str, case: dict[str, Any], machine: dict[str, Any], results: Sequence[Measured]) -> list[dict]:
+    """One row per contender, each against the baseline ``results[0]``.
+
+    ``speedup`` is the baseline's time over the contender's, within each round; None where either failed.
+    """
+    baseline, *contenders = results
+    rows = []
+    for contender in contenders:
+        whole = baseline.error is None and contender.error is None and contender.seconds
+        ratios = [a / b for a, b in zip(baseline.seconds, contender.seconds, strict=True)] if whole else None
+        rows.append(
+            {
+                "benchmark": benchmark,
+                "case": case,
+                "baseline": baseline.row(),
+                "contender": contender.row(),
+                "speedup": quantiles(ratios) if ratios else None,
+                "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "machine": machine,
+            }
+        )
+    return rows
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile, interpolated."""
+    return {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add ``rows`` to the file, one JSON object a line; nothing already there is touched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that :func:`append` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for a person: seconds and speed-up as median (20th to 80th percentile)."""
+
+    def spread(values: dict[str, float] | None) -> str:
+        return "-" if values is None else "{p50:.4g} ({p20:.4g} to {p80:.4g})".format(**values)
+
+    def line(row: dict[str, Any]) -> dict[str, Any]:
+        baseline, contender = row["baseline"], row["contender"]
+        errors = [f"{side['name']}: {side['error']}" for side in (baseline, contender) if side["error"]]
+        return {
+            **row["case"],
+            "baseline": baseline["name"],
+            "seconds": spread(baseline["seconds"]),
+            "contender": contender["name"],
+            "seconds ": spread(contender["seconds"]),
+            "speed-up": spread(row["speedup"]),
+            "rounds": len(contender["samples"]),
+            "error": "; ".join(errors),
+        }
+
+    return tabulate([line(row) for row in rows], headers="keys", disable_numparse=True)
+
+
+@contextmanager
+def _ending(result: Measured) -> Iterator[None]:
+    """An exception ends this side, and nothing else."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        result.error = ": ".join([type(error).__name__, *lines[:1]])
+        result.call = _nothing
+
+
+def _turns(order: Sequence[Measured], bar: tqdm) -> Iterator[Measured]:
+    """The sides still running, in that order; what a failing one held is freed before the next one's turn."""
+    for result in order:
+        if result.error is None:
+            bar.set_postfix_str(result.side.name)
+            yield result
+            if result.error:
+                _free()
+        bar.update()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):  # a device that a side has broken
+            torch.cuda.empty_cache()

@@ -1,0 +1,83 @@
+"""What a measurement ran on: a figure without its machine and versions cannot be compared with another."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("torch", "triton", "diffusers", "todo_attn", "tomesd")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, driver, processor, versions and commit, as plain data; None for what is not there."""
+    info: dict[str, Any] = {"device": device_name(device), "driver": None, "cuda": None}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        info |= {
+            "driver": _driver(device),
+            "cuda": torch.version.cuda,
+            "capability": f"{major}.{minor}",
+            "memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1),
+        }
+    info |= {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    return info | {package: _version(package) for package in _PACKAGES} | {"commit": commit()}
+
+
+def device_name(device: torch.device) -> str:
+    """As the maker calls it: "NVIDIA H200", or the processor's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def slug(device: torch.device) -> str:
+    """:func:`device_name` as part of a file's name: "nvidia-h200", "cpu-amd-epyc-7763"."""
+    name = device_name(device) if device.type == "cuda" else f"{device.type} {device_name(device)}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "-dirty" where it has changes; a copy without git names it in $GIT_COMMIT."""
+    return os.environ.get("GIT_COMMIT") or _output(
+        "git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"
+    )
+
+
+def _driver(device: torch.device) -> str | None:
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={index}")
+    return lines.splitlines()[0].strip() if lines else None
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

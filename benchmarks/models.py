@@ -1,0 +1,104 @@
+"""Full-size UNets from their configurations alone: random weights, nothing downloaded."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers.models import UNet2DConditionModel
+
+_SD15 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,  # of UNet2DConditionModel, and here the number of heads
+}
+_SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_TINY = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+}
+# "tiny" is for the benchmarks' own tests.
+CONFIGS: dict[str, dict[str, Any]] = {"sd15": _SD15, "sdxl": _SDXL, "tiny": _TINY}
+PIXELS_PER_LATENT = 8
+
+
+def on_meta(name: str) -> UNet2DConditionModel:
+    """The UNet ``name`` of :data:`CONFIGS` without memory for its weights.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"model must be one of {', '.join(map(repr, CONFIGS))}, got {name!r}")
+    with torch.device("meta"):
+        return UNet2DConditionModel(**CONFIGS[name])
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:
+    """The UNet ``name`` with weights drawn so that every layer keeps its input's scale (about 1).
+
+    Attention logits then spread by about 1, and nothing overflows in fp16. Seconds, not minutes: each weight is drawn
+    once, where it stays.
+
+    Raises:
+        ValueError: no such name.
+    """
+    unet = on_meta(name)
+    torch.nn.Module.to(unet, dtype)  # diffusers' own warns of weights that must stay in float32, though there are none
+    unet.to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for key, parameter in unet.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.normal_(float(key.endswith("weight")), 0.02, generator=generator)
+    return unet
+
+
+def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Another module tree over the same weights, so that what is done to one (processors, hooks) leaves the other."""
+    shared = {id(tensor): tensor for tensors in (unet.parameters(), unet.buffers()) for tensor in tensors}
+    return copy.deepcopy(unet, shared)
+
+
+def inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int, seed: int = 1) -> dict[str, Any]:
+    """Arguments of one denoising call for images of ``height`` x ``width`` pixels, on the UNet's device.
+
+    Raises:
+        ValueError: a side that is not a positive multiple of 8.
+    """
+    for name, value in (("height", height), ("width", width)):
+        if value < 1 or value % PIXELS_PER_LATENT:
+            raise ValueError(f"{name} must be a positive multiple of {PIXELS_PER_LATENT}, in pixels, got {value}")
+    generator = torch.Generator(unet.device).manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=unet.device, dtype=unet.dtype)
+
+    arguments: dict[str, Any] = {
+        "sample": noise(batch, unet.config["in_channels"], height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT),
+        "timestep": torch.tensor(500, device=unet.device),
+        "encoder_hidden_states": noise(batch, 77, unet.config["cross_attention_dim"]),
+    }
+    if unet.config["addition_embed_type"] == "text_time":
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=unet.device, dtype=unet.dtype)
+        arguments["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": sizes.expand(batch, -1)}
+    return arguments

@@ -1,0 +1,70 @@
+"""The benchmarked UNets are the real ones in size, and random weights behave."""
+
+import pytest
+import torch
+
+from benchmarks import models
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "millions"), [("sd15", 859.5), ("sdxl", 2567.5)])
+def test_parameter_count(name, millions):
+    unet = models.on_meta(name)
+    assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize(("name", "levels"), [("sd15", [40, 80, 160]), ("sdxl", [64])])
+def test_head_dims(name, levels):
+    layers = [module for key, module in models.on_meta(name).named_modules() if key.endswith("attn1")]
+    assert sorted({layer.inner_dim // layer.heads for layer in layers}) == levels
+    assert len(layers) == {"sd15": 16, "sdxl": 70}[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_random_weights_keep_activations_in_range(dtype):
+    unet = models.build("tiny", CPU, dtype)
+    assert all(parameter.dtype == dtype and parameter.count_nonzero() for parameter in unet.parameters())
+    with torch.inference_mode():
+        output = unet(**models.inputs(unet, 64, 96, batch=2), return_dict=False)[0]
+    assert output.shape == (2, 4, 8, 12)
+    assert output.isfinite().all()
+    assert 0.1 < output.float().std() < 10
+
+
+def test_the_same_seed_draws_the_same_weights():
+    first, second, other = (models.build("tiny", CPU, torch.float32, seed).conv_in.weight for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_a_twin_shares_the_weights_and_nothing_else():
+    unet = models.build("tiny", CPU, torch.float32)
+    twin = models.twin(unet)
+    assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in unet.parameters()]
+    processors = dict(unet.attn_processors)
+    twin.set_attn_processor(object())
+    twin.register_forward_pre_hook(pytest.fail)
+    assert unet.attn_processors == processors
+    assert not unet._forward_pre_hooks
+    assert not {id(module) for module in unet.modules()} & {id(module) for module in twin.modules()}
+
+
+def test_sdxl_inputs_carry_its_added_conditions(monkeypatch):
+    added = {key: value for key, value in models.CONFIGS["sdxl"].items() if "addition" in key or "projection" in key}
+    monkeypatch.setitem(models.CONFIGS, "small-xl", models.CONFIGS["tiny"] | added)
+    unet = models.build("small-xl", CPU, torch.float32)
+    with torch.inference_mode():
+        output = unet(**models.inputs(unet, 64, 64, batch=2), return_dict=False)[0]
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(("height", "width", "name"), [(60, 64, "height"), (64, 0, "width")])
+def test_sides_that_no_latent_has_are_refused(height, width, name):
+    with pytest.raises(ValueError, match=f"{name} must be a positive multiple of 8"):
+        models.inputs(models.build("tiny", CPU, torch.float32), height, width, batch=1)
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match="model must be one of 'sd15', 'sdxl', 'tiny', got 'sd3'"):
+        models.on_meta("sd3")
