@@ -22,30 +22,6 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _step(
-    q_a, q_b, key_a, key_b, value_a, value_b, row, maximum, total, acc_a, acc_b, log2_scale, live_keys,
-    K_A: tl.constexpr, K_B: tl.constexpr, V_A: tl.constexpr, V_B: tl.constexpr, ONES: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys, from packed row ``row`` on: the new (maximum, total, acc_a, acc_b)."""
-    s = tl.dot(q_a, key_a.load([row, 0]).T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    if K_B > 0:
-        s = tl.dot(q_b, key_b.load([row, K_A]).T, s, input_precision="ieee")
-    higher = tl.maximum(maximum, tl.max(s, 1))
-    shrink = tl.exp2((maximum - higher) * log2_scale)
-    p = tl.exp2((s - higher[:, None]) * log2_scale)
-    if MASKED:
-        p = tl.where(tl.arange(0, BLOCK_N)[None, :] < live_keys, p, 0.0)
-    if not ONES:
-        total = total * shrink + tl.sum(p, 1)
-    p = p.to(value_a.dtype)
-    acc_a = tl.dot(p, value_a.load([row, 0]), acc_a * shrink[:, None], input_precision="ieee")
-    if V_B > 0:
-        acc_b = tl.dot(p, value_b.load([row, V_A]), acc_b * shrink[:, None], input_precision="ieee")
-    return higher, total, acc_a, acc_b
-
-
-@triton.jit
 def attention_kernel(
     query,  # (B, N, H, D), any strides
     key_a,  # descriptor of (B*H*rows, k_columns), box [BLOCK_N, K_A]
@@ -72,7 +48,7 @@ def attention_kernel(
     V_A: tl.constexpr,
     V_B: tl.constexpr,
     ONES: tl.constexpr,
-    TAIL: tl.constexpr,  # the last tile has fewer keys than rows, and no ones column tells them apart
+    TAIL: tl.constexpr,  # the last tile repeats a key, and there is no ones column to leave it out of the sum
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -87,28 +63,32 @@ def attention_kernel(
     query += b * stride_qb + h * stride_qh + token * stride_qn
     offs_a = tl.arange(0, K_A)[None, :].to(tl.int64)
     q_a = tl.load(query + offs_a * stride_qd, mask=live & (offs_a < HEAD_DIM), other=0.0)  # [BLOCK_M, K_A]
-    q_b = q_a
     if K_B > 0:
         offs_b = K_A + tl.arange(0, K_B)[None, :].to(tl.int64)
         q_b = tl.load(query + offs_b * stride_qd, mask=live & (offs_b < HEAD_DIM), other=0.0)  # [BLOCK_M, K_B]
     maximum = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # finite: with a scale of 0, -inf would make NaN
     total = tl.zeros([BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, V_A], tl.float32)
-    acc_b = tl.zeros([BLOCK_M, V_B if V_B > 0 else 16], tl.float32)  # unused, and so dropped, where V_B is 0
+    if V_B > 0:
+        acc_b = tl.zeros([BLOCK_M, V_B], tl.float32)
 
-    # With the ones column the repeated keys that fill the last tile count for nothing; a sum of P must leave them out.
-    row = bh * rows
-    end = row + (rows - BLOCK_N if TAIL else rows)
-    for row in range(row, end, BLOCK_N):  # noqa: B020
-        maximum, total, acc_a, acc_b = _step(
-            q_a, q_b, key_a, key_b, value_a, value_b, row, maximum, total, acc_a, acc_b, log2_scale, BLOCK_N,
-            K_A, K_B, V_A, V_B, ONES, BLOCK_N, MASKED=False,
-        )  # fmt: skip
-    if TAIL:
-        maximum, total, acc_a, acc_b = _step(
-            q_a, q_b, key_a, key_b, value_a, value_b, end, maximum, total, acc_a, acc_b, log2_scale,
-            keys - (rows - BLOCK_N), K_A, K_B, V_A, V_B, ONES, BLOCK_N, MASKED=True,
-        )  # fmt: skip
+    for start in range(0, rows, BLOCK_N):
+        row = bh * rows + start
+        s = tl.dot(q_a, key_a.load([row, 0]).T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if K_B > 0:
+            s = tl.dot(q_b, key_b.load([row, K_A]).T, s, input_precision="ieee")
+        higher = tl.maximum(maximum, tl.max(s, 1))
+        shrink = tl.exp2((maximum - higher) * log2_scale)
+        maximum = higher
+        p = tl.exp2((s - maximum[:, None]) * log2_scale)
+        if not ONES:
+            if TAIL:
+                p = tl.where(start + tl.arange(0, BLOCK_N)[None, :] < keys, p, 0.0)
+            total = total * shrink + tl.sum(p, 1)
+        p = p.to(value_a.dtype)
+        acc_a = tl.dot(p, value_a.load([row, 0]), acc_a * shrink[:, None], input_precision="ieee")
+        if V_B > 0:
+            acc_b = tl.dot(p, value_b.load([row, V_A]), acc_b * shrink[:, None], input_precision="ieee")
 
     offs_a = tl.arange(0, V_A)[None, :].to(tl.int64)
     offs_b = V_A + tl.arange(0, V_B)[None, :].to(tl.int64) if V_B > 0 else offs_a

@@ -57,12 +57,14 @@ _HALF: dict[str, list[tuple[int, Settings]]] = {
         (256, Settings(128, 64, 8, 2)),
     ],
     "default": [
-        (64, Settings(128, 64, 4, 2)),
-        (128, Settings(128, 64, 8, 2)),
+        (48, Settings(128, 64, 4, 2)),
+        (80, Settings(128, 64, 8, 2)),
+        (160, Settings(128, 32, 8, 2)),
         (256, Settings(64, 32, 8, 2)),
     ],
 }
-_FP32: list[tuple[int, Settings]] = [(64, Settings(32, 32, 4, 1)), (256, Settings(16, 32, 4, 1))]
+# Exact fp32 products run on the FMA units, operands in registers.
+_FP32: list[tuple[int, Settings]] = [(96, Settings(32, 16, 4, 1)), (256, Settings(16, 16, 8, 1))]
 _ARCHITECTURE = {90: "hopper"}
 
 

@@ -10,13 +10,15 @@ included (they add to neither output nor sum). So the attention loop needs no ma
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .launch import Tiles
 
-BLOCK_ROWS = 64
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -125,8 +127,9 @@ def window(size: int, coarse: int) -> int:
     return max(-(-(i + 1) * size // coarse) - i * size // coarse for i in range(coarse))
 
 
-def constants(head_dim: int, tile: Tiles, mode: str, window_h: int = 1, window_w: int = 1) -> dict[str, object]:
+def constants(head_dim: int, tile: Tiles, mode: str, window_h: int = 1, window_w: int = 1) -> dict[str, Any]:
     """The compile-time arguments of :func:`pack_kernel`."""
+    columns = triton.next_power_of_2(max(tile.k_columns, tile.v_columns))
     return {
         "HEAD_DIM": head_dim,
         "K_COLUMNS": tile.k_columns,
@@ -135,8 +138,8 @@ def constants(head_dim: int, tile: Tiles, mode: str, window_h: int = 1, window_w
         "MODE": mode,
         "WINDOW_H": window_h,
         "WINDOW_W": window_w,
-        "BLOCK": BLOCK_ROWS,
-        "BLOCK_COLUMNS": triton.next_power_of_2(max(tile.k_columns, tile.v_columns)),
+        "BLOCK": 512 // columns,  # 4 elements of K and of V a thread
+        "BLOCK_COLUMNS": columns,
     }
 
 
@@ -158,7 +161,8 @@ def pack(
     packed_key = key.new_empty((batch * heads * rows, tile.k_columns))
     packed_value = value.new_empty((batch * heads * rows, tile.v_columns))
     windows = [window(size, small) for size, small in zip(grid, coarse, strict=True)] if mode == "mean" else []
-    pack_kernel[(triton.cdiv(rows, BLOCK_ROWS) * batch * heads,)](
+    constant = constants(head_dim, tile, mode, *windows)
+    pack_kernel[(triton.cdiv(rows, constant["BLOCK"]) * batch * heads,)](
         key,
         value,
         packed_key,
@@ -172,7 +176,7 @@ def pack(
         grid[0] / coarse[0],
         grid[1] / coarse[1],
         -1.0 if negative else 1.0,
-        **constants(head_dim, tile, mode, *windows),
-        num_warps=4,
+        **constant,
+        num_warps=NUM_WARPS,
     )
     return packed_key, packed_value
