@@ -60,7 +60,7 @@ def variants(arches: list[int], dtypes: list[str], head_dims: list[int]) -> Iter
                     yield Variant("pack", arch, dtype, head_dim, mode)
 
 
-def source(variant: Variant) -> tuple[ASTSource, dict[str, int], launch.Settings]:
+def source(variant: Variant) -> tuple[ASTSource, dict[str, object], launch.Settings]:
     """The kernel as it is launched on contiguous (B, N, H, D) tensors."""
     tile = launch.tiles(variant.head_dim)
     run = launch.settings(divmod(variant.arch, 10), variant.head_dim, half=variant.dtype != "fp32")
@@ -70,12 +70,12 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, int], launch.Settings
         constants = attention.constants(variant.head_dim, tile, run, tail=variant.mode == "tail")
         for name, columns in zip(("key_a", "key_b", "value_a", "value_b"), (*tile.k, *tile.v), strict=True):
             types[name] = f"tensordesc<{variant.dtype}[{run.block_n}, {columns or max(tile.k)}]>"
-        options = {"num_warps": run.num_warps, "num_stages": run.num_stages}
+        options = run.options
     else:
         kernel = pack.pack_kernel
         window = 2 if variant.mode == "mean" else 1
         constants = pack.constants(variant.head_dim, tile, variant.mode, window, window)
-        options = {"num_warps": pack.NUM_WARPS}
+        options = pack.OPTIONS
     constants |= {name: 1 for name in kernel.arg_names if name.startswith("stride") and name.endswith("d")}
     pointers = ("query", "key", "value", "out", "packed_key", "packed_value")
     floats = ("log2_scale", "scale_y", "scale_x", "sign")

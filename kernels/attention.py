@@ -164,7 +164,6 @@ def attention(
             rows,
             abs(scale) * LOG2_E,
             **constants(head_dim, tile, run, tail=rows > keys),
-            num_warps=run.num_warps,
-            num_stages=run.num_stages,
+            **run.options,
         )
     return out

@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Tiles
+from .launch import COMPILER, Tiles
 
-NUM_WARPS = 4
+OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}
 
 
 @triton.jit
@@ -177,6 +177,6 @@ def pack(
         grid[1] / coarse[1],
         -1.0 if negative else 1.0,
         **constant,
-        num_warps=NUM_WARPS,
+        **OPTIONS,
     )
     return packed_key, packed_value

@@ -1,0 +1,80 @@
+"""What is installed, and what importing it does."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
+    """``kernels`` at the top level would hide another package of that name, which diffusers imports."""
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"todo_attn"}
+    for name in ("py.typed", "kernels/attention.py", "ops/attention.py", "diffusers/processor.py", "cli.py"):
+        assert f"todo_attn/{name}" in names
+    for name in ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer_config.json"):
+        assert f"todo_attn/tiny_sd/{name}" in names
+    assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 21e6
+
+
+def run(code, *, path):
+    """Run ``code`` where todo_attn is what ``path`` holds, outside the checkout."""
+    code = f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+BLOCK = """
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_installed_wheel_works_without_diffusers_and_triton(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = BLOCK.format(blocked=("diffusers", "triton")) + (
+        "import torch, todo_attn\n"
+        f"assert todo_attn.__file__.startswith({str(tmp_path)!r}), todo_attn.__file__\n"
+        "x = torch.randn(1, 64, 2, 8)\n"
+        "print(todo_attn.ops.downsampled_attention(x, x, x, (8, 8), 2).shape)\n"
+        "print(todo_attn.ToDoConfig())\n"
+        "try:\n    todo_attn.apply_todo\nexcept ModuleNotFoundError as error:\n    print(error)\n"
+    )
+    out = run(code, path=tmp_path)
+    assert "torch.Size([1, 64, 2, 8])" in out
+    assert "pip install 'todo_attn[diffusers]'" in out
+
+
+def test_import_is_light():
+    """No diffusers, no kernels, no compiler, no CUDA context."""
+    code = (
+        "import todo_attn, torch\n"
+        "heavy = ('diffusers', 'transformers', 'triton', 'todo_attn.kernels', 'todo_attn.diffusers', 'kernels')\n"
+        "print([name for name in heavy if name in sys.modules], torch.cuda.is_initialized())\n"
+    )
+    assert run(code, path=ROOT).strip() == "[] False"
+
+
+def test_unknown_names_raise():
+    import todo_attn
+
+    with pytest.raises(AttributeError, match="nothing_here"):
+        todo_attn.nothing_here  # noqa: B018
+    assert {"ToDoConfig", "ToDoProcessor", "apply_todo", "remove_todo", "ops"} <= set(dir(todo_attn))
