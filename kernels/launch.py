@@ -65,7 +65,6 @@ _HALF: dict[str, list[tuple[int, Settings]]] = {
         (256, Settings(128, 64, 8, 2)),
     ],
     "default": [
-        (48, Settings(128, 64, 4, 2)),
         (80, Settings(128, 64, 8, 2)),
         (160, Settings(128, 32, 8, 2)),
         (256, Settings(64, 32, 8, 2)),
