@@ -1,0 +1,179 @@
+"""ToDoConfig: validation, JSON, and the factor for a grid."""
+
+import copy
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from todo_attn.config import ToDoConfig
+
+
+def test_defaults():
+    config = ToDoConfig()
+    assert (config.factor, config.max_kv_tokens, config.mode, config.timestep_range) == (
+        "auto",
+        4096,
+        "nearest",
+        (0, 1000),
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.mode = "mean"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("factor", 0),
+        ("factor", -1),
+        ("factor", 2.0),
+        ("factor", True),
+        ("factor", None),
+        ("factor", "Auto"),
+        ("factor", "2"),
+        ("factor", [2]),
+        ("factor", {1: 0}),
+        ("factor", {1: 1.5}),
+        ("factor", {1: "auto"}),
+        ("factor", {1: True}),
+        ("factor", {0: 2}),
+        ("factor", {True: 2}),
+        ("factor", {"coarsest": 2}),
+        ("factor", {"1": 2}),
+        ("max_kv_tokens", 0),
+        ("max_kv_tokens", 4096.0),
+        ("max_kv_tokens", True),
+        ("max_kv_tokens", None),
+        ("mode", "bilinear"),
+        ("mode", ""),
+        ("mode", None),
+        ("mode", ["mean"]),
+        ("timestep_range", 500),
+        ("timestep_range", (0,)),
+        ("timestep_range", (0, 500, 1000)),
+        ("timestep_range", (600, 500)),
+        ("timestep_range", ("0", "1000")),
+        ("timestep_range", (False, 1000)),
+        ("timestep_range", (0, float("nan"))),
+        ("timestep_range", (0, float("inf"))),
+        ("timestep_range", None),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_it_was(argument, value):
+    with pytest.raises(ValueError, match=f"^{argument} ") as error:
+        ToDoConfig(**{argument: value})
+    shown = value if argument != "factor" or not isinstance(value, dict) else next(iter(value))
+    assert repr(shown) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ToDoConfig(),
+        ToDoConfig(factor=3, mode="mean"),
+        ToDoConfig(factor={1: 4, 2: 2}, max_kv_tokens=77),
+        ToDoConfig(factor={"finest": 2}, timestep_range=(200, 999.5)),
+        ToDoConfig(factor={}),
+    ],
+    ids=["default", "int", "levels", "finest", "no-levels"],
+)
+def test_json_round_trip(config):
+    assert ToDoConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ToDoConfig.from_dict(config.to_dict()) == config
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+def test_from_dict_names_what_it_does_not_know():
+    assert ToDoConfig.from_dict({}) == ToDoConfig()
+    with pytest.raises(ValueError, match="'ratio'"):
+        ToDoConfig.from_dict({"factor": 2, "ratio": 0.5})
+    with pytest.raises(ValueError, match="data must be a mapping"):
+        ToDoConfig.from_dict([("factor", 2)])
+    with pytest.raises(ValueError, match="factor"):
+        ToDoConfig.from_dict({"factor": {"one": 2}})
+
+
+def test_the_callers_mapping_is_copied():
+    levels = {1: 2}
+    config = ToDoConfig(factor=levels)
+    levels[1] = 0
+    assert config.factor == {1: 2}
+
+
+@pytest.mark.parametrize("cap", [1, 7, 64, 4096])
+def test_auto_is_the_smallest_factor_under_the_cap(cap):
+    config = ToDoConfig(max_kv_tokens=cap)
+    for grid in [(1, 1), (8, 8), (13, 9), (64, 64), (65, 63), (90, 160), (128, 128), (135, 240), (256, 256)]:
+
+        def tokens(factor, grid=grid):
+            return max(1, grid[0] // factor) * max(1, grid[1] // factor)
+
+        factor = next(f for f in range(1, 1000) if tokens(f) <= cap)
+        fh, fw = config.factor_for(grid)
+        assert (fh, fw) == (min(factor, grid[0]), min(factor, grid[1])), grid
+        assert (grid[0] // fh) * (grid[1] // fw) <= cap
+
+
+@pytest.mark.parametrize(
+    ("pixels", "factors"),
+    [((1024, 1024), (2, 1)), ((1536, 1536), (3, 2)), ((2048, 2048), (4, 2)), ((720, 1280), (2, 1))],
+    ids=str,
+)
+def test_auto_at_common_sizes(pixels, factors):
+    """Levels 1 and 2 of Stable Diffusion 1.5 (8 pixels per latent pixel) under 4096 keys."""
+    config = ToDoConfig()
+    grids = [(pixels[0] // 8 // level, pixels[1] // 8 // level) for level in (1, 2)]
+    assert tuple(config.factor_for(grid)[0] for grid in grids) == factors
+
+
+def test_a_factor_is_cut_down_to_the_grid():
+    assert ToDoConfig(factor=4).factor_for((3, 9)) == (3, 4)
+    assert ToDoConfig(factor=4).factor_for((1, 1)) == (1, 1)
+    assert ToDoConfig(factor={1: 100}).factor_for((8, 6), 1) == (8, 6)
+
+
+def test_levels_that_are_not_named_are_dense():
+    config = ToDoConfig(factor={1: 3, 4: 2})
+    assert [config.factor_for((12, 12), level) for level in (1, 2, 4, None)] == [(3, 3), (1, 1), (2, 2), (1, 1)]
+    config = ToDoConfig(factor={"finest": 3, 4: 2})
+    assert config.factor_for((12, 12), 2, finest=True) == (3, 3)
+    assert config.factor_for((12, 12), 4) == (2, 2)
+    assert config.factor_for((12, 12), 8) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "factor"),
+    [(256, 256, 1), (512, 512, 1), (1024, 1024, 2), (1536, 1536, 3), (2048, 2048, 4), (720, 1280, 2), (64, 64, 1)],
+)
+def test_paper(height, width, factor):
+    config = ToDoConfig.paper(height, width)
+    assert config == ToDoConfig(factor={"finest": factor})
+
+
+@pytest.mark.parametrize(("height", "width", "name"), [(0, 512, "height"), (512, -8, "width"), (512.0, 512, "height")])
+def test_paper_wants_pixels(height, width, name):
+    with pytest.raises(ValueError, match=f"^{name} must be a positive integer"):
+        ToDoConfig.paper(height, width)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "every"), [((0, 1000), True), ((-1, 2000), True), ((1, 1000), False), ((0, 999), False)]
+)
+def test_which_ranges_need_no_timestep(timesteps, every):
+    assert ToDoConfig(timestep_range=timesteps).every_timestep is every
+
+
+def test_config_imports_neither_torch_nor_diffusers():
+    code = (
+        "import importlib.util, sys; "
+        "spec = importlib.util.find_spec('todo_attn'); "
+        "path = spec.submodule_search_locations[0] + '/config.py'; "
+        "module_spec = importlib.util.spec_from_file_location('config', path); "
+        "module = importlib.util.module_from_spec(module_spec); sys.modules['config'] = module; "
+        "module_spec.loader.exec_module(module); "
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

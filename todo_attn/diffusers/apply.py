@@ -1,0 +1,129 @@
+"""ToDo on a whole pipeline or model, and off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
+
+from ..config import FINEST, ToDoConfig
+from .levels import self_attentions, transformers_by_level
+from .processor import ToDoProcessor, default_processor
+from .state import ATTRIBUTE, AttentionState, ModelState, TransformerState, detach_all
+
+
+def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
+    """Let the self-attentions of a pipeline or model read a coarser grid of keys (ToDo, arXiv 2402.13573).
+
+    In place, and undone by :func:`remove_todo`. It works at every height and width, with guidance on or off, in a model
+    already compiled, and together with LoRA, IP-Adapter, ControlNet and offloading, whichever comes first. Applied
+    again it replaces the configuration. Only the processors of attn1 change, so what replaces those itself (attention
+    slicing, xFormers, fused projections) takes ToDo off: apply it after.
+
+    A model is not to be called from two threads at once, with or without ToDo: the size of the running call is kept
+    on it.
+
+    Args:
+        pipe_or_model: a pipeline with a ``unet``, whose ControlNets are covered too, or such a model itself
+            (``UNet2DConditionModel``, ``ControlNetModel``, ``MultiControlNetModel``, ...), compiled or not.
+        config: what to do; None is ``ToDoConfig()``, at most 4096 keys at every level.
+
+    Raises:
+        ValueError: ``pipe_or_model`` is neither, or has no self-attention over an image; ``config`` is no
+            ``ToDoConfig``, or names a level that the model lacks (a pipeline's UNet: a ControlNet without that level
+            stays dense there). Nothing has been changed then.
+    """
+    if config is None:
+        config = ToDoConfig()
+    if not isinstance(config, ToDoConfig):
+        raise ValueError(f"config must be a ToDoConfig or None, got {type(config).__name__}")
+    models, controlnets = _models(pipe_or_model)
+    for model in models:
+        _check_levels(config, model)
+
+    remove_todo(pipe_or_model)
+    for model in models:
+        _install(model, config, report=True)
+    for model in controlnets:
+        # One report for a pipeline is enough, and its UNet's tells the whole story.
+        _install(model, config, report=False)
+
+
+def remove_todo(pipe_or_model: Any) -> None:
+    """Give back the processors that :func:`apply_todo` replaced, and take off every hook.
+
+    A processor that something else has put there since stays. Where ``ToDoProcessor`` was set by
+    ``set_attn_processor``, so that none is remembered, diffusers' default processor takes its place. Removing twice is
+    harmless.
+
+    Raises:
+        ValueError: ``pipe_or_model`` is neither a pipeline with a ``unet`` nor a model.
+    """
+    models, controlnets = _models(pipe_or_model)
+    for model in (*models, *controlnets):
+        for module in model.modules():
+            if isinstance(module, Attention) and isinstance(module.processor, ToDoProcessor):
+                state: AttentionState | None = getattr(module, ATTRIBUTE, None)
+                original = None if state is None else state.original
+                module.set_processor(default_processor(module) if original is None else original)
+        detach_all(model)
+
+
+def _models(pipe_or_model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The models to act on: those that must have self-attention, and a pipeline's ControlNets, which may."""
+    if isinstance(pipe_or_model, nn.Module):
+        return _flatten(pipe_or_model), []
+    unet = getattr(pipe_or_model, "unet", None)
+    if not isinstance(unet, nn.Module):
+        raise ValueError(
+            "pipe_or_model must be a diffusers pipeline with a unet, or a model such as UNet2DConditionModel or "
+            f"ControlNetModel, got {type(pipe_or_model).__name__}"
+        )
+    return _flatten(unet), _flatten(getattr(pipe_or_model, "controlnet", None))
+
+
+def _flatten(model: Any) -> list[nn.Module]:
+    """The models in ``model``, which may be one, a list, a model of models, or no model at all."""
+    if isinstance(model, (list, tuple, nn.ModuleList)):
+        return [m for part in model for m in _flatten(part)]
+    if not isinstance(model, nn.Module):
+        return []
+    model = unwrap_module(model)  # out of what torch.compile wraps it in
+    nets = getattr(model, "nets", None)  # MultiControlNetModel
+    return _flatten(nets) if isinstance(nets, nn.ModuleList) else [model]
+
+
+def _check_levels(config: ToDoConfig, model: nn.Module) -> None:
+    levels = sorted({level for level, _ in transformers_by_level(model)})
+    if not levels:
+        raise ValueError(
+            "pipe_or_model must have self-attention over an image (Transformer2DModel, in the blocks of a UNet), got "
+            f"{type(model).__name__}, which has none"
+        )
+    if not isinstance(config.factor, dict):
+        return
+    lacking = [level for level in config.factor if level not in (*levels, FINEST)]
+    if lacking:
+        raise ValueError(
+            f"factor must name levels that {type(model).__name__} has self-attention at, "
+            f"{', '.join(map(str, levels))} or {FINEST!r}, got {', '.join(map(str, lacking))}"
+        )
+    if FINEST in config.factor and levels[0] in config.factor:
+        raise ValueError(f"factor must name a level once, got {FINEST!r} and {levels[0]}, the same in this model")
+
+
+def _install(model: nn.Module, config: ToDoConfig, *, report: bool) -> None:
+    transformers = transformers_by_level(model)
+    finest = min((level for level, _ in transformers), default=None)
+    shared, states = ModelState(config), []
+    processor: Any = ToDoProcessor()
+    for level, transformer in transformers:
+        state = TransformerState(shared, level, finest=level == finest)
+        state.attach(transformer)
+        states.append(state)
+        for attn1 in self_attentions(transformer):
+            setattr(attn1, ATTRIBUTE, AttentionState(state, attn1.processor))
+            attn1.set_processor(processor)
+    shared.attach(model, states, report=report)

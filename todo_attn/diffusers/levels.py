@@ -1,0 +1,48 @@
+"""Which self-attentions a UNet or ControlNet has, and at what level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+
+def self_attentions(transformer: Transformer2DModel) -> list[Attention]:
+    """The attn1 of every block of ``transformer``, but for blocks that only cross-attend."""
+    blocks: Any = transformer.transformer_blocks
+    return [block.attn1 for block in blocks if not block.only_cross_attention]
+
+
+def transformers_by_level(model: nn.Module) -> list[tuple[int, Transformer2DModel]]:
+    """Every ``Transformer2DModel`` of ``model`` that has self-attention over an image, with its level.
+
+    The level is the side, in latent pixels, of what one token stands for. It follows from the downsamplers passed on
+    the way, each of which halves the grid; channel counts say nothing about it. Selecting transformers leaves out
+    motion modules, GLIGEN's fusers and IP-Adapter's own attention. The list is empty for a model without any, or not
+    built of down blocks, a mid block and up blocks (a ControlNet has none of the last).
+    """
+    return [
+        (level, module)
+        for level, block in _blocks(model)
+        for module in block.modules()
+        if isinstance(module, Transformer2DModel) and module.is_input_continuous and self_attentions(module)
+    ]
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    level = 1
+    for block in getattr(model, "down_blocks", ()):
+        yield level, block
+        # ControlNet-XS, whose blocks hold two models' layers, has base_downsamplers.
+        if getattr(block, "downsamplers", None) or getattr(block, "base_downsamplers", None):
+            level *= 2
+    mid_block = getattr(model, "mid_block", None)
+    if mid_block is not None:
+        yield level, mid_block
+    for block in getattr(model, "up_blocks", ()):
+        yield level, block
+        if getattr(block, "upsamplers", None):
+            level //= 2
