@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 
 .PHONY: env demo lint test clean
 
-# torch first and alone: asked for together with others, pip may settle on a build of several GB.
+# torch first and alone: the other packages must not bring a torch of their own choice.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt torch
@@ -24,7 +24,7 @@ lint: env
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto --dist loadgroup
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo

@@ -259,3 +259,33 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(out, ops.downsampled_attention(*tensors, (6, 7), 2, mode="mean"))
     out.sum().backward()
     assert all(t.grad is not None for t in tensors)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_as_in_torchs_own_attention(dtype, compiled):
+    """Mixed inputs become autocast's dtype, whatever the backend and compiled or not; fp32 gradients come back."""
+    query, key, value = (t.requires_grad_() for t in inputs(40, torch.float32, (6, 7)))
+    function = ops.downsampled_attention
+    if compiled:
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    with torch.autocast(DEVICE, dtype):
+        expected = F.scaled_dot_product_attention(query, key.to(dtype), value).dtype
+        out = function(query, key.to(dtype), value, (6, 7), 2)
+    assert out.dtype == expected == dtype
+    plain = ops.downsampled_attention(*(t.to(dtype) for t in (query, key, value)), (6, 7), 2)
+    torch.testing.assert_close(out, plain, rtol=0.02, atol=0.02)
+    with torch.autocast(DEVICE, dtype):
+        out.float().sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (query, key, value))
+
+
+def test_backward_stays_wide_under_autocast():
+    tensors = [t.double().requires_grad_() for t in inputs(8, torch.float32, (4, 5))]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = ops.downsampled_attention(*tensors, (4, 5), 2)
+        assert out.dtype == torch.float64
+        grads = torch.autograd.grad(out.sum(), tensors)
+    exact = torch.autograd.grad(reference.downsampled_attention(*tensors, (4, 5), 2).sum(), tensors)
+    for actual, expected in zip(grads, exact, strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -105,11 +105,20 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
     grid, factor, mode, scale, _ = ctx.arguments
     query, key, value, out = ctx.saved_tensors
-    grads = _backward(grad, query, key, value, out, grid, factor, mode, scale)
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = _backward(grad, query, key, value, out, grid, factor, mode, scale)
     return (*grads, None, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """Under autocast, ``x`` in its dtype, as torch's own attention takes it; fp64 stays."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def downsampled_attention(
@@ -136,14 +145,16 @@ def downsampled_attention(
             "torch" (everything), or "auto": Triton for fp16 and bf16 on a GPU that can run it, else torch.
 
     Returns:
-        (B, N, H, D) in the dtype of ``query``, contiguous. Differentiable once in query, key and value; the backward
-        recomputes scores in blocks and never holds N x M of them.
+        (B, N, H, D), contiguous, in the dtype of ``query`` (under autocast in autocast's, as torch's own attention).
+        Differentiable once in query, key and value; the backward recomputes scores in blocks and never holds N x M of
+        them.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, naming the argument, what it must be and what it
             was; a backend that cannot run here, with the reason. Nothing has been computed then.
     """
     checks.tensor("query", query, "B, N, H, D", _DTYPES)
+    query, key, value = (_autocast(t) for t in (query, key, value))
     for name, t in (("key", key), ("value", value)):
         checks.tensor(name, t, "B, gh*gw, H, D", _DTYPES)
         checks.same(name, t, "query", query)
@@ -159,4 +170,6 @@ def downsampled_attention(
     factor = checks.factor(factor, grid)
     mode, scale = checks.mode(mode), checks.scale(scale, query.shape[3])
     backend = backends.choose(backend, query.device, query.dtype, query.shape[3])
-    return _forward(query, key, value, grid, factor, mode, scale, backend)
+    # What autocast would do to torch's own attention has been done above; inside the op it would do it again.
+    with torch.autocast(query.device.type, enabled=False):
+        return _forward(query, key, value, grid, factor, mode, scale, backend)

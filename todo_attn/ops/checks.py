@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-MODES = ("nearest", "nearest-exact", "mean")
+from ..modes import MODES
 
 
 def tensor(name: str, x: object, dims: str, dtypes: Sequence[torch.dtype]) -> torch.Tensor:
@@ -61,7 +61,7 @@ def factor(value: object, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def mode(value: object) -> str:
-    """``value`` must be one of :data:`MODES`."""
+    """``value`` must be one of :data:`todo_attn.modes.MODES`."""
     if not isinstance(value, str) or value not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {value!r}")
     return value
