@@ -1,4 +1,4 @@
-"""Shared by all tests. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
+"""Shared by all tests. Without a GPU the kernels run in Triton's interpreter, which must be chosen before import."""
 
 import os
 

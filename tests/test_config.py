@@ -96,6 +96,33 @@ def test_from_dict_names_what_it_does_not_know():
         ToDoConfig.from_dict({"factor": {"one": 2}})
 
 
+def test_it_cannot_be_changed_and_can_be_hashed():
+    config = ToDoConfig(factor={1: 4, "finest": 2})
+    assert config.factor == {1: 4, "finest": 2}
+    for change in (
+        lambda factor: factor.__setitem__(1, 0),
+        lambda factor: factor.__delitem__(1),
+        lambda factor: factor.__ior__({1: 0}),
+        lambda factor: factor.update({1: 0}),
+        lambda factor: factor.setdefault(2, 0),
+        lambda factor: factor.pop(1),
+        lambda factor: factor.popitem(),
+        lambda factor: factor.clear(),
+    ):
+        with pytest.raises(TypeError, match="ToDoConfig"):
+            change(config.factor)
+    assert config.factor == {1: 4, "finest": 2}
+
+    same = ToDoConfig(factor={"finest": 2, 1: 4})
+    assert {config, same, copy.deepcopy(config), pickle.loads(pickle.dumps(config))} == {config}
+    assert len({ToDoConfig(), ToDoConfig(factor=2), ToDoConfig(factor={}), config}) == 4
+    assert dataclasses.asdict(config)["factor"] == {1: 4, "finest": 2}
+    assert dataclasses.replace(config, mode="mean").factor == config.factor
+    assert type(config.to_dict()["factor"]) is dict
+    config.to_dict()["factor"][1] = 0
+    assert config.factor == {1: 4, "finest": 2}
+
+
 def test_the_callers_mapping_is_copied():
     levels = {1: 2}
     config = ToDoConfig(factor=levels)

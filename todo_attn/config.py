@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 MODES = ("nearest", "nearest-exact", "mean")
 FINEST = "finest"
@@ -15,6 +15,21 @@ _ALL_TIMESTEPS = (0, 1000)
 
 def _is_int(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
+
+
+class _Factors(dict[int | str, int]):
+    """The factor by level: a dict that stays as it is, and so can be hashed."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("a ToDoConfig cannot be changed, nor its factor: make another")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle and copy would set item by item
+        return type(self), (dict(self),)
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,8 @@ class ToDoConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``json.dumps`` takes; :meth:`from_dict` reads it back, JSON's string keys included."""
-        return asdict(self) | {"timestep_range": list(self.timestep_range)}
+        factor = dict(self.factor) if isinstance(self.factor, dict) else self.factor
+        return asdict(self) | {"factor": factor, "timestep_range": list(self.timestep_range)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ToDoConfig:
@@ -122,14 +138,14 @@ class ToDoConfig:
 
 
 def _checked_factor(factor: object) -> str | int | dict[int | str, int]:
-    """``factor`` itself, or a copy where it is a mapping: later changes to the caller's must not pass unchecked."""
+    """``factor`` itself, or a frozen copy where it is a mapping: no later change may pass unchecked."""
     if isinstance(factor, Mapping):
         for level, value in factor.items():
             if level != FINEST and not (_is_int(level) and level >= 1):
                 raise ValueError(f"factor must map levels, integers of at least 1 or {FINEST!r}, got level {level!r}")
             if not _is_int(value) or value < 1:
                 raise ValueError(f"factor of level {level!r} must be an integer of at least 1, got {value!r}")
-        return dict(factor)
+        return _Factors(factor)
     if isinstance(factor, str) and factor == "auto":
         return factor
     if isinstance(factor, int) and _is_int(factor) and factor >= 1:

@@ -11,7 +11,13 @@ from diffusers import (
     UNet2DModel,
     UNetMotionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    CustomDiffusionAttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import nn
 
@@ -72,18 +78,17 @@ def test_applying_again_replaces(unet, hooks, call, reference):
     assert all(processors(unet)[name] is before[name] for name in before)
 
 
-def test_what_was_there_is_what_comes_back_and_what_dense_calls_run(unet, call):
+def test_what_was_there_is_what_comes_back_and_what_dense_calls_run(unet, call, monkeypatch):
     sliced = SlicedAttnProcessor(1)
     unet.set_attn_processor(sliced)
     calls = []
     forward = SlicedAttnProcessor.__call__
 
-    class Counting(SlicedAttnProcessor):
-        def __call__(self, attn, *args, **kwargs):
-            calls.append(attn)
-            return forward(self, attn, *args, **kwargs)
+    def counting(self, attn, *args, **kwargs):
+        calls.append(attn)
+        return forward(self, attn, *args, **kwargs)
 
-    sliced.__class__ = Counting
+    monkeypatch.setattr(SlicedAttnProcessor, "__call__", counting)
     call(unet)
     dense_calls = len(calls)
     apply_todo(unet, ToDoConfig(factor={1: 2}))
@@ -188,6 +193,52 @@ def test_several_controlnets_alone(make_controlnet, hooks, as_list):
     assert hooks(several) == 0
 
 
+@pytest.mark.parametrize("container", [MultiControlNetModel, nn.ModuleList])
+def test_a_model_that_is_there_twice(make_controlnet, hooks, container):
+    net = make_controlnet()
+    before, several = processors(net), container([net, net])
+    inputs = torch.randn(1, 4, 16, 16), 500, torch.randn(1, 5, 8), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        dense = net(*inputs, return_dict=False)[1]
+        apply_todo(several, ToDoConfig(factor=1))
+        assert torch.equal(net(*inputs, return_dict=False)[1], dense)
+    remove_todo(several)
+    assert hooks(several) == 0
+    assert all(processors(net)[name] is before[name] for name in before)
+
+
+def test_a_pipeline_with_a_controlnet_twice(pipe, make_controlnet, generate, hooks):
+    net = make_controlnet()
+    controlled = StableDiffusionControlNetPipeline(
+        **pipe.components, controlnet=[net, net], requires_safety_checker=False
+    )
+    arguments = {"image": [torch.rand(1, 3, 24, 40)] * 2, "height": 24, "width": 40}
+    before, dense = processors(net), generate(controlled, **arguments)
+    apply_todo(controlled, ToDoConfig(factor=1))
+    assert torch.equal(generate(controlled, **arguments), dense)
+    remove_todo(controlled)
+    assert hooks(controlled.controlnet) == hooks(controlled.unet) == 0
+    assert all(processors(net)[name] is before[name] for name in before)
+
+
+def test_a_model_in_data_parallel(make_unet, call, hooks):
+    """Compiled inside and out, too."""
+    unet = make_unet()
+    apply_todo(unet, ToDoConfig(factor=2))
+    expected = call(unet)
+    for wrap in (
+        nn.DataParallel,
+        lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+        lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+    ):
+        unet = make_unet()
+        wrapped = wrap(unet)
+        apply_todo(wrapped, ToDoConfig(factor=2))
+        assert torch.equal(call(unet), expected)
+        remove_todo(wrapped)
+        assert hooks(unet) == 0
+
+
 def test_a_controlnet_without_self_attention_or_the_level_stays_dense(pipe, unet, hooks):
     class NoAttention(nn.Module):
         pass
@@ -244,7 +295,58 @@ def test_attention_that_only_crosses_is_left_alone(make_unet, call):
     assert not torch.equal(call(unet), dense)
 
 
+def test_fused_projections(make_unet, call):
+    """diffusers keeps to_q, to_k and to_v beside the fused layer, which a coarse grid of keys cannot use."""
+    unet = make_unet()
+    apply_todo(unet, ToDoConfig(factor=2))
+    expected = call(unet)
+    unet = make_unet()
+    with torch.no_grad():
+        unet.fuse_qkv_projections()
+    dense = call(unet)
+    apply_todo(unet, ToDoConfig(factor=2))
+    assert (call(unet) - expected).abs().max() < 1e-5
+    apply_todo(unet, ToDoConfig(factor=1))
+    assert torch.equal(call(unet), dense)
+    remove_todo(unet)
+    assert {type(p) for p in processors(unet).values()} == {FusedAttnProcessor2_0}
+    assert torch.equal(call(unet), dense)
+
+
 # What is refused, with nothing changed
+
+
+class RecordingProcessor(AttnProcessor):
+    """As a user writes one, to look at what the attention does."""
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        CustomDiffusionAttnProcessor2_0(train_kv=True, train_q_out=True, hidden_size=16, cross_attention_dim=None),
+        RecordingProcessor(),
+        lambda attn, hidden_states, **kwargs: hidden_states,
+    ],
+    ids=["CustomDiffusionAttnProcessor2_0", "RecordingProcessor", "function"],
+)
+def test_a_processor_that_does_more_than_attention_is_not_thrown_away(pipe, unet, make_controlnet, hooks, processor):
+    net = make_controlnet()
+    pipe.controlnet = [make_controlnet(1), net]
+    where = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    net.get_submodule(where).set_processor(processor)
+    before, keys = processors(unet), list(net.state_dict())
+    message = rf"pipe_or_model .* {type(processor).__name__} at ControlNetModel\.{where}"
+    with pytest.raises(ValueError, match=message):
+        apply_todo(pipe)
+    assert list(net.state_dict()) == keys
+    assert net.get_submodule(where).processor is processor
+    assert hooks(unet) == hooks(net) == 0
+    assert all(processors(unet)[name] is before[name] for name in before)
+
+
+def test_a_processor_of_another_layer_may_do_anything(unet):
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(RecordingProcessor())
+    apply_todo(unet)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_one_graph_for_several_sizes(make_unet, unet, call, reference, traces):
 def test_a_narrow_timestep_range_has_two_graphs(make_unet, unet, call, traces):
     """The hook on the model runs outside of its graph, so even fullgraph may read the timestep there."""
     eager = make_unet("small")
-    config = ToDoConfig(factor=2, timestep_range=(0, 500))
+    config = ToDoConfig(factor={1: 2, 2: 3}, timestep_range=(0, 500))
     dense = call(eager, SIZE, timestep=torch.tensor(700))
     apply_todo(unet, config)
     apply_todo(eager, config)
@@ -123,15 +123,22 @@ def test_a_narrow_range_inside_a_larger_function_breaks_the_graph(make_unet, une
         call(step, SIZE, timestep=torch.tensor(300))
 
 
-def test_compiled_blocks(make_unet, unet, call):
-    """Regional compilation: the hooks stay eager, and the blocks read the grid that they recorded."""
-    eager = make_unet("small")
-    apply_todo(unet, TODO)
-    apply_todo(eager, TODO)
+@pytest.mark.parametrize(
+    "config",
+    [TODO, ToDoConfig(max_kv_tokens=60), ToDoConfig(factor={1: 3, 2: 2}, timestep_range=(0, 600))],
+    ids=["int", "auto", "levels"],
+)
+def test_compiled_blocks(make_unet, call, traces, config):
+    """Regional compilation: the plan of a call is an argument of the block, so its numbers become dynamic."""
+    unet, eager = make_unet("sd"), make_unet("sd")
+    apply_todo(unet, config)
+    apply_todo(eager, config)
     unet._repeated_blocks = ["BasicTransformerBlock"]
-    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
-    for size in (SIZE, (12, 16)):
-        assert close(call(unet, size), call(eager, size))
+    unet.compile_repeated_blocks(fullgraph=True, backend=traces)
+    for size in [(16, 16), (16, 24), (24, 16), (20, 32), (32, 32)]:
+        for timestep in (500, 700):
+            assert close(call(unet, size, timestep=timestep), call(eager, size, timestep=timestep)), size
+    assert traces.frame_count <= 7
 
 
 def test_the_bare_processor_traced_before_any_call_is_dense_and_says_so(make_unet, unet, call, caplog):

@@ -278,6 +278,18 @@ def test_model_cpu_offload(pipe, generate, reference, hooks, moves, order):
     assert all(pipe.unet.attn_processors[name] is before[name] for name in before)
 
 
+def test_layers_that_move_their_arguments(pipe, generate, reference):
+    """As under sequential offloading, whose hook on every layer rebuilds whatever is passed to it."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    with reference(pipe.unet, (16, 16), FACTORS):
+        expected = generate(pipe)
+    apply_todo(pipe, CONFIG)
+    for module in pipe.unet.modules():
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert close(generate(pipe), expected)
+
+
 def test_a_failed_run_leaves_the_pipeline_usable(pipe, generate):
     dense = generate(pipe)
     apply_todo(pipe, CONFIG)

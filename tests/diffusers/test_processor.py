@@ -79,7 +79,7 @@ def make_attention(**arguments):
 def put_in_model(attn, config, grid=GRID, original=None):
     """What apply_todo leaves on an attn1 whose transformer has been called on ``grid``."""
     transformer = TransformerState(ModelState(config))
-    transformer.grid = grid
+    transformer.plan = transformer.plan_for(grid)
     setattr(attn, ATTRIBUTE, AttentionState(transformer, original))
 
 
@@ -201,6 +201,15 @@ def test_added_keys_and_values_are_bit_equal(only_cross):
     inputs = {"hidden_states": torch.randn(3, DIM, *GRID), "encoder_hidden_states": torch.randn(3, 7, 8)}
     expected = run(attn, AttnAddedKVProcessor2_0(), **inputs)
     assert torch.equal(run(attn, ToDoProcessor(), **inputs), expected)
+
+
+def test_what_an_ip_adapter_gives_is_refused():
+    """set_attn_processor takes the IP-Adapter's processors off attn2, and leaves its image tokens in the call."""
+    attn = make_attention(cross_attention_dim=8)
+    given = (torch.randn(3, 7, 8), [torch.randn(3, 4, 8)])
+    with pytest.raises(ValueError, match=r"^encoder_hidden_states must be .* got tuple.*apply_todo") as error:
+        ToDoProcessor()(attn, **inputs_for({}), encoder_hidden_states=given)
+    assert "IP-Adapter" in str(error.value)
 
 
 def test_dense_calls_run_through_the_processor_that_was_there():

@@ -84,19 +84,24 @@ def test_factor_one_is_bit_equal_to_dense(make_unet, call, kind, size):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(unet, call, reference, dtype):
     size = (12, 10)
+    dense = call(unet, size)
     with reference(unet, size, {1: 2, 2: 2, 4: 2}):
         expected = call(unet, size)
+
+    def close(actual):
+        """Far nearer to ToDo in fp32 than the dense model is."""
+        return (actual.float() - expected).norm() < 0.25 * (dense - expected).norm()
+
     apply_todo(unet, ToDoConfig(factor=2))
     with torch.autocast("cpu", dtype=dtype):
-        autocast = call(unet, size)
-    assert (autocast.float() - expected).abs().max() < 0.1
+        assert close(call(unet, size))
     unet.to(dtype)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         sample, text = torch.randn(2, 4, *size, generator=generator), torch.randn(2, 5, 8, generator=generator)
         half = unet(sample.to(dtype), 500, text.to(dtype)).sample
     assert half.dtype == dtype
-    assert (half.float() - expected).abs().max() < 0.1
+    assert close(half)
 
 
 def _gradients(unet, size):
@@ -121,6 +126,33 @@ def test_gradients_in_training(unet, reference, mode, checkpointing):
     actual = _gradients(unet, size)
     assert actual.keys() == expected.keys()
     assert any("attn1.to_k" in name for name in actual)
+    for name, grad in expected.items():
+        assert (actual[name] - grad).abs().max() < 1e-5 * max(1, grad.abs().max()), name
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [[((8, 18), 500), ((18, 8), 500)], [((8, 18), 500), ((8, 12), 500)], [((8, 8), 300), ((8, 8), 700)]],
+    ids=str,
+)
+def test_checkpointing_recomputes_each_call_as_it_was(make_unet, calls):
+    """Several calls of the model before one backward: other sizes with as many tokens or others, other timesteps."""
+
+    def gradients(unet):
+        generator = torch.Generator().manual_seed(0)
+        loss = torch.zeros(())
+        for size, timestep in calls:
+            sample, text = torch.randn(2, 4, *size, generator=generator), torch.randn(2, 5, 8, generator=generator)
+            loss = loss + unet(sample, timestep, text).sample.square().mean()
+        loss.backward()
+        return {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+
+    plain, checkpointing = make_unet().train(), make_unet().train()
+    checkpointing.enable_gradient_checkpointing()
+    for unet in (plain, checkpointing):
+        apply_todo(unet, ToDoConfig(factor=2, timestep_range=(0, 600)))
+    expected, actual = gradients(plain), gradients(checkpointing)
+    assert actual.keys() == expected.keys()
     for name, grad in expected.items():
         assert (actual[name] - grad).abs().max() < 1e-5 * max(1, grad.abs().max()), name
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    AttnProcessorNPU,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+    XLAFlashAttnProcessor2_0,
+)
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
@@ -12,6 +21,18 @@ from ..config import FINEST, ToDoConfig
 from .levels import self_attentions, transformers_by_level
 from .processor import ToDoProcessor, default_processor
 from .state import ATTRIBUTE, AttentionState, ModelState, TransformerState, detach_all
+
+# What ToDo may take the place of: plain softmax attention by the weights of the layer itself, each in its own way.
+_PLAIN = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    AttnProcessorNPU,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+    XLAFlashAttnProcessor2_0,
+    ToDoProcessor,
+)
 
 
 def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
@@ -22,18 +43,20 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     again it replaces the configuration. Only the processors of attn1 change, so what replaces those itself (attention
     slicing, xFormers, fused projections) takes ToDo off: apply it after.
 
-    A model is not to be called from two threads at once, with or without ToDo: the size of the running call is kept
-    on it.
+    A model is not to be called from two threads at once, with or without ToDo: what the running call does is kept on
+    it.
 
     Args:
         pipe_or_model: a pipeline with a ``unet``, whose ControlNets are covered too, or such a model itself
-            (``UNet2DConditionModel``, ``ControlNetModel``, ``MultiControlNetModel``, ...), compiled or not.
+            (``UNet2DConditionModel``, ``ControlNetModel``, ``MultiControlNetModel``, ...), compiled or not, in
+            ``DistributedDataParallel`` or ``DataParallel`` or not.
         config: what to do; None is ``ToDoConfig()``, at most 4096 keys at every level.
 
     Raises:
         ValueError: ``pipe_or_model`` is neither, or has no self-attention over an image; ``config`` is no
             ``ToDoConfig``, or names a level that the model lacks (a pipeline's UNet: a ControlNet without that level
-            stays dense there). Nothing has been changed then.
+            stays dense there); an attn1 has a processor with weights or a meaning of its own, that is any but
+            diffusers' plain ones. Nothing has been changed then.
     """
     if config is None:
         config = ToDoConfig()
@@ -42,6 +65,8 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     models, controlnets = _models(pipe_or_model)
     for model in models:
         _check_levels(config, model)
+    for model in (*models, *controlnets):
+        _check_processors(model)
 
     remove_todo(pipe_or_model)
     for model in models:
@@ -72,16 +97,17 @@ def remove_todo(pipe_or_model: Any) -> None:
 
 
 def _models(pipe_or_model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The models to act on: those that must have self-attention, and a pipeline's ControlNets, which may."""
+    """The models to act on, each once: those that must have self-attention, and a pipeline's ControlNets, which may."""
     if isinstance(pipe_or_model, nn.Module):
-        return _flatten(pipe_or_model), []
+        return list(dict.fromkeys(_flatten(pipe_or_model))), []
     unet = getattr(pipe_or_model, "unet", None)
     if not isinstance(unet, nn.Module):
         raise ValueError(
             "pipe_or_model must be a diffusers pipeline with a unet, or a model such as UNet2DConditionModel or "
             f"ControlNetModel, got {type(pipe_or_model).__name__}"
         )
-    return _flatten(unet), _flatten(getattr(pipe_or_model, "controlnet", None))
+    models, controlnets = _flatten(unet), _flatten(getattr(pipe_or_model, "controlnet", None))
+    return list(dict.fromkeys(models)), [m for m in dict.fromkeys(controlnets) if m not in models]
 
 
 def _flatten(model: Any) -> list[nn.Module]:
@@ -90,9 +116,28 @@ def _flatten(model: Any) -> list[nn.Module]:
         return [m for part in model for m in _flatten(part)]
     if not isinstance(model, nn.Module):
         return []
-    model = unwrap_module(model)  # out of what torch.compile wraps it in
+    while model is not (inner := _unwrap(model)):
+        model = inner
     nets = getattr(model, "nets", None)  # MultiControlNetModel
     return _flatten(nets) if isinstance(nets, nn.ModuleList) else [model]
+
+
+def _unwrap(model: Any) -> Any:
+    """``model`` out of one wrapper, torch.compile's or a data-parallel one; itself where it has none."""
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return model.module if parallel else unwrap_module(model)
+
+
+def _check_processors(model: nn.Module) -> None:
+    """Other processors, a subclass of a plain one too, may have weights or do more than attention."""
+    attns = {attn1 for _, transformer in transformers_by_level(model) for attn1 in self_attentions(transformer)}
+    for name, module in model.named_modules():
+        if module in attns and type(module.processor) not in _PLAIN:
+            raise ValueError(
+                "pipe_or_model must have diffusers' plain attention processors on its self-attention, got "
+                f"{type(module.processor).__name__} at {type(model).__name__}.{name}: what that does would be lost. "
+                "Set AttnProcessor2_0 there first if it may be"
+            )
 
 
 def _check_levels(config: ToDoConfig, model: nn.Module) -> None:

@@ -15,8 +15,8 @@ def adopt_from_call_stack(attn: nn.Module, tokens: int) -> AttentionState | None
     """Learn the grid of ``attn``, an attn1 without state, from the Transformer2DModel that is calling it.
 
     An attention sees only a row of tokens, and their count does not give the grid: 160 x 90 (16:9) is also 120 x 120.
-    The enclosing ``Transformer2DModel.forward`` has the image's height and width in its frame. From then on a hook on
-    that module records them, so each module is looked up once, and the lookup is never traced.
+    The enclosing ``Transformer2DModel.forward`` has the image's height and width in its frame. From then on hooks on
+    that module measure them, so each module is looked up once, and the lookup is never traced.
 
     Returns:
         The state now attached, or None where ``attn`` is called by something else.
@@ -37,7 +37,7 @@ def adopt_from_call_stack(attn: nn.Module, tokens: int) -> AttentionState | None
         if state is None:
             state = TransformerState(ModelState(ToDoConfig()))
             state.attach(transformer)
-        state.grid = (height, width)
+        state.plan = state.plan_for((height, width))
         for attn1 in blocks:
             if getattr(attn1, ATTRIBUTE, None) is None:
                 setattr(attn1, ATTRIBUTE, AttentionState(state, original=None))

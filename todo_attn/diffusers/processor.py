@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import (
@@ -16,7 +16,7 @@ from diffusers.utils import deprecate
 from .. import ops
 from ..config import ToDoConfig
 from .grid import adopt_from_call_stack
-from .state import ATTRIBUTE, AttentionState, logger
+from .state import ATTRIBUTE, AttentionState, Plan, logger
 
 _DEFAULT_CONFIG = ToDoConfig()
 _DENSE = AttnProcessor2_0()
@@ -29,14 +29,6 @@ def default_processor(attn: Attention) -> Any:
     if attn.added_kv_proj_dim is not None:
         return _DENSE_ADDED_KV
     return _DENSE if attn.scale_qk else _DENSE_UNSCALED
-
-
-class _Plan(NamedTuple):
-    """How a call takes its keys and values: every (fh, fw)-th token of the grid, by ``mode``."""
-
-    grid: tuple[int, int]
-    factor: tuple[int, int]
-    mode: str
 
 
 class ToDoProcessor:
@@ -66,7 +58,17 @@ class ToDoProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """``hidden_states`` (B, N, C) or (B, C, H, W) -> the same shape and dtype. See ``AttnProcessor2_0``."""
+        """``hidden_states`` (B, N, C) or (B, C, H, W) -> the same shape and dtype. See ``AttnProcessor2_0``.
+
+        Raises:
+            ValueError: ``encoder_hidden_states`` is what an IP-Adapter gives, text and image tokens as a tuple.
+        """
+        if isinstance(encoder_hidden_states, tuple):
+            raise ValueError(
+                "encoder_hidden_states must be a tensor or None, got tuple: an IP-Adapter is loaded, and "
+                "set_attn_processor took its own processors off. Load it again and use apply_todo(pipe), which sets "
+                "those of self-attention only"
+            )
         plan = None
         if encoder_hidden_states is None and attention_mask is None:
             plan = self._plan(attn, hidden_states)
@@ -111,22 +113,20 @@ class ToDoProcessor:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
-    def _plan(self, attn: Attention, hidden_states: torch.Tensor) -> _Plan | None:
-        """What to do in a self-attention; None for dense, because of the timestep or because no grid is known."""
+    def _plan(self, attn: Attention, hidden_states: torch.Tensor) -> Plan | None:
+        """What to do in a self-attention; None for dense, because no grid is known."""
         if hidden_states.ndim == 4:  # an image is its own grid
             grid = (hidden_states.shape[2], hidden_states.shape[3])
-            return _Plan(grid, _DEFAULT_CONFIG.factor_for(grid), _DEFAULT_CONFIG.mode)
+            return Plan(grid, _DEFAULT_CONFIG.factor_for(grid), _DEFAULT_CONFIG.mode)
         tokens = hidden_states.shape[1]
         state: AttentionState | None = getattr(attn, ATTRIBUTE, None)
         if state is None and not torch.compiler.is_compiling():
             state = adopt_from_call_stack(attn, tokens)
-        transformer = None if state is None else state.transformer
-        if transformer is None or transformer.grid is None or transformer.grid[0] * transformer.grid[1] != tokens:
+        plan = None if state is None else state.transformer.plan
+        if plan is None or plan.grid[0] * plan.grid[1] != tokens:
             self._warn_no_grid()
             return None
-        if not transformer.model.active:
-            return None
-        return _Plan(transformer.grid, transformer.factor(), transformer.model.config.mode)
+        return plan
 
     @torch.compiler.assume_constant_result  # traced, it runs while tracing
     def _warn_no_grid(self) -> None:

@@ -12,18 +12,34 @@ removed in any order beside both.
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import ToDoConfig
 
+_Args: TypeAlias = tuple[Any, ...]
+_Kwargs: TypeAlias = dict[str, Any]
+
 logger = logging.getLogger("todo_attn")
 
 # Under this name a model has its ModelState, a Transformer2DModel its TransformerState, an attn1 its AttentionState.
+# Under it, too, a plan travels in the cross_attention_kwargs from a Transformer2DModel to the attentions in its blocks.
 ATTRIBUTE = "_todo_attn"
+
+
+class Plan(NamedTuple):
+    """How a self-attention takes its keys and values in one call: every (fh, fw)-th token of the grid, by ``mode``.
+
+    Factor (1, 1) is dense.
+    """
+
+    grid: tuple[int, int]
+    factor: tuple[int, int]
+    mode: str
 
 
 class ModelState:
@@ -51,7 +67,7 @@ class ModelState:
     # torch.compile runs the hooks of the module that it compiles outside of the graph. Disabled, this one is not
     # compiled at all: it may read the timestep, and the model has one graph with ToDo and one without.
     @torch.compiler.disable(reason="ToDo reads the timestep: compile the model itself, not a function that calls it")
-    def _read_timestep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read_timestep(self, model: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         low, high = self.config.timestep_range
         if isinstance(timestep, torch.Tensor):
@@ -59,7 +75,7 @@ class ModelState:
         elif timestep is not None:
             self.active = low <= timestep <= high
 
-    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(self, model: nn.Module, args: _Args, output: Any) -> None:
         self._report_idle()
 
     # Where this is traced it runs while tracing: torch.compile neither breaks the graph at the logger nor guards on
@@ -67,12 +83,12 @@ class ModelState:
     @torch.compiler.assume_constant_result
     def _report_idle(self) -> None:
         """After the first call of the model, say so once if no self-attention had a factor above 1."""
-        seen = [t for t in self._transformers if t.grid is not None]
+        seen = [(t, t.plan.grid) for t in self._transformers if t.plan is not None]
         if not seen:
             return
         self._transformers = []
-        if all(t.factor() == (1, 1) for t in seen):
-            grids = ", ".join(f"{h}x{w}" for h, w in sorted({t.grid for t in seen if t.grid}, reverse=True))
+        if all(t.factor_for(grid) == (1, 1) for t, grid in seen):
+            grids = ", ".join(f"{h}x{w}" for h, w in sorted({grid for _, grid in seen}, reverse=True))
             logger.warning(
                 "%s changes nothing at this size: the factor is 1 on every grid of tokens (%s). "
                 "Lower max_kv_tokens or give a factor to read fewer keys.",
@@ -82,35 +98,56 @@ class ModelState:
 
 
 class TransformerState:
-    """On a Transformer2DModel, and its pre-forward hook: the grid of tokens, as height and width, of its last call.
+    """On a Transformer2DModel, whose hooks give each attn1 in it the ``plan`` of the running call.
 
-    The input is still an image there, so the grid is measured and never computed: it is right for every size, and for
-    whatever rounding the model's downsamplers do.
+    The transformer's input is still an image, so its grid of tokens is measured and never computed: it is right for
+    every size, and for whatever rounding the model's downsamplers do. From there the plan goes through the blocks as
+    an argument, and is taken out where it arrives. Gradient checkpointing recomputes a block with its own arguments,
+    whatever the model was called with since; and a block compiled alone has dynamic numbers among its arguments, where
+    it would compile anew for each that it finds on a module.
     """
 
     def __init__(self, model: ModelState, level: int | None = None, *, finest: bool = False) -> None:
         self.model = model
         self.level = level
         self.finest = finest
-        self.grid: tuple[int, int] | None = None
-        self._handle: RemovableHandle | None = None
+        self.plan: Plan | None = None
+        self._handles: list[RemovableHandle] = []
 
-    def attach(self, transformer: nn.Module) -> None:
+    def attach(self, transformer: Transformer2DModel) -> None:
         setattr(transformer, ATTRIBUTE, self)
-        self._handle = transformer.register_forward_pre_hook(self, with_kwargs=True)
+        blocks: Any = transformer.transformer_blocks
+        self._handles = [
+            transformer.register_forward_pre_hook(self._send_plan, with_kwargs=True),
+            *(
+                attn.register_forward_pre_hook(self._take_plan, with_kwargs=True)
+                for block in blocks
+                for attn in (block.attn1, block.attn2)
+                if attn is not None
+            ),
+        ]
 
     def detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
-    def __call__(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def factor_for(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The factor (fh, fw) on ``grid``, at a timestep where ToDo acts."""
+        return self.model.config.factor_for(grid, self.level, finest=self.finest)
+
+    def plan_for(self, grid: tuple[int, int]) -> Plan:
+        """The plan of the running call on ``grid``."""
+        return Plan(grid, self.factor_for(grid) if self.model.active else (1, 1), self.model.config.mode)
+
+    def _send_plan(self, transformer: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
         image = args[0] if args else kwargs["hidden_states"]
-        self.grid = (image.shape[-2], image.shape[-1])
+        plan = self.plan_for((image.shape[-2], image.shape[-1]))
+        given = kwargs.get("cross_attention_kwargs") or {}
+        return args, {**kwargs, "cross_attention_kwargs": {**given, ATTRIBUTE: plan}}
 
-    def factor(self) -> tuple[int, int]:
-        """The factor (fh, fw) on the current grid, which must be known."""
-        assert self.grid is not None
-        return self.model.config.factor_for(self.grid, self.level, finest=self.finest)
+    def _take_plan(self, attn: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
+        self.plan = kwargs.get(ATTRIBUTE, self.plan)
+        return args, {name: x for name, x in kwargs.items() if name != ATTRIBUTE}
 
 
 class AttentionState(NamedTuple):
@@ -120,7 +157,7 @@ class AttentionState(NamedTuple):
     original: Any | None
 
     def detach(self) -> None:
-        """Nothing to undo: an attn1 carries no hook."""
+        """Nothing to undo: the hook on an attn1 is its transformer's."""
 
 
 def detach_all(model: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +13,12 @@ from .downsample import coarse_tokens
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The backward recomputes scores for as many queries at a time as fit in this many of them.
 _BACKWARD_SCORES = 1 << 24
+
+
+def _as_given(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Within, autocast leaves dtypes alone: the fake kernels promise those of the arguments."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @torch.library.custom_op("todo_attn::downsampled_attention", mutates_args=())
@@ -31,7 +39,8 @@ def _forward(
 
         return attention(query, key, value, (gh, gw), (fh, fw), mode, scale)
     key, value = (coarse_tokens(t, (gh, gw), (fh, fw), mode).transpose(1, 2) for t in (key, value))
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale)
+    with _as_given(query):
+        out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale)
     return out.transpose(1, 2).contiguous()
 
 
@@ -65,14 +74,15 @@ def _backward(
     grad_value = torch.zeros_like(coarse_value, memory_format=torch.contiguous_format)
     batch, tokens, heads, _ = query.shape
     block = max(1, _BACKWARD_SCORES // max(1, batch * heads * coarse_key.shape[2]))
-    for start in range(0, tokens, block):
-        rows = slice(start, start + block)
-        q, g, o = (heads_first(t[:, rows]) for t in (query, grad, out))  # (B, H, block, D)
-        p = (q @ coarse_key.transpose(-1, -2)).mul_(scale).softmax(dim=-1)  # (B, H, block, M)
-        grad_value += p.transpose(-1, -2) @ g
-        grad_scores = (g @ coarse_value.transpose(-1, -2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p).mul_(scale)
-        grad_query[:, rows] = (grad_scores @ coarse_key).transpose(1, 2).to(query.dtype)
-        grad_key += grad_scores.transpose(-1, -2) @ q
+    with _as_given(query):
+        for start in range(0, tokens, block):
+            rows = slice(start, start + block)
+            q, g, o = (heads_first(t[:, rows]) for t in (query, grad, out))  # (B, H, block, D)
+            p = (q @ coarse_key.transpose(-1, -2)).mul_(scale).softmax(dim=-1)  # (B, H, block, M)
+            grad_value += p.transpose(-1, -2) @ g
+            grad_scores = (g @ coarse_value.transpose(-1, -2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+            grad_query[:, rows] = (grad_scores @ coarse_key).transpose(1, 2).to(query.dtype)
+            grad_key += grad_scores.transpose(-1, -2) @ q
     grads = (_refine(g.transpose(1, 2), (gh, gw), (fh, fw), mode).to(key.dtype) for g in (grad_key, grad_value))
     return (grad_query, *(g.clone(memory_format=torch.contiguous_format) for g in grads))  # type: ignore[return-value]
 
@@ -105,8 +115,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
     grid, factor, mode, scale, _ = ctx.arguments
     query, key, value, out = ctx.saved_tensors
-    with torch.autocast(grad.device.type, enabled=False):
-        grads = _backward(grad, query, key, value, out, grid, factor, mode, scale)
+    grads = _backward(grad, query, key, value, out, grid, factor, mode, scale)
     return (*grads, None, None, None, None, None)
 
 
@@ -118,7 +127,9 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def downsampled_attention(
@@ -170,6 +181,4 @@ def downsampled_attention(
     factor = checks.factor(factor, grid)
     mode, scale = checks.mode(mode), checks.scale(scale, query.shape[3])
     backend = backends.choose(backend, query.device, query.dtype, query.shape[3])
-    # What autocast would do to torch's own attention has been done above; inside the op it would do it again.
-    with torch.autocast(query.device.type, enabled=False):
-        return _forward(query, key, value, grid, factor, mode, scale, backend)
+    return _forward(query, key, value, grid, factor, mode, scale, backend)
