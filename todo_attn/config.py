@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-MODES = ("nearest", "nearest-exact", "mean")
+from .modes import MODES
+
 FINEST = "finest"
 # The timesteps a diffusers model is trained on; a range that holds them all needs no look at the timestep.
 _ALL_TIMESTEPS = (0, 1000)

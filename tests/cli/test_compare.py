@@ -1,0 +1,197 @@
+"""The measuring loop: who runs when, on what noise, and what is left behind."""
+
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from todo_attn.compare_settings import SCHEDULERS, CompareSettings, SettingError
+from todo_attn.diffusers import compare as comparing
+from todo_attn.diffusers.compare import compare
+from todo_attn.diffusers.methods import BoundMethod
+from todo_attn.diffusers.pipelines import load_pipeline, sized
+
+
+@pytest.fixture
+def settings(sd_folder) -> CompareSettings:
+    return CompareSettings(
+        model=str(sd_folder), prompts=("a red circle", "a blue star"), seeds=(3, 5), height=64, width=96, steps=3,
+        methods="dense,todo:2,tome",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[str]:
+    """What was put on and taken off, in order."""
+    log: list[str] = []
+    applied = BoundMethod.applied
+
+    @contextmanager
+    def logged(self):
+        log.append(f"+{self.label}")
+        with applied(self):
+            yield
+        log.append(f"-{self.label}")
+
+    monkeypatch.setattr(BoundMethod, "applied", logged)
+    return log
+
+
+def test_methods_take_turns(sd, settings, events):
+    comparison = compare(sd, settings)
+    dense, todo, tome = ("+dense", "-dense"), ("+todo:2", "-todo:2"), ("+tome", "-tome")
+    there, back = (*dense, *todo, *tome), (*tome, *todo, *dense)
+    tried_on = todo
+    assert tuple(events) == (*tried_on, *there, *there, *back, *there, *back)
+    assert Counter(s.label for s in comparison.shots) == {"dense": 4, "todo:2": 4, "tome": 4}
+    pictures = [("a red circle", 3), ("a red circle", 5), ("a blue star", 3), ("a blue star", 5)]
+    assert {(s.picture, s.prompt, s.seed) for s in comparison.shots} == {(i, *p) for i, p in enumerate(pictures)}
+
+
+def test_pictures_are_those_of_the_pipeline(sd, settings):
+    comparison = compare(sd, settings)
+    for shot in comparison.shots:
+        assert shot.pixels.shape == (64, 96, 3) and shot.pixels.dtype == np.uint8
+        assert shot.seconds > 0 and shot.finite and not shot.blacked_out
+        if shot.label == "dense":
+            alone = sd(
+                shot.prompt,
+                height=64,
+                width=96,
+                num_inference_steps=3,
+                generator=torch.Generator().manual_seed(shot.seed),
+            )
+            assert np.array_equal(np.asarray(alone.images[0]), shot.pixels)
+    first = {s.label: s.pixels for s in comparison.shots if s.picture == 0}
+    assert not np.array_equal(first["todo:2"], first["dense"])
+    assert not np.array_equal(first["tome"], first["dense"])
+
+
+def test_factor_1_is_dense_and_runs_repeat(sd, settings):
+    settings = replace(settings, methods="dense,todo:1,tome", seeds=(3,))
+    global_state = torch.get_rng_state()
+    one = compare(sd, settings)
+    assert torch.equal(torch.get_rng_state(), global_state)
+    torch.rand(7)
+    two = compare(sd, settings)
+    pixels = [{(s.label, s.picture): s.pixels for s in c.shots} for c in (one, two)]
+    assert all(np.array_equal(pixels[0][key], pixels[1][key]) for key in pixels[0])
+    assert all(np.array_equal(pixels[0]["todo:1", i], pixels[0]["dense", i]) for i in range(2))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers(sd_folder, scheduler):
+    settings = CompareSettings(
+        model=str(sd_folder),
+        prompts=("a star",),
+        height=64,
+        width=64,
+        steps=4,
+        warmup_steps=1,
+        scheduler=scheduler,
+        device="cpu",
+    )
+    seen: list[comparing.Progress] = []
+    comparison = compare(load_pipeline(settings), settings, seen.append)
+    assert comparison.scheduler == SCHEDULERS[scheduler][0]
+    assert all(s.finite for s in comparison.shots)
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert {p.total for p in seen} == {2 * (1 + 4)}
+    assert seen[-1].done == seen[-1].total
+
+
+def test_warm_up_is_short_first_and_not_counted(sd, settings):
+    seen: list[comparing.Progress] = []
+    settings = replace(settings, warmup_steps=2, prompts=("a star",), seeds=(0,))
+    comparison = compare(sd, settings, seen.append)
+    warm = [f"warm-up: {m}" for m in ("dense", "todo:2", "tome") for _ in range(2)]
+    assert [p.what for p in seen][: len(warm)] == warm
+    assert len(seen) == len(warm) + 3 * 3 and len(comparison.shots) == 3
+
+
+@pytest.mark.parametrize("failing_call", [2, 3, 5, 6])
+def test_leaves_the_pipeline_as_found_when_it_fails(sd, settings, monkeypatch, failing_call):
+    """Calls 1 to 3 are warm-ups; in 2 and 5 ToDo is on, in 3 and 6 ToMe."""
+    classes = [type(m) for m in sd.unet.modules()]
+    processors = dict(sd.unet.attn_processors)
+    decode, calls = sd.vae.decode, []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == failing_call:
+            raise RuntimeError("on purpose")
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(sd.vae, "decode", failing)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        compare(sd, settings)
+    assert [type(m) for m in sd.unet.modules()] == classes
+    assert sd.unet.attn_processors == processors
+    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in sd.unet.modules())
+    assert sd._progress_bar_config == {"disable": True}
+
+
+def test_sdxl_at_twice_its_size(sdxl, sdxl_folder):
+    settings = CompareSettings(
+        model=str(sdxl_folder), prompts=("a star",), steps=1, max_kv_tokens=100, methods="dense,todo,tome"
+    )
+    comparison = compare(sdxl, settings)
+    assert comparison.pipeline == "StableDiffusionXLPipeline"
+    assert (comparison.settings.height, comparison.settings.width) == (256, 256)
+    pixels = [s.pixels for s in comparison.shots]
+    assert pixels[0].shape == (256, 256, 3)
+    assert not any(np.array_equal(pixels[0], other) for other in pixels[1:])
+
+
+def test_not_finite_and_blacked_out_are_seen(sd, settings, monkeypatch):
+    call = type(sd).__call__
+
+    def broken(self, *args: Any, **kwargs: Any) -> Any:
+        output = call(self, *args, **kwargs)
+        output.images[0, 0, 0] = float("nan")
+        return SimpleNamespace(images=output.images, nsfw_content_detected=[True])
+
+    broken.__signature__ = __import__("inspect").signature(call)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(sd), "__call__", broken)
+    comparison = compare(sd, replace(settings, prompts=("a star",), seeds=(0,)))
+    assert all(not s.finite and s.blacked_out for s in comparison.shots)
+
+
+def test_guidance_reaches_the_pipeline(sd, settings):
+    settings = replace(settings, prompts=("a star",), seeds=(0,), methods="dense")
+    pixels = [compare(sd, replace(settings, guidance=g)).shots[0].pixels for g in (None, 7.5, 1.0)]
+    assert np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])
+
+
+class TestSized:
+    """Height and width in pixels from what is given and what the model says."""
+
+    def pipe(self, sample_size: Any, scale: int = 8) -> Any:
+        return SimpleNamespace(
+            unet=SimpleNamespace(config=SimpleNamespace(sample_size=sample_size)), vae_scale_factor=scale
+        )
+
+    @pytest.mark.parametrize(("sample", "size"), [(64, (1024, 1024)), ((64, 96), (1024, 1536)), ([32, 16], (512, 256))])
+    def test_twice_the_normal(self, settings, sample, size):
+        got = sized(replace(settings, height=None, width=None), self.pipe(sample))
+        assert (got.height, got.width) == size
+
+    def test_given_sizes_stay(self, settings):
+        got = sized(replace(settings, height=64, width=None), self.pipe(64))
+        assert (got.height, got.width) == (64, 1024)
+
+    def test_a_coarser_vae_asks_for_more(self, settings):
+        assert sized(settings, self.pipe(64, scale=32)).width == 96
+        with pytest.raises(SettingError, match=r"height must be a multiple of 32 .*got 72"):
+            sized(replace(settings, height=72), self.pipe(64, scale=32))
+
+    def test_a_model_without_a_size(self, settings):
+        with pytest.raises(SettingError, match="width must be given"):
+            sized(replace(settings, width=None), self.pipe(None))
+        assert sized(settings, self.pipe(None)).height == 64

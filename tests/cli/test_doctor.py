@@ -1,0 +1,104 @@
+"""The doctor says what is there, runs it, and is not fooled by an op that is wrong."""
+
+import importlib
+import json
+import logging
+import sys
+
+import pytest
+import torch
+
+from todo_attn import doctor, ops
+from todo_attn.ops import backends
+
+ATTENTION, DOWNSAMPLE = "downsampled_attention", "downsample_tokens"
+
+
+def test_a_sound_install(run):
+    ran = run("doctor")
+    assert ran.code == 0, ran.out + ran.err
+    for word in ("torch", "triton", "diffusers", "CUDA", ATTENTION, DOWNSAMPLE, "works"):
+        assert word in ran.out
+    assert "broken" not in ran.out
+
+
+def test_json(run):
+    ran = run("doctor", "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["ok"] and found["problems"] == []
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["diffusers"] == {"installed": True, "why_not": None, "problem": None}
+    rows = {(r["op"], r["device"], r["dtype"]): r for r in found["ops"]}
+    assert {
+        (op, "cpu", dtype) for op in (ATTENTION, DOWNSAMPLE) for dtype in ("float32", "float16", "bfloat16")
+    } <= set(rows)
+    for row in rows.values():
+        assert row["backend"] in [c["backend"] for c in row["checks"]]
+        assert all(c["max_error"] < 0.05 and c["problem"] is None for c in row["checks"])
+
+
+def test_backends_are_those_of_the_ops(monkeypatch):
+    monkeypatch.setattr(backends, "why_not_triton", lambda device, dtype, head_dim: f"a reason for {dtype}")
+    for row in doctor.examine()["ops"]:
+        assert (row["backend"], [c["backend"] for c in row["checks"]]) == ("torch", ["torch"])
+        reason = f"a reason for torch.{row['dtype']}" if row["op"] == ATTENTION else None
+        assert row["why_not_triton"] == reason
+
+
+@pytest.mark.parametrize("op", [ATTENTION, DOWNSAMPLE])
+@pytest.mark.parametrize("how", ["wrong", "nan", "raising"])
+def test_a_broken_op(run, monkeypatch, op, how):
+    right = getattr(ops, op)
+
+    def broken(x, *args, **kwargs):
+        if how == "raising":
+            raise RuntimeError("no kernel\nimage")
+        return right(x, *args, **kwargs) + (float("nan") if how == "nan" else 0.1)
+
+    monkeypatch.setattr(ops, op, broken)
+    ran = run("doctor")
+    assert ran.code == 1
+    assert f"broken {op} on cpu in float32 by torch" in ran.out
+    assert ("no kernel image" in ran.out) == (how == "raising")
+    found = json.loads(run("doctor", "--json").out)
+    assert not found["ok"] and len(found["problems"]) >= 3
+
+
+def test_without_diffusers(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    ran = run("doctor")
+    assert ran.code == 0, ran.out
+    assert "diffusers is not installed: pip install 'todo_attn[diffusers]'" in ran.out
+
+
+def test_without_triton(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    ran = run("doctor")
+    assert ran.code == 0, ran.out
+    assert "Triton is not installed" in ran.out
+
+
+def test_a_processor_that_does_not_import(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "todo_attn.diffusers", None)
+    ran = run("doctor")
+    assert ran.code == 1
+    assert "broken ToDo in diffusers: ModuleNotFoundError" in ran.out
+
+
+@pytest.mark.parametrize("name", ["apply_todo", "remove_todo"])
+def test_a_processor_that_does_nothing(monkeypatch, name):
+    monkeypatch.setattr(importlib.import_module("todo_attn.diffusers"), name, lambda *args: None)
+    assert doctor.examine()["problems"][0].startswith("ToDo in diffusers: ")
+
+
+def test_leaves_the_loggers_and_the_generator_alone():
+    logger, state = logging.getLogger("todo_attn"), torch.get_rng_state()
+    assert doctor.examine()["ok"]
+    assert not logger.disabled
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_gpu_that_is_not_there_is_explained():
+    cuda = doctor.examine()["cuda"]
+    assert (cuda["why_not"] is None) == torch.cuda.is_available() == bool(cuda["gpus"])

@@ -1,0 +1,133 @@
+"""The numbers of a report, from shots of known times and pixels."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from todo_attn.compare_output import write_output
+from todo_attn.compare_report import build_report, spread
+from todo_attn.compare_settings import CompareSettings
+from todo_attn.diffusers.compare import Comparison, Shot
+from todo_attn.diffusers.methods import BoundMethod
+from todo_attn.metrics import psnr, ssim
+
+
+def shot(label: str, picture: int, seconds: float, value: int, **given) -> Shot:
+    pixels = np.random.default_rng(picture).integers(0, 200, (32, 48, 3), dtype=np.uint8) + np.uint8(value)
+    plain = {"peak_bytes": None, "finite": True, "blacked_out": False}
+    return Shot(label, picture, f"prompt {picture}", 10 + picture, pixels, seconds, **(plain | given))
+
+
+@pytest.fixture
+def comparison(sd_folder) -> Comparison:
+    """Dense takes 4, 8 and 6 s; ToDo 2, 3 and 4, its first picture like dense's; ToMe is not there."""
+    settings = CompareSettings(
+        model=str(sd_folder),
+        prompts=("prompt 0", "prompt 1", "prompt 2"),
+        height=32,
+        width=48,
+        methods="dense,todo:2,tome",
+    )
+    methods = [
+        BoundMethod("dense"),
+        BoundMethod("todo:2", {"factor": 2}),
+        BoundMethod("tome", {"ratio": 0.5}, unavailable="tomesd is not installed"),
+    ]
+    shots = [
+        shot("dense", 0, 4.0, 0),
+        shot("todo:2", 0, 2.0, 0),
+        shot("todo:2", 1, 3.0, 5),
+        shot("dense", 1, 8.0, 0),
+        shot("dense", 2, 6.0, 0),
+        shot("todo:2", 2, 4.0, 20),
+    ]
+    names = "StableDiffusionPipeline", "DDIMScheduler"
+    return Comparison(settings, *names, torch.device("cpu"), torch.float32, methods, shots)
+
+
+def rows(comparison: Comparison) -> dict:
+    return {m["method"]: m for m in build_report(comparison)["methods"]}
+
+
+def test_seconds_and_speedup(comparison):
+    dense, todo = rows(comparison)["dense"], rows(comparison)["todo:2"]
+    assert (dense["seconds"]["median"], dense["speedup"]) == (6.0, 1.0)
+    assert todo["seconds"] == {"median": 3.0, "min": 2.0, "q1": 2.5, "q3": 3.5, "max": 4.0, "count": 3}
+    assert todo["speedup"] == 2.0
+    assert [i["speedup"] for i in todo["images"]] == [2.0, 8 / 3, 1.5]
+
+
+def test_quality_is_against_dense_of_the_same_picture(comparison):
+    todo = rows(comparison)["todo:2"]
+    pixels = {(s.label, s.picture): s.pixels for s in comparison.shots}
+    pairs = [(pixels["dense", i], pixels["todo:2", i]) for i in range(3)]
+    assert [i["psnr"] for i in todo["images"]] == [None, *(pytest.approx(psnr(*p)) for p in pairs[1:])]
+    assert [i["ssim"] for i in todo["images"]] == [pytest.approx(ssim(*p)) for p in pairs]
+    assert [i["same_as_dense"] for i in todo["images"]] == [True, False, False]
+    assert todo["psnr"] == pytest.approx((psnr(*pairs[1]) + psnr(*pairs[2])) / 2)
+    assert todo["ssim"] == pytest.approx(sum(ssim(*p) for p in pairs) / 3)
+    dense = rows(comparison)["dense"]
+    assert (dense["psnr"], dense["ssim"]) == (None, None)
+
+
+def test_a_method_that_is_missing_has_a_row(comparison):
+    report = build_report(comparison)
+    tome = report["methods"][2]
+    assert tome["unavailable"] == "tomesd is not installed"
+    assert (tome["seconds"], tome["speedup"], tome["psnr"], tome["images"]) == (None, None, None, [])
+    assert any("tome was left out: tomesd is not installed" in note for note in report["notes"])
+
+
+def test_broken_pictures_have_no_quality_and_a_note(comparison):
+    shots = [replace(s, finite=not (s.label == "dense" and s.picture == 1)) for s in comparison.shots]
+    report = build_report(replace(comparison, shots=shots))
+    images = report["methods"][1]["images"]
+    assert [i["ssim"] is None for i in images] == [False, True, False]
+    assert any("NaN" in note and "dense" in note for note in report["notes"])
+    shots = [replace(s, blacked_out=True) for s in comparison.shots]
+    assert any("safety checker" in n for n in build_report(replace(comparison, shots=shots))["notes"])
+
+
+def test_memory_is_the_peak_of_all_pictures(comparison):
+    shots = [replace(s, peak_bytes=1000 * s.picture + (s.label == "dense")) for s in comparison.shots]
+    methods = build_report(replace(comparison, shots=shots))["methods"]
+    assert [m["peak_memory_bytes"] for m in methods] == [2001, 2000, None]
+    assert [m["peak_memory_bytes"] for m in build_report(comparison)["methods"]] == [None] * 3
+
+
+def test_settings_versions_and_machine(comparison):
+    report = build_report(comparison)
+    settings = report["settings"]
+    assert settings["model"] == comparison.settings.model
+    assert (settings["height"], settings["width"], settings["steps"]) == (32, 48, 30)
+    assert (settings["pipeline"], settings["scheduler"]) == ("StableDiffusionPipeline", "DDIMScheduler")
+    assert (settings["device"], settings["dtype"]) == ("cpu", "float32")
+    assert report["versions"]["torch"] == torch.__version__
+    assert {"python", "todo_attn", "triton", "diffusers", "tomesd"} <= report["versions"].keys()
+    assert report["machine"]["cpu_threads"] == torch.get_num_threads()
+    assert report["machine"]["device"]
+
+
+def test_what_is_written(comparison, tmp_path):
+    report = build_report(comparison)
+    folder = tmp_path / "new" / "folder"
+    write_output(comparison, report, folder)
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert sheet.width > 3 * 48 and sheet.height > 3 * 32
+    files = {i["file"] for m in report["methods"] for i in m["images"]}
+    assert len(files) == 6
+    assert {str(p.relative_to(folder)) for p in (folder / "images").iterdir()} == files
+    for s in comparison.shots:
+        image = next(i for i in rows(comparison)[s.label]["images"] if i["picture"] == s.picture)
+        with Image.open(folder / image["file"]) as written:
+            assert np.array_equal(np.asarray(written), s.pixels)
+    write_output(comparison, report, folder)
+
+
+def test_spread_of_one():
+    assert spread([2.5]) == {"median": 2.5, "min": 2.5, "q1": 2.5, "q3": 2.5, "max": 2.5, "count": 1}

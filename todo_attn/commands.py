@@ -1,0 +1,225 @@
+"""The commands of ``todo-attn``: arguments in, tables or JSON out; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .compare_settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings, SettingError
+from .modes import MODES
+from .printing import compare_table, print_examination
+
+if TYPE_CHECKING:
+    from .diffusers import compare as comparing
+
+app = typer.Typer(
+    name="todo-attn",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Stable Diffusion at high resolution, faster: ToDo token downsampling for diffusers.",
+)
+
+# Options that are not called like the setting they give.
+_OPTIONS = {"model": "MODEL", "prompts": "--prompt", "seeds": "--seed"}
+
+
+class UserError(Exception):
+    """What the user should read instead of a traceback, and the exit code."""
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+_COMPARE_HELP = """Make the same pictures by each method, taking turns; write them, a contact sheet and report.json.
+
+**Examples**
+
+- the pipeline that comes with the package, at twice its normal size:
+  `todo-attn compare`
+- your model, three seeds, at 2048 x 1536:
+  `todo-attn compare ./my-model --prompt "a lighthouse at dusk" --seed 0 --seed 1 --seed 2 --width 2048 --height 1536`
+- two strengths of ToDo beside ToMe, to read quality at equal speed:
+  `todo-attn compare --methods dense,todo:2,todo:4,tome:0.5,tome:0.75`
+- the numbers for a script: `todo-attn compare --json > report.json`
+"""
+
+
+@app.command("compare", help=_COMPARE_HELP)
+def compare_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder saved by diffusers, or a Hub id.", show_default="the shipped pipeline"),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; give it again for more.", show_default="two")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="A picture per prompt and seed.", show_default="0")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="twice the model's normal")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="twice the model's normal")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the scheduler.", show_default=f"{SHIPPED_STEPS} for the shipped pipeline, else {OTHER_STEPS}"
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is without.", show_default="the pipeline's own")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.", show_default="the pipeline's own")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
+    ] = "auto",
+    methods: Annotated[
+        str, typer.Option(help="With commas between: dense, todo, todo:FACTOR, tome, tome:RATIO.")
+    ] = "dense,todo",
+    factor: Annotated[
+        str,
+        typer.Option(help="ToDo: auto, paper, an integer, or LEVEL=FACTOR pairs with + between, such as 1=4+2=2."),
+    ] = "auto",
+    max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto leaves.")] = 4096,
+    mode: Annotated[str, typer.Option(help=f"ToDo: how keys are taken, {', '.join(MODES)}.")] = "nearest",
+    tome_ratio: Annotated[float, typer.Option(help="ToMe: the share of tokens merged, at most 0.75.")] = 0.5,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of each method's one uncounted pass.")] = 2,
+    variant: Annotated[str | None, typer.Option(help="Of the weights' files, such as fp16.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("compare"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report on stdout, all else on stderr.")] = False,
+) -> None:
+    try:
+        settings = CompareSettings(
+            model=model,
+            prompts=tuple(prompt or ()),
+            seeds=tuple(seed or (0,)),
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            device=device,
+            dtype=dtype,
+            methods=methods,
+            factor=factor,
+            max_kv_tokens=max_kv_tokens,
+            mode=mode,
+            tome_ratio=tome_ratio,
+            warmup_steps=warmup_steps,
+            variant=variant,
+        )
+        _check_writable(out)
+        _compare(settings, out, as_json)
+    except SettingError as error:
+        option = _OPTIONS.get(error.name, f"--{error.name.replace('_', '-')}")
+        raise UserError(f"{option} {error.problem}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError("out of memory: a smaller --height and --width, or --dtype float16, may fit", 1) from error
+
+
+def _compare(settings: CompareSettings, out: Path, as_json: bool) -> None:
+    """Load, compare, write and show."""
+    notes = Console(stderr=True)
+    # A download draws bars of its own.
+    with notes.status("loading the pipeline") if Path(settings.source).exists() else nullcontext():
+        _hush_loading()
+        from .compare_output import IMAGES, REPORT, SHEET, write_output
+        from .compare_report import build_report
+        from .diffusers.compare import compare
+        from .diffusers.pipelines import load_pipeline
+
+        pipe = load_pipeline(settings)
+    with _bar(notes) as watch:
+        comparison = compare(pipe, settings, watch)
+    with notes.status("writing"):
+        report = build_report(comparison)
+        try:
+            write_output(comparison, report, out)
+        except OSError as error:
+            raise UserError(f"--out cannot be written: {error}", 1) from error
+    console = notes if as_json else Console()
+    console.print(compare_table(report))
+    for note in report["notes"]:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    for line in (f"side by side  {out / SHEET}", f"one by one    {out / IMAGES}", f"the numbers   {out / REPORT}"):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if as_json:
+        print(json.dumps(report, indent=2, allow_nan=False))
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[comparing.Progress], None]]:
+    """A progress bar on ``console``, and what moves it; where that is no terminal, a line at each beginning."""
+    said = ""
+    if not console.is_terminal:
+
+        def say(progress: comparing.Progress) -> None:
+            nonlocal said
+            if progress.what != said:
+                said = progress.what
+                console.print(said, highlight=False)
+
+        yield say
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def watch(progress: comparing.Progress) -> None:
+            bar.update(task, completed=progress.done, total=progress.total, description=progress.what)
+
+        yield watch
+
+
+def _hush_loading() -> None:
+    """Without the libraries' own bars and advice on loading, unless asked for by their environment variables."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a folder that cannot be made or written, without leaving anything behind."""
+    nearest = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"--out must be a folder that can be written, got {str(out)!r}: {error.strerror}") from error
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Say what is installed, run each op against its oracle, and exit with 1 if something is broken.
+
+    What is not installed (a GPU, Triton, diffusers) is said and is no error: the rest works without it.
+
+    **Example:** `todo-attn doctor`
+    """
+    from .doctor import examine
+
+    with Console(stderr=True).status("examining"):
+        examination = examine()
+    if as_json:
+        print(json.dumps(examination, indent=2, allow_nan=False))
+    else:
+        print_examination(examination, Console())
+    if not examination["ok"]:
+        raise typer.Exit(1)

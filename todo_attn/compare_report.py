@@ -1,0 +1,130 @@
+"""A comparison as numbers: seconds with their spread, speed-up, PSNR, SSIM and memory, as plain data."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .metrics import psnr, ssim
+from .versions import device_name, machine, versions
+
+if TYPE_CHECKING:
+    from .diffusers.compare import Comparison, Shot
+    from .diffusers.methods import BoundMethod
+
+_ABOUT = (
+    "seconds: from prompt to pixels, text encoder and VAE included; the warm-up passes are not counted.",
+    "speedup: dense's median seconds over the method's.",
+    "psnr (dB) and ssim: the 8-bit picture against dense's of the same prompt and seed; psnr is null where they are "
+    "equal, and such pictures are not in its mean.",
+    "peak_memory_bytes: the most that torch held on a CUDA device, weights included; null elsewhere, where a process's "
+    "high-water mark cannot be told apart by method.",
+)
+
+
+def file_name(shot: Shot) -> str:
+    """The name of the picture's file."""
+    return f"{shot.picture + 1:02d}-seed{shot.seed}-{shot.label.replace(':', '-').replace('=', '_')}.png"
+
+
+def build_report(comparison: Comparison) -> dict[str, Any]:
+    """Everything that is worth keeping of ``comparison`` but the pixels, ready for ``json.dumps``.
+
+    Keys: ``settings``, ``versions``, ``machine``, ``methods`` (in the order asked for, each with its ``images``),
+    ``notes``, what went otherwise than asked for, and ``about``, what the numbers are.
+    """
+    dense = {s.picture: s for s in comparison.shots if s.label == "dense"}
+    dense_median = statistics.median(s.seconds for s in dense.values())
+    methods = [
+        _method_report(method, [s for s in comparison.shots if s.label == method.label], dense, dense_median)
+        for method in comparison.methods
+    ]
+    device = comparison.device
+    dtype = str(comparison.dtype).removeprefix("torch.")
+    return {
+        "settings": comparison.settings.to_dict()
+        | {
+            "model": comparison.settings.model or "todo_attn/tiny_sd",
+            "pipeline": comparison.pipeline,
+            "scheduler": comparison.scheduler,
+            "device": str(device),
+            "dtype": dtype,
+        },
+        "versions": versions(),
+        "machine": {"device": device_name(device), **machine()},
+        "methods": methods,
+        "notes": _notes(comparison),
+        "about": list(_ABOUT),
+    }
+
+
+def _method_report(
+    method: BoundMethod, shots: list[Shot], dense: dict[int, Shot], dense_median: float
+) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "method": method.label,
+        "options": method.options,
+        "unavailable": method.unavailable,
+        "seconds": None,
+        "speedup": None,
+        "psnr": None,
+        "ssim": None,
+        "peak_memory_bytes": None,
+        "images": [],
+    }
+    if not shots:
+        return report
+    images = sorted((_image_report(s, dense[s.picture]) for s in shots), key=lambda i: i["picture"])
+    seconds = [s.seconds for s in shots]
+    differing = [i["psnr"] for i in images if i["psnr"] is not None]
+    similarities = [i["ssim"] for i in images if i["ssim"] is not None]
+    return report | {
+        "seconds": spread(seconds),
+        "speedup": dense_median / statistics.median(seconds),
+        "psnr": statistics.fmean(differing) if differing else None,
+        "ssim": statistics.fmean(similarities) if similarities else None,
+        "peak_memory_bytes": max((s.peak_bytes for s in shots if s.peak_bytes is not None), default=None),
+        "images": images,
+    }
+
+
+def _image_report(shot: Shot, dense: Shot) -> dict[str, Any]:
+    comparable = shot.label != "dense" and shot.finite and dense.finite
+    decibels = psnr(dense.pixels, shot.pixels) if comparable else None
+    return {
+        "file": f"images/{file_name(shot)}",
+        "picture": shot.picture,
+        "prompt": shot.prompt,
+        "seed": shot.seed,
+        "seconds": shot.seconds,
+        "speedup": dense.seconds / shot.seconds,
+        "psnr": None if decibels is None or math.isinf(decibels) else decibels,
+        "ssim": ssim(dense.pixels, shot.pixels) if comparable else None,
+        "same_as_dense": comparable and bool(np.array_equal(dense.pixels, shot.pixels)),
+        "finite": shot.finite,
+        "peak_memory_bytes": shot.peak_bytes,
+    }
+
+
+def spread(seconds: list[float]) -> dict[str, float | int]:
+    """Median, quartiles, ends and count of at least one time."""
+    q1, median, q3 = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+    return {"median": median, "min": min(seconds), "q1": q1, "q3": q3, "max": max(seconds), "count": len(seconds)}
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    notes = []
+    for method in comparison.methods:
+        if method.unavailable is not None:
+            notes.append(f"{method.label} was left out: {method.unavailable}.")
+    broken = sorted({s.label for s in comparison.shots if not s.finite})
+    if broken:
+        notes.append(
+            f"NaN or infinity in pictures by {', '.join(broken)}: they have no psnr and ssim. Another dtype may help."
+        )
+    if any(s.blacked_out for s in comparison.shots):
+        notes.append("The model's safety checker blacked out pictures: their psnr and ssim say nothing.")
+    return notes

@@ -1,0 +1,293 @@
+"""What a comparison is asked to do, as validated plain data: all that can be refused before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import FINEST, ToDoConfig
+
+METHODS = ("dense", "todo", "tome")
+MAX_TOME_RATIO = 0.75  # tomesd keeps one token of each 2 x 2
+SIZE_MULTIPLE = 8  # what diffusers' own pipelines ask for, whatever their VAE
+MIN_SIZE = 16  # SSIM's window is 11 pixels wide
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Short name: diffusers' class and what its configuration gets on top of the pipeline's own.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+_HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # owner/name
+
+SHIPPED_PROMPTS = (
+    "a red circle on a blue background",
+    "a green star and a yellow square on a striped purple background",
+)
+OTHER_PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "an old lighthouse on a rocky coast, oil painting",
+)
+SHIPPED_STEPS, OTHER_STEPS = 10, 30
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used: ``name`` is the setting, and the message starts with it."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name} {problem}")
+        self.name, self.problem = name, problem
+
+
+def shipped_pipeline() -> Path:
+    """The folder of the small pipeline that comes with the package."""
+    return Path(__file__).parent / "tiny_sd"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make the picture: "dense", "todo" or "tome", and its variant (a factor or a ratio), as written."""
+
+    kind: str
+    variant: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.kind if self.variant is None else f"{self.kind}:{self.variant}"
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """The settings of one comparison; each argument is the option of ``todo-attn compare`` with the same name.
+
+    Args:
+        model: a folder in diffusers' format or a Hub id; None is the shipped pipeline.
+        prompts: the captions; none at all takes two that suit the model.
+        seeds: one picture per prompt and seed, the starting noise drawn on the CPU.
+        height, width: in pixels; None is twice the model's normal size.
+        steps: of the scheduler; None is 10 for the shipped pipeline and 30 for others.
+        guidance: the guidance scale; None is the pipeline's own.
+        scheduler: a name in ``SCHEDULERS``; None is the pipeline's own.
+        device: "auto" (CUDA where there is one, else the CPU) or a torch device.
+        dtype: "auto" (float16 on CUDA, else float32), or a name in ``DTYPES``, or fp32, fp16, bf16.
+        methods: names with commas between, among them "dense"; "todo:FACTOR" and "tome:RATIO" are variants.
+        factor, max_kv_tokens, mode: of :class:`~todo_attn.ToDoConfig`, for "todo"; see :func:`parse_factor`.
+        tome_ratio: the share of tokens that "tome" merges, above 0 and at most 0.75.
+        warmup_steps: steps of the one uncounted pass of each method.
+        variant: of the weights' files, such as "fp16".
+
+    Raises:
+        SettingError: (a ``ValueError``) the first argument that does not fit, what it must be and what it was.
+    """
+
+    model: str | None = None
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    methods: str = "dense,todo"
+    factor: str = "auto"
+    max_kv_tokens: int = 4096
+    mode: str = "nearest"
+    tome_ratio: float = 0.5
+    warmup_steps: int = 2
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        def fill(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        _check_model(self.source)
+        for name in ("height", "width"):
+            check_size(name, getattr(self, name), SIZE_MULTIPLE)
+        fill("prompts", tuple(self.prompts) or (OTHER_PROMPTS if self.model else SHIPPED_PROMPTS))
+        if not all(isinstance(p, str) and p.strip() for p in self.prompts):
+            raise SettingError("prompts", "must not be empty")
+        if not self.seeds or not all(0 <= s < 2**63 for s in self.seeds):
+            raise SettingError("seeds", f"must be integers from 0 to 2^63 - 1, got {list(self.seeds)}")
+        fill("steps", (OTHER_STEPS if self.model else SHIPPED_STEPS) if self.steps is None else self.steps)
+        for name in ("steps", "warmup_steps"):
+            if getattr(self, name) < 1:
+                raise SettingError(name, f"must be at least 1, got {getattr(self, name)}")
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise SettingError("guidance", f"must be a number of at least 0, got {self.guidance}")
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise SettingError("scheduler", f"must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
+        fill("device", _resolved_device(self.device))
+        fill("dtype", _resolved_dtype(self.dtype, self.device))
+        _check_tome_ratio("tome_ratio", self.tome_ratio)
+        self.todo_config(None, self.height or MIN_SIZE, self.width or MIN_SIZE)
+        self.parsed_methods()
+
+    @property
+    def source(self) -> str:
+        """The folder or Hub id to load."""
+        return str(shipped_pipeline()) if self.model is None else self.model
+
+    def parsed_methods(self) -> list[Method]:
+        """The methods in order.
+
+        Raises:
+            SettingError: an unknown or repeated method, a bad variant, or no "dense".
+        """
+        methods: list[Method] = []
+        for text in self.methods.split(","):
+            kind, colon, variant = text.strip().partition(":")
+            if kind not in METHODS or (kind == "dense" and colon):
+                known = "dense, todo, todo:FACTOR, tome, tome:RATIO"
+                raise SettingError("methods", f"must be some of {known}, with commas between, got {text.strip()!r}")
+            method = Method(kind, variant if colon else None)
+            if method in methods:
+                raise SettingError("methods", f"must name each method once, got {method.label!r} twice")
+            if kind == "todo":
+                self.todo_config(method.variant, MIN_SIZE, MIN_SIZE)
+            if kind == "tome" and colon:
+                self.tome_ratio_of(method)
+            methods.append(method)
+        if Method("dense") not in methods:
+            raise SettingError("methods", f"must have 'dense', which the others are held against, got {self.methods!r}")
+        return methods
+
+    def todo_config(self, variant: str | None, height: int, width: int) -> ToDoConfig:
+        """The configuration of "todo" (``variant`` None) or "todo:variant", at a picture size in pixels."""
+        try:
+            factor = parse_factor(self.factor if variant is None else variant, height, width)
+        except ValueError as error:
+            problem = str(error).removeprefix("factor ")
+            if variant is None:
+                raise SettingError("factor", problem) from None
+            raise SettingError("methods", f"has a factor in 'todo:{variant}' that {problem}") from None
+        try:
+            return ToDoConfig(factor=factor, max_kv_tokens=self.max_kv_tokens, mode=self.mode)
+        except ValueError as error:
+            name, _, problem = str(error).partition(" ")
+            raise SettingError(name, problem) from None
+
+    def tome_ratio_of(self, method: Method) -> float:
+        """The ratio of "tome" or "tome:RATIO"."""
+        if method.variant is None:
+            return self.tome_ratio
+        try:
+            ratio = float(method.variant)
+        except ValueError:
+            ratio = math.nan
+        _check_tome_ratio("methods", ratio, f"has a ratio in {method.label!r} that ")
+        return ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        return asdict(self) | {"prompts": list(self.prompts), "seeds": list(self.seeds)}
+
+
+def parse_factor(text: str, height: int, width: int) -> str | int | dict[int | str, int]:
+    """ToDoConfig's factor from how it is written on the command line.
+
+    "auto"; "paper" (the published factor for ``height`` x ``width`` pixels); an integer for every level; or pairs
+    LEVEL=FACTOR with "+" between, such as "1=4+2=2" or "finest=2".
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text == "auto":
+        return "auto"
+    if text == "paper":
+        return ToDoConfig.paper(height, width).factor
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    levels: dict[int | str, int] = {}
+    for pair in text.split("+"):
+        level, _, factor = pair.partition("=")
+        known = level == FINEST or (level.isdecimal() and int(level) >= 1)
+        if not (known and factor.isdecimal() and int(factor) >= 1):
+            raise ValueError(
+                "factor must be auto, paper, an integer of at least 1, or LEVEL=FACTOR pairs with + between "
+                f"such as 1=4+2=2, got {text!r}"
+            )
+        key: int | str = level if level == FINEST else int(level)
+        if key in levels:
+            raise ValueError(f"factor must be pairs with each level once, got {level} twice in {text!r}")
+        levels[key] = int(factor)
+    return levels
+
+
+def _check_model(source: str) -> None:
+    """Refuse a folder that is none or holds no pipeline with a UNet; leave what may be a Hub id to the loader."""
+    shipped = source == str(shipped_pipeline())
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        if shipped:
+            raise SettingError("model", f"must be given: the shipped pipeline is not in {source}")
+        # "examples/x" may be either; it is a path where there is a folder "examples".
+        if not _HUB_ID.match(source) or folder.parent.is_dir():
+            raise SettingError("model", f"must be a folder or a Hub id, owner/name, and there is no folder {source!r}")
+        return
+    index = folder / "model_index.json"
+    if not index.is_file():
+        what = "the shipped pipeline's folder" if shipped else repr(source)
+        raise SettingError("model", f"must be a folder saved by diffusers, and {what} has no model_index.json")
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError("model", f"must be a readable folder saved by diffusers: {index}: {error}") from None
+    if not isinstance(parts, dict) or "unet" not in parts:
+        raise SettingError("model", f"must be a pipeline with a UNet, and {str(index)!r} names none")
+
+
+def check_size(name: str, size: int | None, multiple: int) -> None:
+    """Refuse a height or width, in pixels, that is given and does not fit."""
+    if size is not None and (size < MIN_SIZE or size % multiple):
+        raise SettingError(name, f"must be a multiple of {multiple} and at least {MIN_SIZE}, got {size}")
+
+
+def _check_tome_ratio(name: str, ratio: float, prefix: str = "") -> None:
+    if not 0 < ratio <= MAX_TOME_RATIO:
+        raise SettingError(name, f"{prefix}must be above 0 and at most {MAX_TOME_RATIO}, got {ratio}")
+
+
+def _resolved_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise SettingError("device", f"must be auto, cpu, cuda, cuda:N or mps, got {device!r}") from None
+    if parsed.type == "cpu":
+        return "cpu"
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (parsed.index or 0) < count:
+            return device
+        raise SettingError("device", f"must be one that torch sees, which has {count} CUDA devices, got {device!r}")
+    if parsed.type == "mps" and torch.backends.mps.is_available():
+        return device
+    raise SettingError("device", f"must be auto, cpu, cuda, cuda:N or mps, and present, got {device!r}")
+
+
+def _resolved_dtype(dtype: str, device: str) -> str:
+    if dtype == "auto":
+        return "float16" if device.startswith("cuda") else "float32"
+    name = _DTYPE_NAMES.get(dtype, dtype)
+    if name not in DTYPES:
+        known = ", ".join(("auto", *DTYPES, *_DTYPE_NAMES))
+        raise SettingError("dtype", f"must be one of {known}, got {dtype!r}")
+    return name

@@ -1,0 +1,210 @@
+"""What can run here and what not, and why; found by running each op against its oracle."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import ops, reference
+from .ops import backends
+from .versions import device_name, machine, versions
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Largest error taken for right, with outputs of about 1: some roundings of the dtype.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_GRID, _FACTOR, _HEADS, _HEAD_DIM = (12, 10), 2, 2, 40
+
+
+def examine() -> dict[str, Any]:
+    """Everything ``todo-attn doctor`` shows, as plain data.
+
+    Returns:
+        ``ok``, whether what is installed works; ``problems``, one line for each thing that does not; ``versions``;
+        ``machine``; ``cuda``; ``ops``, a row per op, device and dtype; ``diffusers``, whether ToDo works in it. What
+        is not installed is no problem: rows say so.
+    """
+    rows = [row for device in _devices() for row in _op_rows(device)]
+    diffusers = _check_diffusers()
+    problems = [
+        f"{row['op']} on {row['device']} in {row['dtype']} by {check['backend']}: {check['problem']}"
+        for row in rows
+        for check in row["checks"]
+        if check["problem"]
+    ]
+    if diffusers["problem"]:
+        problems.append(f"ToDo in diffusers: {diffusers['problem']}")
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "versions": versions(),
+        "machine": machine(),
+        "cuda": _cuda(),
+        "ops": rows,
+        "diffusers": diffusers,
+    }
+
+
+def _devices() -> list[torch.device]:
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append(torch.device("mps"))
+    return devices
+
+
+def _cuda() -> dict[str, Any]:
+    """torch's CUDA build, the driver, the GPUs; ``why_not`` says why torch has none, or is None."""
+    gpus = []
+    why_not = None
+    if torch.cuda.is_available():
+        for device in (d for d in _devices() if d.type == "cuda"):
+            major, minor = torch.cuda.get_device_capability(device)
+            memory = torch.cuda.get_device_properties(device).total_memory
+            gpus.append({"name": device_name(device), "capability": f"{major}.{minor}", "memory_bytes": memory})
+    elif torch.version.cuda is None:
+        why_not = "this torch is built without CUDA"
+    else:
+        why_not = "torch has CUDA but sees no GPU that it can use"
+    return {"torch_cuda": torch.version.cuda, "driver": _driver(), "gpus": gpus, "why_not": why_not}
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version by nvidia-smi; None where there is none to ask."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(answer.stdout.split()), None)
+
+
+def _op_rows(device: torch.device) -> list[dict[str, Any]]:
+    """One row per op and dtype: the backend that "auto" takes, why not Triton, and a check of each that can run."""
+    rows = []
+    for dtype in _DTYPES:
+        where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        why_not = backends.why_not_triton(device, dtype, _HEAD_DIM)
+        chosen = backends.choose("auto", device, dtype, _HEAD_DIM)
+        checks = [
+            _check(name, dtype, partial(_attention_error, device, dtype, name))
+            for name in (["torch"] if why_not else ["torch", "triton"])
+        ]
+        if why_not is None and chosen == "torch":
+            why_not = "only by backend='triton', torch being faster or exacter"
+        rows.append(
+            {"op": "downsampled_attention", **where, "backend": chosen, "why_not_triton": why_not, "checks": checks}
+        )
+        checks = [_check("torch", dtype, partial(_downsample_error, device, dtype))]
+        rows.append({"op": "downsample_tokens", **where, "backend": "torch", "why_not_triton": None, "checks": checks})
+    return rows
+
+
+def _check(backend: str, dtype: torch.dtype, error_of: Callable[[], float]) -> dict[str, Any]:
+    """Run one op; ``problem`` is None where it is right."""
+    try:
+        error = error_of()
+    except Exception as raised:  # of any kind: a doctor names what it finds and goes on
+        return {"backend": backend, "max_error": None, "problem": _one_line(raised)}
+    right = error <= _TOLERANCE[dtype]  # not so for NaN
+    problem = None if right else f"wrong by {error:.3g}, where {_TOLERANCE[dtype]:.3g} would be rounding"
+    return {"backend": backend, "max_error": error if error == error else None, "problem": problem}
+
+
+def _tokens(dtype: torch.dtype, count: int) -> list[torch.Tensor]:
+    """On the CPU, where the oracle runs: some devices have no float64."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, _GRID[0] * _GRID[1], _HEADS, _HEAD_DIM)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
+
+
+def _attention_error(device: torch.device, dtype: torch.dtype, backend: str) -> float:
+    tokens = _tokens(dtype, 3)
+    query, key, value = (t.to(device) for t in tokens)
+    out = ops.downsampled_attention(query, key, value, _GRID, _FACTOR, backend=backend)
+    query, key, value = (t.double() for t in tokens)
+    right = reference.downsampled_attention(query, key, value, _GRID, _FACTOR)
+    return (out.cpu().double() - right).abs().max().item()
+
+
+def _downsample_error(device: torch.device, dtype: torch.dtype) -> float:
+    x = _tokens(dtype, 1)[0].flatten(2)
+    errors = []
+    for mode in ("nearest", "nearest-exact", "mean"):
+        out = ops.downsample_tokens(x.to(device), _GRID, _FACTOR, mode=mode).cpu()
+        right = reference.downsample_tokens(x.double(), _GRID, _FACTOR, mode=mode)
+        errors.append((out.double() - right).abs().max())
+    return torch.stack(errors).max().item()  # NaN if any is
+
+
+def _check_diffusers() -> dict[str, Any]:
+    """Whether diffusers is there and ToDo works in it: ``installed``, ``why_not``, ``problem``."""
+    if importlib.util.find_spec("diffusers") is None:
+        why_not = "diffusers is not installed: pip install 'todo_attn[diffusers]'"
+        return {"installed": False, "why_not": why_not, "problem": None}
+    try:
+        problem = _try_processor()
+    except Exception as raised:  # as in _check
+        problem = _one_line(raised)
+    return {"installed": True, "why_not": None, "problem": problem}
+
+
+def _try_processor() -> str | None:
+    """Put ToDo on a tiny UNet and take it off again; what is wrong, or None."""
+    from diffusers import UNet2DConditionModel
+
+    from . import ToDoConfig, apply_todo, remove_todo
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _silent():
+        torch.manual_seed(0)
+        unet: Any = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=8,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+        inputs = torch.randn(1, 4, 8, 12), 10, torch.randn(1, 3, 8)
+        before = unet(*inputs).sample
+        apply_todo(unet, ToDoConfig(factor=1))
+        same = unet(*inputs).sample
+        apply_todo(unet, ToDoConfig(factor=2))
+        coarser = unet(*inputs).sample
+        remove_todo(unet)
+        after = unet(*inputs).sample
+    if not torch.allclose(same, before, atol=1e-5):
+        return "factor 1 does not give what the model gives without ToDo"
+    if torch.equal(coarser, before) or not coarser.isfinite().all():
+        return "factor 2 changes nothing or gives numbers that are not finite"
+    if not torch.equal(after, before):
+        return "remove_todo does not give the model back as it was"
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the package's warnings: factor 1 is asked for on purpose."""
+    logger = logging.getLogger("todo_attn")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -1,0 +1,56 @@
+"""How far one picture is from another: PSNR and SSIM by scikit-image."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+
+def _check(reference: np.ndarray, image: np.ndarray) -> None:
+    for name, x in (("reference", reference), ("image", image)):
+        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
+            raise ValueError(f"{name} must be uint8 of shape (height, width, 3), got {x.dtype} of shape {x.shape}")
+    if reference.shape != image.shape:
+        raise ValueError(f"image must have the shape of reference, {reference.shape}, got {image.shape}")
+
+
+def psnr(reference: np.ndarray, image: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels and channels; infinite for equal pictures.
+
+    Args:
+        reference, image: (height, width, 3) uint8.
+
+    Raises:
+        ValueError: another dtype or shape, or two shapes.
+    """
+    _check(reference, image)
+    if np.array_equal(reference, image):
+        return math.inf
+    return float(peak_signal_noise_ratio(reference, image, data_range=255))
+
+
+def ssim(reference: np.ndarray, image: np.ndarray) -> float:
+    """Structural similarity, at most 1, which equal pictures have.
+
+    As Wang et al. (2004) define it: a Gaussian window of standard deviation 1.5, per channel, averaged.
+
+    Args:
+        reference, image: (height, width, 3) uint8, at least 11 pixels a side.
+
+    Raises:
+        ValueError: another dtype or shape, two shapes, or a side below 11 pixels.
+    """
+    _check(reference, image)
+    return float(
+        structural_similarity(
+            reference,
+            image,
+            data_range=255,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
