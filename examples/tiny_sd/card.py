@@ -1,0 +1,108 @@
+"""Pictures for the model card, made as a user would make them (run from the repository's root):
+
+python -m examples.tiny_sd.card samples    # samples.png: a labelled grid at the normal size
+python -m examples.tiny_sd.card large      # samples_large.png: twice the size, and 5:3
+python -m examples.tiny_sd.card loss       # loss.png, from train_log.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import torch
+import typer
+from diffusers import StableDiffusionPipeline
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+PROMPTS = (
+    "a red circle and a blue square on a yellow background",
+    "a green star on a striped blue background",
+    "a large purple heart on a white background",
+    "a small white ring on a black background",
+    "a yellow triangle above a red diamond on a green background",
+    "a dotted orange square on a blue to pink gradient background",
+    "a large striped green circle on a checkered pink background",
+    "a black cross next to a white star on an orange background",
+    "a blue diamond on a white and red checkered background",
+    "a pink heart and a yellow star on a purple background",
+    "a large red star on a dotted green background",
+    "a white triangle on a black and purple striped background",
+)
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
+
+
+def generate(prompts, seed, steps, guidance, height=None, width=None):
+    """One picture a prompt, with the seconds it took."""
+    pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for i, prompt in enumerate(prompts):
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed + i)
+        image = pipe(prompt, height, width, steps, guidance_scale=guidance, generator=generator).images[0]
+        print(f"{time.perf_counter() - started:6.1f} s  {image.size}  {prompt}")
+        yield image
+
+
+def grid(pictures, titles, columns, path, side=2.6, dpi=100):
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, (side + 0.35) * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, picture, title in zip(axes.flat, pictures, titles, strict=False):
+        ax.imshow(picture)
+        half = title.rfind(" ", 0, len(title) // 2 + 6)
+        ax.set_title(f"{title[:half]}\n{title[half + 1 :]}", fontsize=7.5)
+    figure.tight_layout()
+    figure.savefig(path, dpi=dpi, pil_kwargs={"optimize": True})
+    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
+
+
+@app.command()
+def samples(
+    out: Path = HERE / "samples.png", count: int = 12, seed: int = 0, steps: int = 30, guidance: float = 4.0,
+    size: int = 0,
+):  # fmt: skip
+    """A grid of prompts at the normal size."""
+    prompts = PROMPTS[:count]
+    side = size or None
+    grid(list(generate(prompts, seed, steps, guidance, side, side)), prompts, 4, out)
+
+
+@app.command()
+def large(out: Path = HERE / "samples_large.png", seed: int = 0, steps: int = 30, guidance: float = 4.0):
+    """Twice the normal size, and a wide one."""
+    pictures = [*generate(PROMPTS[1:2], seed, steps, guidance, 1024, 1024)]
+    pictures += generate(PROMPTS[:1], seed, steps, guidance, 768, 1280)
+    titles = [f"{PROMPTS[1]} - 1024 x 1024", f"{PROMPTS[0]} - 1280 x 768"]
+    grid(pictures, titles, 2, out, side=4.2)
+
+
+@app.command()
+def loss(out: Path = HERE / "loss.png", log: Path = HERE / "train_log.jsonl"):
+    """The loss curves of every stage."""
+    stages = defaultdict(list)
+    for line in log.read_text().splitlines():
+        record = json.loads(line)
+        stages[record["stage"]].append(record)
+    figure, axes = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 2.6), squeeze=False)
+    for ax, (name, records) in zip(axes[0], stages.items(), strict=True):
+        key = "picture" if "picture" in records[0] else "loss"
+        steps, values = [r["step"] for r in records], [r[key] for r in records]
+        smooth = [sum(values[max(0, i - 9) : i + 1]) / len(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
+        ax.plot(steps, values, linewidth=0.6, alpha=0.4)
+        ax.plot(steps, smooth, linewidth=1.4)
+        ax.set(title=name, xlabel="step", ylabel=key, yscale="log")
+        ax.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(out, dpi=100)
+
+
+if __name__ == "__main__":
+    app()
