@@ -151,13 +151,19 @@ def decoder(
     stage.run(loss_of_step)
 
 
+def start_weights(model, checkpoint, key, part):
+    """``model`` as its stage left it in checkpoints/; in a fresh checkout, where there is none, as it is shipped."""
+    if (path := CHECKPOINTS / checkpoint).exists():
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["models"][key])
+    elif (folder := HERE / "pipeline" / part).exists():
+        model.load_state_dict(type(model).from_pretrained(folder).float().state_dict())
+    return model
+
+
 def load_vae(device="cpu"):
     """The autoencoder, trained as far as it is."""
     torch.manual_seed(0)
-    vae = build_vae()
-    if (path := CHECKPOINTS / "decoder.pt").exists():
-        vae.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["models"]["vae"])
-    return vae.to(device).eval()
+    return start_weights(build_vae(), "decoder.pt", "vae", "vae").to(device).eval()
 
 
 def tokenize(tokenizer, captions):
@@ -233,19 +239,23 @@ class Pool:
 @app.command()
 def diffusion(
     steps: int = 4000, lr: float = 6e-4, decay: int = 800, minutes: float = 0.0, device: str = "cpu",
-    dtype: str = "bfloat16", seed: int = 0, ema_decay: float = 0.999, dropout: float = 0.1,
+    dtype: str = "bfloat16", seed: int = 0, ema_decay: float = 0.999, dropout: float = 0.1, shipped: bool = False,
 ):  # fmt: skip
-    """Train the UNet and the text encoder: v-prediction, min-SNR weights, mixed sizes, moving average."""
+    """Train the UNet and the text encoder: v-prediction, min-SNR weights, mixed sizes, moving average.
+
+    With ``--shipped`` and no checkpoint the UNet starts from the weights in pipeline/ and not from nothing.
+    """
     vae = load_vae(device).requires_grad_(False).to(memory_format=torch.channels_last)
     tokenizer = write_tokenizer(CHECKPOINTS / "tokenizer")
     scheduler = build_scheduler()
 
     def build():
-        encoder = build_text_encoder(tokenizer)
-        start = torch.load(CHECKPOINTS / "text.pt", map_location="cpu", weights_only=True)["models"]["text_encoder"]
-        encoder.load_state_dict(start)
+        encoder = start_weights(build_text_encoder(tokenizer), "text.pt", "text_encoder", "text_encoder")
         torch.manual_seed(seed)
-        return torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": encoder}).to(device)
+        unet = build_unet()
+        if shipped:
+            unet = start_weights(unet, "none", "unet", "unet")
+        return torch.nn.ModuleDict({"unet": unet, "text_encoder": encoder}).to(device)
 
     model, average = build(), build().requires_grad_(False)
     model["unet"].to(memory_format=torch.channels_last)
