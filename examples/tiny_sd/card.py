@@ -16,6 +16,7 @@ import matplotlib
 import torch
 import typer
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,7 +61,8 @@ def grid(pictures, titles, columns, path, side=2.6, dpi=100):
         half = title.rfind(" ", 0, len(title) // 2 + 6)
         ax.set_title(f"{title[:half]}\n{title[half + 1 :]}", fontsize=7.5)
     figure.tight_layout()
-    figure.savefig(path, dpi=dpi, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=dpi)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 
