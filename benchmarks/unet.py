@@ -252,6 +252,9 @@ def main(
     }
     check_choices(where, sizes, **known)
     cases = plan(where, sizes, max_kv_tokens or [], factor or [])
+    case: dict[str, Any] = {"model": model, "dtype": dtype}
+    if cpu:
+        case["keeps_freed_memory"] = machine.keep_freed_memory()
 
     typer.echo(f"{model}, {dtype}, batch {batch}: drawing the weights", err=True)
     unet = models.build(model, where, DTYPES[dtype])
@@ -260,7 +263,7 @@ def main(
     path = out or RESULTS / f"unet-{machine.slug(where)}.jsonl"
     rows = []
     for at, todos in cases:
-        new = rows_at(at, unet, todos, chosen, batch, often, {"model": model, "dtype": dtype}, compile)
+        new = rows_at(at, unet, todos, chosen, batch, often, case, compile)
         harness.append(path, new)
         rows += new
         typer.echo(harness.table(new), err=True)
