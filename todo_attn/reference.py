@@ -6,6 +6,8 @@ It shares no code with the ops: the coarse grid is taken by ``torch.nn.functiona
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -54,3 +56,90 @@ def downsampled_attention(
     )
     scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * scale
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(dim=-1), value)
+
+
+def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``x`` (B, N, C), ``index`` (B, K) -> ``x[b, index[b, k]]`` (B, K, C)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index.long()]
+
+
+def scatter_tokens(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """A copy of ``x`` (B, N, C) with ``source`` (B, K, C) in the places ``index`` (B, K), unique in each row."""
+    out = x.clone()
+    out[torch.arange(x.shape[0], device=x.device)[:, None], index.long()] = source
+    return out
+
+
+def scatter_tokens_(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> None:
+    """:func:`scatter_tokens` into ``x`` itself."""
+    x.copy_(scatter_tokens(x, index, source))
+
+
+def recover_tokens(y: torch.Tensor, source: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """``y`` (B, K, C), ``source`` (B, N) -> ``y[b, source[b, n]]`` (+ ``residual``) (B, N, C)."""
+    out = gather_tokens(y, source)
+    return out if residual is None else out + residual
+
+
+def select_base_tokens(score: torch.Tensor, grid: tuple[int, int], patch: tuple[int, int] = (2, 2)) -> torch.Tensor:
+    """``score`` (B, N) -> (B, Nb) int64: the first of the highest in each whole patch; NaN is highest."""
+    (height, width), (ph, pw) = grid, patch
+    bases = []
+    for scores in score.tolist():
+        for top in range(0, height - ph + 1, ph):
+            for left in range(0, width - pw + 1, pw):
+                inside = [(top + dy) * width + left + dx for dy in range(ph) for dx in range(pw)]
+                bases.append(max(inside, key=lambda i: (math.isnan(scores[i]), scores[i])))
+    patches = (height // ph) * (width // pw)
+    return torch.tensor(bases, dtype=torch.int64, device=score.device).view(score.shape[0], patches)
+
+
+def match_tokens(
+    x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of ``x[key_index]`` for each of ``x[query_index]`` by cosine, all Q x K x C products in memory.
+
+    ``x`` (B, N, C), ``query_index`` (B, Q), ``key_index`` (B, K) -> position (B, Q) int64, similarity (B, Q) float32.
+    Element by element, so that equal tokens have equal similarities. DaTo, section 3.2.
+    """
+    length = x.norm(dim=-1, keepdim=True)
+    unit = torch.where(length > 0, x / torch.where(length > 0, length, 1), 0)
+    batch = torch.arange(x.shape[0], device=x.device)[:, None]
+    query, key = unit[batch, query_index.long()], unit[batch, key_index.long()]
+    similarity, position = (query[:, :, None] * key[:, None]).sum(-1).max(dim=-1)
+    return position, similarity.float()
+
+
+def plan_pruning(
+    x: torch.Tensor,
+    score: torch.Tensor,
+    grid: tuple[int, int],
+    ratio: float,
+    patch: tuple[int, int] = (2, 2),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DaTo's choice (section 3.2), token by token in plain Python.
+
+    ``x`` (B, N, C), ``score`` (B, N) -> kept (B, K) ascending token indices, source (B, N) positions into ``kept``.
+    """
+    (height, width), (ph, pw) = grid, patch
+    all_kept, all_source = [], []
+    for tokens, scores in zip(x, score.tolist(), strict=True):
+        number = torch.arange(len(tokens), device=x.device)[None]
+        bases = []
+        for top in range(0, height - ph + 1, ph):
+            for left in range(0, width - pw + 1, pw):
+                inside = [(top + dy) * width + left + dx for dy in range(ph) for dx in range(pw)]
+                bases.append(max(inside, key=lambda i: scores[i]))  # of ties the first
+        others = [i for i in range(len(tokens)) if i not in bases]
+        similarity: list[float] = []
+        if bases and others:
+            similarity = match_tokens(tokens[None], number[:, others], number[:, bases])[1][0].tolist()
+        order = sorted(zip(others, similarity, strict=False), key=lambda pair: -pair[1])  # stable
+        gone = [i for i, _ in order[: int(ratio * len(tokens))]]
+        kept = [i for i in range(len(tokens)) if i not in gone]
+        source = {i: position for position, i in enumerate(kept)}
+        for i in gone:
+            source[i] = int(match_tokens(tokens[None], number[:, [i]], number[:, kept])[0])
+        all_kept.append(kept)
+        all_source.append([source[i] for i in range(len(tokens))])
+    return torch.tensor(all_kept, device=x.device), torch.tensor(all_source, device=x.device)

@@ -8,6 +8,9 @@ import torch
 
 from ..modes import MODES
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
 
 def tensor(name: str, x: object, dims: str, dtypes: Sequence[torch.dtype]) -> torch.Tensor:
     """``x`` must be a strided tensor with one of ``dtypes`` and as many dimensions as ``dims`` ("B, N, C") has."""
@@ -21,12 +24,45 @@ def tensor(name: str, x: object, dims: str, dtypes: Sequence[torch.dtype]) -> to
     return x
 
 
+def same_device(name: str, x: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """``x`` must be on the device of ``like``."""
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {x.device}")
+
+
 def same(name: str, x: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
     """``x`` must share the dtype and the device of ``like``."""
     if x.dtype != like.dtype:
         raise ValueError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {x.dtype}")
-    if x.device != like.device:
-        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {x.device}")
+    same_device(name, x, like_name, like)
+
+
+def tokens(name: str, x: object) -> torch.Tensor:
+    """``x`` must be a (B, N, C) tensor of a float dtype."""
+    return tensor(name, x, "B, N, C", FLOATS)
+
+
+def index(name: str, value: object, dims: str, like_name: str, like: torch.Tensor) -> torch.Tensor:
+    """``value`` must be an int32 or int64 (B, ...) tensor on the device of ``like`` and with its batch."""
+    value = tensor(name, value, dims, INDICES)
+    same_device(name, value, like_name, like)
+    if value.shape[0] != like.shape[0]:
+        raise ValueError(f"{name} must have the batch of {like_name}, {like.shape[0]}, got shape {tuple(value.shape)}")
+    return value
+
+
+def shape(name: str, x: torch.Tensor, expected: tuple[int, ...], why: str) -> None:
+    """``x`` must have the ``expected`` shape, which is that of ``why``."""
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected}, {why}, got {tuple(x.shape)}")
+
+
+def writable(name: str, x: torch.Tensor) -> None:
+    """No two elements of ``x`` may share memory along an expanded dimension."""
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{name} must not be expanded, as it is written to, got strides {x.stride()} for {tuple(x.shape)}"
+        )
 
 
 def _is_int(x: object) -> bool:
@@ -58,6 +94,16 @@ def factor(value: object, grid: tuple[int, int]) -> tuple[int, int]:
     if fh > grid[0] or fw > grid[1]:
         raise ValueError(f"factor must not exceed the grid {grid}, got {value!r}")
     return fh, fw
+
+
+def patch(value: object) -> tuple[int, int]:
+    """``value`` must be (height, width) of at least 1 each; it may exceed a grid, which then has no whole patch."""
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_int, value))):
+        raise ValueError(f"patch must be a pair of integers (height, width), got {value!r}")
+    height, width = value
+    if height < 1 or width < 1:
+        raise ValueError(f"patch must be at least (1, 1), got {(height, width)}")
+    return height, width
 
 
 def mode(value: object) -> str:
