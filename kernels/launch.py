@@ -80,3 +80,15 @@ def settings(capability: tuple[int, int], head_dim: int, half: bool) -> Settings
     architecture = _ARCHITECTURE.get(capability[0] * 10 + capability[1], "default")
     columns = tiles(head_dim).k_columns
     return next(row for limit, row in (_HALF[architecture] if half else _FP32) if columns <= limit)
+
+
+# Queries and keys per tile of the match kernel. Both operands stream through shared memory in pieces of 128 bytes of
+# channels, so any channel count fits. First fp16 and bf16, then fp32 (exact products, operands in registers).
+_MATCH_HALF = {"hopper": Settings(128, 128, 8, 4), "default": Settings(128, 64, 8, 3)}
+_MATCH_FP32 = Settings(32, 32, 4, 2)
+
+
+def match_settings(capability: tuple[int, int], half: bool) -> Settings:
+    """The match kernel's settings for compute capability (major, minor)."""
+    architecture = _ARCHITECTURE.get(capability[0] * 10 + capability[1], "default")
+    return _MATCH_HALF[architecture] if half else _MATCH_FP32

@@ -16,13 +16,16 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """None where the Triton attention can run on such tensors, else the reason, as half a sentence."""
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+    """None where the Triton kernels can run on such tensors, else the reason, as half a sentence.
+
+    ``head_dim`` is that of an attention; None for a kernel that takes any number of channels.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if dtype not in _TRITON_DTYPES:
         return f"dtype {dtype} is not one of fp16, bf16, fp32"
-    if head_dim % 8 or not 8 <= head_dim <= 256:
+    if head_dim is not None and (head_dim % 8 or not 8 <= head_dim <= 256):
         return f"head_dim {head_dim} is not a multiple of 8 from 8 to 256"
     if device.type == "cpu" and _interpreting():
         # Triton's interpreter computes bf16 dot products wrongly (seen with 3.9).
@@ -37,8 +40,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return None
 
 
-def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """ "triton" or "torch" for ``backend``.
+def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
+    """ "triton" or "torch" for ``backend``; ``head_dim`` as in :func:`why_not_triton`.
 
     "auto" takes Triton for fp16 and bf16 on a GPU that can run it: in fp32 its exact products do not use the tensor
     cores, and under the interpreter it is slow.

@@ -1,0 +1,188 @@
+"""The most similar key of each query by cosine, in one pass over the keys: no scores in memory.
+
+``rows_kernel`` copies the rows that an index names into contiguous ones, each multiplied by a power of two that takes
+its largest element near 1 (exact, and squares stay within fp32; fp16 needs none), and writes the reciprocals of their
+lengths. So the hot loop of ``match_kernel`` is that of a plain matrix product: products of the raw fp16 or bf16 values
+are exact in fp32, only their sum rounds, and lengths are divided out of the fp32 scores.
+
+Every score is computed by the same instructions in the same order, whatever its place in a tile. Equal keys therefore
+have equal scores, and ties go to the lowest position, inside a tile and across tiles. Rows past the last key repeat it:
+they tie with it and lose, so the loop needs no mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import COMPILER, Settings, match_settings
+
+OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}
+
+
+@triton.jit
+def rows_kernel(
+    x,  # (B, N, C), any strides
+    index,  # (B, count) int32 or int64, any strides
+    packed,  # (B*rows, COLUMNS)
+    reciprocal,  # (B*rows,) fp32: 1 / length of the packed row, 0 for a row of zeros
+    stride_xb,
+    stride_xn,
+    stride_xc,
+    stride_ib,
+    stride_ik,
+    tokens,
+    count,
+    rows,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RESCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    blocks = tl.cdiv(rows, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, BLOCK_COLUMNS)[None, :].to(tl.int64)
+    entry = tl.minimum(row, count - 1).to(tl.int64)
+    token = tl.load(index + b * stride_ib + entry * stride_ik).to(tl.int64)[:, None]
+    inside = (token >= 0) & (token < tokens) & (channel < CHANNELS)
+    value = tl.load(x + b * stride_xb + token * stride_xn + channel * stride_xc, mask=inside, other=0.0).to(tl.float32)
+    if RESCALE:
+        # The exponent bits of the largest element, turned round: bits of the power of two that takes it to 1.
+        largest = tl.max(tl.abs(value), 1).to(tl.int32, bitcast=True) & 0x7F800000
+        largest = tl.minimum(tl.maximum(largest, 1 << 23), 253 << 23)
+        value = value * ((254 << 23) - largest).to(tl.float32, bitcast=True)[:, None]
+    square = tl.sum(value * value, 1)
+    one = tl.full([BLOCK], 1.0, tl.float32)
+    length = tl.where(square > 0, tl.sqrt_rn(square), one)
+    live = row < rows
+    out_row = b * rows + row
+    tl.store(reciprocal + out_row, tl.where(square > 0, tl.div_rn(one, length), square), mask=live)
+    tl.store(
+        packed + out_row[:, None] * COLUMNS + channel,
+        value.to(packed.dtype.element_ty),
+        mask=live[:, None] & (channel < COLUMNS),
+    )
+
+
+@triton.jit
+def match_kernel(
+    query,  # (B*query_rows, COLUMNS)
+    key,  # (B*key_rows, COLUMNS)
+    query_reciprocal,  # (B*query_rows,) fp32
+    key_reciprocal,  # (B*key_rows,) fp32
+    position,  # (B, Q) int64, contiguous
+    similarity,  # (B, Q) fp32, contiguous
+    queries,
+    keys,
+    query_rows,
+    key_rows,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks = query_rows // BLOCK_M
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_C)
+    query += (b * query_rows + row)[:, None] * COLUMNS + offs_c[None, :]
+    key += (b * key_rows + offs_n)[None, :] * COLUMNS + offs_c[:, None]
+    key_reciprocal += b * key_rows + offs_n
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    best_at = tl.zeros([BLOCK_M], tl.int32)
+    for start in range(0, key_rows, BLOCK_N):
+        score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for c in range(0, COLUMNS, BLOCK_C):
+            score = tl.dot(tl.load(query + c), tl.load(key + c), score, input_precision="ieee")
+        score = score * tl.load(key_reciprocal + start)[None, :]
+        high, at = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
+        higher = high > best
+        best = tl.where(higher, high, best)
+        best_at = tl.where(higher, start + at, best_at)
+        key += BLOCK_N * COLUMNS
+
+    best = best * tl.load(query_reciprocal + b * query_rows + row)
+    out = b * queries + row
+    # Where a NaN won the place may be that of a repeated key.
+    tl.store(position + out, tl.minimum(best_at, keys - 1).to(tl.int64), mask=row < queries)
+    tl.store(similarity + out, best, mask=row < queries)
+
+
+def columns(channels: int, half: bool) -> tuple[int, int]:
+    """The length of a packed row and of the pieces it is multiplied in: 128 bytes, or less where there is not so much.
+
+    Zeros fill the last piece, so the hot loop needs no mask.
+    """
+    piece = min(64 if half else 32, max(16, triton.next_power_of_2(channels)))
+    return triton.cdiv(channels, piece) * piece, piece
+
+
+def rows_constants(channels: int, half: bool, rescale: bool) -> dict[str, int | bool]:
+    """The compile-time arguments of :func:`rows_kernel`."""
+    length, _ = columns(channels, half)
+    width = triton.next_power_of_2(length)
+    return {
+        "CHANNELS": channels,
+        "COLUMNS": length,
+        "RESCALE": rescale,
+        "BLOCK": max(1, 2048 // width),  # 16 elements a thread
+        "BLOCK_COLUMNS": width,
+    }
+
+
+def match_constants(channels: int, half: bool, run: Settings) -> dict[str, int]:
+    """The compile-time arguments of :func:`match_kernel`."""
+    length, piece = columns(channels, half)
+    return {"COLUMNS": length, "BLOCK_M": run.block_m, "BLOCK_N": run.block_n, "BLOCK_C": piece}
+
+
+def _pack(x: torch.Tensor, index: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The rows of ``x`` that ``index`` names, the reciprocals of their lengths, and how many rows a sample has."""
+    batch, count = index.shape
+    rows = triton.cdiv(count, block) * block
+    constants = rows_constants(x.shape[2], half=x.dtype != torch.float32, rescale=x.dtype != torch.float16)
+    packed = x.new_empty((batch * rows, constants["COLUMNS"]))
+    reciprocal = x.new_empty((batch * rows,), dtype=torch.float32)
+    rows_kernel[(triton.cdiv(rows, constants["BLOCK"]) * batch,)](
+        x, index, packed, reciprocal, *x.stride(), *index.stride(), x.shape[1], count, rows, **constants, **OPTIONS
+    )
+    return packed, reciprocal, rows
+
+
+def match(x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernels: (B, N, C), (B, Q), (B, K) -> position (B, Q) int64, similarity (B, Q) fp32.
+
+    The arguments were checked by ``todo_attn.ops``; dtype fp16, bf16 or fp32.
+    """
+    batch, queries = query_index.shape
+    position = x.new_empty((batch, queries), dtype=torch.int64)
+    similarity = x.new_empty((batch, queries), dtype=torch.float32)
+    if position.numel() == 0:
+        return position, similarity
+    # The interpreter runs on CPU tensors; it takes any settings.
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    half = x.dtype != torch.float32
+    run = match_settings(capability, half)
+    constants = match_constants(x.shape[2], half, run)
+    with torch.cuda.device_of(x):
+        query, query_reciprocal, query_rows = _pack(x, query_index, run.block_m)
+        key, key_reciprocal, key_rows = _pack(x, key_index, run.block_n)
+        match_kernel[(query_rows // run.block_m * batch,)](
+            query,
+            key,
+            query_reciprocal,
+            key_reciprocal,
+            position,
+            similarity,
+            queries,
+            key_index.shape[1],
+            query_rows,
+            key_rows,
+            **constants,
+            **run.options,
+        )
+    return position, similarity

@@ -1,0 +1,257 @@
+"""``ops.match_tokens`` on every backend that runs here, against the float64 oracle."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from todo_attn import reference
+from todo_attn.ops import backends, matching
+from todo_attn.ops.matching import match_tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GAP = 1e-6  # decisions closer than this in float64 are free
+TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+CASES = [("torch", d) for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
+CASES += [("triton", d) for d in TRITON_DTYPES]
+# batch, N, C, Q, K: odd ones, one of each, more than a tile of both, the channels of Stable Diffusion
+SIZES = [(2, 37, 5, 21, 13), (1, 1, 1, 1, 1), (2, 300, 70, 150, 140), (1, 90, 320, 33, 65), (3, 50, 16, 7, 1)]
+
+
+def match(backend, x, query_index, key_index):
+    similarity, position = torch.ops.todo_attn.match_tokens(x, query_index, key_index, backend)
+    return position, similarity
+
+
+def indices(batch, tokens, count, dtype=torch.int64):
+    return torch.randint(0, tokens, (batch, count), dtype=dtype, device=DEVICE)
+
+
+def check(backend, x, query_index, key_index):
+    position, similarity = match(backend, x, query_index, key_index)
+    assert position.dtype == torch.int64 and similarity.dtype == torch.float32
+    assert position.shape == similarity.shape == query_index.shape
+    batch = torch.arange(len(x), device=x.device)[:, None]
+    wide = x.double()
+    length = wide.norm(dim=-1, keepdim=True)
+    unit = wide / torch.where(length > 0, length, 1)
+    scores = unit[batch, query_index.long()] @ unit[batch, key_index.long()].transpose(1, 2)
+    best, exact = reference.match_tokens(wide, query_index, key_index)
+    torch.testing.assert_close(similarity, exact, rtol=0, atol=5e-7)
+    chosen = scores.gather(2, position[..., None])[..., 0]
+    assert (chosen >= exact - GAP).all()
+    # Where nothing else comes near the best it is the one; keys that are the same token count once.
+    same = key_index.long()[:, None] == key_index.long().gather(1, best)[..., None]
+    runner_up = scores.masked_fill(same, -2).amax(-1)
+    clear = exact - runner_up > GAP
+    assert torch.equal(position[clear], best[clear])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes_dtypes_and_index_types(backend, dtype, size):
+    batch, tokens, channels, queries, keys = size
+    x = torch.randn(batch, tokens, channels).to(dtype).to(DEVICE)
+    check(backend, x, indices(batch, tokens, queries), indices(batch, tokens, keys, torch.int32))
+    check(backend, x, indices(batch, tokens, queries, torch.int32), indices(batch, tokens, keys))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_any_strides(backend):
+    x = torch.randn(9, 60, 2, device=DEVICE).permute(2, 1, 0)[:, ::2, 1:]
+    query_index = indices(30, 30, 2).t()
+    check(backend, x, query_index, indices(2, 30, 22)[:, 1::3])
+    check(backend, x[:1].expand(2, -1, -1), query_index, indices(1, 30, 9).expand(2, -1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ties_go_to_the_lowest_position(backend):
+    """Every key several times, inside a tile and in others; the same tokens also stand at several places of x."""
+    distinct = torch.randn(1, 10, 24, device=DEVICE)
+    x = distinct.repeat(1, 20, 1)
+    query_index, key_index = indices(1, 200, 50), indices(1, 200, 150)
+    position, similarity = match(backend, x, query_index, key_index)
+    for q, p in zip((query_index[0] % 10).tolist(), position[0].tolist(), strict=True):
+        assert p == (key_index[0] % 10).tolist().index(q)  # an equal token is there, and this is the first
+    torch.testing.assert_close(similarity, torch.ones_like(similarity), rtol=0, atol=5e-7)
+    kinds = {q: set() for q in range(10)}
+    for q, s in zip((query_index[0] % 10).tolist(), similarity[0].tolist(), strict=True):
+        kinds[q].add(s)
+    assert all(len(values) <= 1 for values in kinds.values())
+
+
+@pytest.mark.parametrize("channels", [1, 7, 320])
+@pytest.mark.parametrize("keys", [3, 13, 50])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_equal_keys_tie_at_every_size(backend, keys, channels):
+    """Small products are computed in other ways than large ones."""
+    x = torch.cat([torch.randn(1, 5, channels), torch.randn(1, 1, channels).expand(1, keys, -1)], 1).to(DEVICE)
+    key_index = torch.arange(5, 5 + keys, device=DEVICE)[None]
+    position, similarity = match(backend, x, torch.arange(5, device=DEVICE)[None], key_index)
+    assert (position == 0).all()
+    torch.testing.assert_close(
+        similarity, reference.match_tokens(x.double(), torch.arange(5, device=DEVICE)[None], key_index)[1]
+    )
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
+def test_tokens_of_zeros(backend, dtype):
+    x = torch.randn(1, 8, 6).to(dtype).to(DEVICE)
+    x[0, 3] = x[0, 5] = 0
+    x[0, 6] = -x[0, 0]
+    index = torch.tensor([[6, 3, 5]], device=DEVICE)
+    position, similarity = match(backend, x, torch.tensor([[3, 0]], device=DEVICE), index)
+    assert position.tolist() == [[0, 1]]  # a zero query ties with all; 0 is more than the similarity -1 of 0 and 6
+    assert similarity.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [c for c in CASES if c[1] != torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1e-25, 1e-10, 1e15, 1e30])
+def test_squares_outside_of_fp32(backend, dtype, size):
+    x = (size * torch.randn(1, 40, 12)).to(dtype).to(DEVICE)
+    check(backend, x, indices(1, 40, 12), indices(1, 40, 20))
+
+
+@pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
+)  # NaN stops the interpreter
+def test_nan_stays_in_range(backend):
+    x = torch.randn(1, 10, 6, device=DEVICE)
+    x[0, 4] = float("nan")
+    position, _ = match(backend, x, indices(1, 10, 30), torch.arange(5, device=DEVICE)[None])
+    assert ((position >= 0) & (position < 5)).all()
+
+
+def test_blocks_of_queries_and_memory(monkeypatch):
+    """Equal to one block, and no tensor has more elements than the limit or the rows themselves."""
+    x = torch.randn(2, 400, 8)
+    query_index, key_index = torch.randint(0, 400, (2, 301)), torch.randint(0, 400, (2, 350))
+    whole = match_tokens(x, query_index, key_index)
+    monkeypatch.setattr(matching, "_SCORES", 2 * 350 * 7)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            nonlocal largest
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        blocks = matching._match_in_blocks(x, query_index, key_index)
+    assert largest <= max(x.numel(), 2 * 350 * 8) < 2 * 301 * 350
+    for a, b in zip(whole, blocks, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_empty(backend):
+    x = torch.randn(2, 6, 4, device=DEVICE)
+    for b, keys in ((2, 3), (2, 0), (0, 3)):
+        position, similarity = match(backend, x[:b], indices(b, 6, 0), indices(b, 6, keys))
+        assert position.shape == similarity.shape == (b, 0)
+    assert match(backend, x[:0], indices(0, 6, 5), indices(0, 6, 3))[0].shape == (0, 5)
+
+
+def test_gradient_is_that_of_the_oracle():
+    x = torch.randn(2, 30, 7, dtype=torch.float64)
+    x[0, 4] = 0
+    query_index, key_index = torch.randint(0, 30, (2, 40)), torch.randint(0, 30, (2, 11), dtype=torch.int32)
+    weight = torch.randn(2, 40)
+
+    def gradient(function, dtype):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        (function(leaf, query_index, key_index)[1] * weight).sum().backward()
+        return leaf.grad
+
+    exact = gradient(reference.match_tokens, torch.float64)
+    assert exact.abs().max() > 0.1
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+        grad = gradient(match_tokens, dtype)
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend):
+    x = torch.randn(2, 12, 5, device=DEVICE, requires_grad=True)
+    arguments = (x, indices(2, 12, 6), indices(2, 12, 4, torch.int32))
+    torch.library.opcheck(torch.ops.todo_attn.match_tokens.default, (*arguments, backend))
+    position = indices(2, 4, 6)
+    backward = (torch.randn(2, 6, device=DEVICE), x.detach(), *arguments[1:], position)
+    torch.library.opcheck(torch.ops.todo_attn.match_tokens_backward.default, backward)
+
+
+def test_traces_in_one_graph():
+    x = torch.randn(2, 12, 5, device=DEVICE, requires_grad=True)
+    query_index, key_index = indices(2, 12, 6), indices(2, 12, 4)
+    compiled = torch.compile(match_tokens, backend="aot_eager", fullgraph=True)
+    position, similarity = compiled(x, query_index, key_index)
+    expected = match_tokens(x, query_index, key_index)
+    assert torch.equal(position, expected[0])
+    torch.testing.assert_close(similarity, expected[1])
+    similarity.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_autocast_and_matmul_precision_change_nothing():
+    x = torch.randn(1, 64, 32, device=DEVICE)
+    arguments = (x, indices(1, 64, 20), indices(1, 64, 30))
+    expected = match_tokens(*arguments)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            actual = match_tokens(*arguments)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+def test_flops_are_counted():
+    x = torch.randn(2, 12, 5, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        match_tokens(x, indices(2, 12, 6), indices(2, 12, 4))
+    assert counter.get_total_flops() == 2 * 2 * 6 * 4 * 5
+
+
+def test_flops_of_attention_are_counted():
+    from todo_attn import ops
+    from todo_attn.ops import flops  # noqa: F401  (registers the formula)
+
+    query, key = torch.randn(2, 10, 3, 8, device=DEVICE), torch.randn(2, 35, 3, 8, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        ops.downsampled_attention(query, key, key, (5, 7), (2, 3))
+    assert counter.get_total_flops() == 4 * 2 * 3 * 10 * (2 * 2) * 8
+
+
+def test_choice_of_backend(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.choose("auto", cpu, torch.float16) == "torch"
+    assert backends.choose("triton", cpu, torch.float16) == "triton"
+    with pytest.raises(ValueError, match="float64 is not one of"):
+        backends.choose("triton", cpu, torch.float64)
+
+
+ZERO = torch.zeros(2, 6, 4)
+INDEX = torch.zeros(2, 3, dtype=torch.int64)
+BAD = [
+    ({"x": ZERO[0]}, ValueError, "x must have shape"),
+    ({"x": ZERO.int()}, ValueError, "x must be of dtype"),
+    ({"x": ZERO[..., :0]}, ValueError, "x must have at least one channel"),
+    ({"query_index": INDEX[0]}, ValueError, "query_index must have shape"),
+    ({"key_index": INDEX.float()}, ValueError, "key_index must be of dtype"),
+    ({"key_index": INDEX[:1]}, ValueError, "key_index must have the batch of x"),
+    ({"query_index": INDEX.to("meta")}, ValueError, "query_index must be on the device of x"),
+    ({"key_index": INDEX[:, :0]}, ValueError, "key_index must name at least one key"),
+    ({"query_index": INDEX + 6}, IndexError, "query_index must be .* below the 6 tokens of x, got 6"),
+    ({"key_index": INDEX - 1}, IndexError, "key_index must be at least 0 .* got -1"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[m for *_, m in BAD])
+def test_bad_input(change, error, message):
+    arguments = {"x": ZERO, "query_index": INDEX, "key_index": INDEX} | change
+    with pytest.raises(error, match=message):
+        match_tokens(**arguments)

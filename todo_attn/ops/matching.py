@@ -1,0 +1,194 @@
+"""The most similar token: cosine similarity and arg-max in one pass, nothing of size Q x K in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import backends, checks
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INDEX_DTYPES = (torch.int32, torch.int64)
+# The torch path holds this many scores at a time.
+_SCORES = 1 << 22
+# Scores that a blocked product may set apart by rounding alone.
+_TIE = {torch.float32: 2.0**-21, torch.float64: 2.0**-46}
+
+
+@contextmanager
+def _exact(x: torch.Tensor) -> Iterator[None]:
+    """Within, products are in the dtype of their operands: no autocast, no TF32 or bf16 in place of fp32."""
+    device, precision = x.device.type, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _check_range(name: str, index: torch.Tensor, tokens: int) -> None:
+    """An index outside of x is an IndexError, on CUDA (where looking would wait for the device) a device assert."""
+    if index.numel() == 0:
+        return
+    if index.is_cuda:
+        torch._assert_async(((index >= 0) & (index < tokens)).all(), f"{name} must be from 0 to {tokens - 1}")
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= tokens:
+        raise IndexError(
+            f"{name} must be at least 0 and below the {tokens} tokens of x, got {low if low < 0 else high}"
+        )
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x[b, index[b, k]] in fp32 or better: (B, N, C), (B, K) -> (B, K, C), a new tensor."""
+    batch, tokens, _ = x.shape
+    flat = index + tokens * torch.arange(batch, device=x.device).unsqueeze(1)
+    rows = x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)
+    return rows.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _normalise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of length 1 and their lengths before, which overwrite ``rows``; a row of zeros stays one, of length 0.
+
+    The largest element is divided out first: squares of very large or small ones leave fp32.
+    """
+    largest = rows.abs().amax(-1, keepdim=True)
+    rows /= torch.where(largest > 0, largest, 1)
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    rows /= torch.where(length > 0, length, 1)
+    return rows, length * largest
+
+
+def _match_in_blocks(
+    x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of queries against all keys, at most ``_SCORES`` scores (or one query's) at a time.
+
+    A blocked product may round a score differently at another position, so equal keys get scores a few ulps apart.
+    Scores that close to the best one are ties, and the pair that was chosen is multiplied again on its own: equal
+    tokens get equal positions and equal similarities wherever they stand.
+    """
+    batch, queries = query_index.shape
+    position = query_index.new_empty((batch, queries), dtype=torch.int64)
+    similarity = x.new_empty((batch, queries), dtype=torch.float32)
+    keys, _ = _normalise(_rows(x, key_index))
+    tie = _TIE[keys.dtype]
+    step = max(1, _SCORES // max(1, batch * key_index.shape[1]))
+    with _exact(x):
+        for start in range(0, queries, step):
+            block = slice(start, start + step)
+            query, _ = _normalise(_rows(x, query_index[:, block]))
+            scores = query @ keys.transpose(1, 2)
+            close = scores >= scores.amax(-1, keepdim=True) - tie
+            position[:, block] = close.max(-1).indices  # the first of the ties
+            similarity[:, block] = (query * _rows(keys, position[:, block])).sum(-1)
+    return position, similarity
+
+
+@torch.library.custom_op("todo_attn::match_tokens", mutates_args=())
+def _forward(
+    x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_range("query_index", query_index, x.shape[1])
+    _check_range("key_index", key_index, x.shape[1])
+    if backend == "triton":
+        from todo_attn.kernels.match import match
+
+        position, similarity = match(x, query_index, key_index)
+    else:
+        position, similarity = _match_in_blocks(x, query_index, key_index)
+    return similarity, position  # the differentiable one first: opcheck adds outputs up in the type of the first
+
+
+@_forward.register_fake
+def _(x, query_index, key_index, backend):  # type: ignore[no-untyped-def]
+    shape = query_index.shape
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("todo_attn::match_tokens_backward", mutates_args=())
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of each chosen pair's cosine, added up over the tokens of ``x``; none for tokens of zeros."""
+    batch, tokens, channels = x.shape
+    pair = (query_index.long(), key_index.long().gather(1, position))
+    (query, query_length), (key, key_length) = (_normalise(_rows(x, index)) for index in pair)
+    similarity = (query * key).sum(-1, keepdim=True)
+    out = query.new_zeros((batch * tokens, channels))
+    offset = tokens * torch.arange(batch, device=x.device).unsqueeze(1)
+    for index, own, other, length in ((pair[0], query, key, query_length), (pair[1], key, query, key_length)):
+        slope = torch.where(length > 0, grad.unsqueeze(-1) / length, 0).to(out.dtype)
+        out.index_add_(0, (index + offset).flatten(), ((other - similarity * own) * slope).flatten(0, 1))
+    return out.view(x.shape).to(x.dtype)
+
+
+@_backward.register_fake
+def _(grad, x, query_index, key_index, position):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, position = output
+    ctx.mark_non_differentiable(position)
+    ctx.save_for_backward(*inputs[:3], position)
+
+
+def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+    return _backward(grad, *ctx.saved_tensors), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.todo_attn.match_tokens)
+def _flops(x, query_index, key_index, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """One product of every query with every key; shapes in, as torch's flop counter hands them over."""
+    return 2 * query_index[0] * query_index[1] * key_index[1] * x[2]
+
+
+def _index(name: str, index: torch.Tensor, x: torch.Tensor) -> None:
+    checks.tensor(name, index, "B, Q" if name == "query_index" else "B, K", _INDEX_DTYPES)
+    if index.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {index.device}")
+    if index.shape[0] != x.shape[0]:
+        raise ValueError(f"{name} must have the batch of x, {x.shape[0]}, got shape {tuple(index.shape)}")
+
+
+def match_tokens(
+    x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each token of ``x[query_index]`` the one of ``x[key_index]`` with the highest cosine similarity.
+
+    The similarity of DaTo (section 3.2, "Token Pruning"), without the N x N matrix of the published code: memory grows
+    linearly in Q and K. Norms and products are in fp32 (fp64 for fp64). A token of zeros has similarity 0 to all.
+
+    Args:
+        x: (B, N, C) tokens, C at least 1; fp32, fp16, bf16 or fp64; any strides.
+        query_index: (B, Q) token numbers, int32 or int64, from 0 to N - 1; may repeat, may be empty.
+        key_index: (B, K) token numbers likewise; K at least 1 unless Q is 0.
+
+    Returns:
+        position: (B, Q) int64, where in ``key_index`` the best one stands; of ties the lowest. Similarities that differ
+            by rounding alone (4.8e-7; 1.4e-14 for fp64) may count as ties.
+        similarity: (B, Q) float32, from -1 to 1 up to rounding. Differentiable in ``x``, for the pairs as chosen; a
+            token of zeros gets no gradient. Autocast changes nothing.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, naming the argument, or queries without any key.
+        IndexError: a token number outside of ``x`` (on CUDA a device assert instead).
+    """
+    checks.tensor("x", x, "B, N, C", _DTYPES)
+    if x.shape[2] < 1:
+        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
+    _index("query_index", query_index, x)
+    _index("key_index", key_index, x)
+    if key_index.shape[1] == 0 and query_index.shape[1] > 0:
+        raise ValueError(f"key_index must name at least one key for the queries, got shape {tuple(key_index.shape)}")
+    similarity, position = _forward(x, query_index, key_index, backends.choose("auto", x.device, x.dtype))
+    return position, similarity

@@ -1,0 +1,93 @@
+"""Which tokens DaTo prunes, and what each is filled in from."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import checks
+from .matching import match_tokens
+from .tokens import select_base_tokens
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Similarities are ranked in steps of this: those that rounding alone sets apart tie, so that flat regions of an image
+# are pruned in token order on every machine.
+_STEP = 2.0**-21
+
+
+def check_ratio(ratio: object, tokens: int, bases: int) -> int:
+    """How many of ``tokens`` the checked ``ratio`` prunes; ``bases`` of them always stay."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be a number from 0 up to but not including 1, got {ratio!r}")
+    if ratio > max(1 - bases / tokens, (tokens - bases) / tokens):  # the same number, but for its rounding
+        raise ValueError(
+            f"ratio must be at most {1 - bases / tokens:.6g}, which leaves the {bases} base tokens that the patch "
+            f"gives among {tokens}, got {ratio!r}"
+        )
+    return math.floor(ratio * tokens)
+
+
+def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`plan_pruning` with the base tokens given, as where both halves of a guided batch share them.
+
+    ``x`` (B, N, C); ``bases`` (B, Nb) token indices on the device of ``x``, no row with the same one twice. Returns
+    and raises what :func:`plan_pruning` does.
+    """
+    batch, tokens, _ = x.shape
+    count = bases.shape[1]
+    pruned = check_ratio(ratio, tokens, count)
+    number = torch.arange(tokens, device=x.device).expand(batch, -1)
+    if pruned == 0:
+        return number.contiguous(), number.contiguous()
+    # Sizes are known throughout (sorts, never masks), so nothing waits for the device and everything traces.
+    is_base = torch.zeros((batch, tokens), dtype=torch.int8, device=x.device).scatter_(1, bases.long(), 1)
+    others = is_base.sort(dim=1, stable=True).indices[:, : tokens - count]
+    _, similarity = match_tokens(x.detach(), others, bases)
+    rank = (similarity / _STEP).round().sort(dim=1, descending=True, stable=True).indices
+    gone = others.gather(1, rank[:, :pruned])
+    is_gone = torch.zeros_like(is_base).scatter_(1, gone, 1)
+    kept = is_gone.sort(dim=1, stable=True).indices[:, : tokens - pruned]
+    position, _ = match_tokens(x.detach(), gone, kept)
+    own = torch.arange(tokens - pruned, device=x.device).expand(batch, -1)
+    source = torch.empty_like(number, memory_format=torch.contiguous_format)
+    return kept.contiguous(), source.scatter(1, kept, own).scatter(1, gone, position)
+
+
+def plan_pruning(
+    x: torch.Tensor,
+    score: torch.Tensor,
+    grid: tuple[int, int],
+    ratio: float,
+    patch: tuple[int, int] = (2, 2),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the tokens that stay, and the most similar one of them for each that goes (DaTo, section 3.2).
+
+    The token of highest ``score`` in each patch is a base and stays. Of the others the int(ratio * N) most similar to
+    their best base are pruned, of ties (similarities equal up to fp32 rounding) the lowest token index first; each is
+    filled in from its best match among all tokens that stay. Memory grows linearly with N.
+
+    Args:
+        x: (B, N, C) tokens, row-major over the grid; fp32, fp16, bf16 or fp64; any strides.
+        score: (B, N), as in :func:`todo_attn.ops.select_base_tokens`.
+        grid: (h, w), height and width in tokens; N = h * w.
+        ratio: share of the tokens to prune, from 0 to 1 - Nb / N for Nb patches.
+        patch: (height, width) of a patch in tokens; rows and columns past a whole patch hold no base.
+
+    Returns:
+        kept: (B, K) int64 token indices, ascending; K = N - int(ratio * N).
+        source: (B, N) int64 positions into ``kept``; of a kept token its own. ``recover_tokens(y, source)`` undoes
+            ``gather_tokens(x, kept)``. Neither is differentiable.
+
+    Raises:
+        ValueError: a shape, dtype, device, grid, patch or ratio that does not fit, naming the argument; a ratio above
+            what the patch allows, naming that.
+    """
+    checks.tensor("x", x, "B, N, C", _DTYPES)
+    grid = checks.grid(grid, x.shape[1], "x")
+    checks.tensor("score", score, "B, N", _DTYPES)
+    if score.shape != x.shape[:2]:
+        raise ValueError(f"score must have the batch and tokens of x, {tuple(x.shape[:2])}, got {tuple(score.shape)}")
+    if score.device != x.device:
+        raise ValueError(f"score must be on the device of x, {x.device}, got {score.device}")
+    return plan_from_bases(x, select_base_tokens(score, grid, patch), ratio)
