@@ -8,24 +8,9 @@ from typing import Any
 import torch
 from diffusers.models import UNet2DConditionModel
 
-_SD15 = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,  # of UNet2DConditionModel, and here the number of heads
-}
-_SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from todo_attn.diffusers import architectures
+from todo_attn.diffusers.architectures import PIXELS_PER_LATENT
+
 _TINY = {
     "sample_size": 16,
     "block_out_channels": (32, 64),
@@ -36,8 +21,7 @@ _TINY = {
     "attention_head_dim": 4,
 }
 # "tiny" is for the benchmarks' own tests.
-CONFIGS: dict[str, dict[str, Any]] = {"sd15": _SD15, "sdxl": _SDXL, "tiny": _TINY}
-PIXELS_PER_LATENT = 8
+CONFIGS: dict[str, dict[str, Any]] = {**architectures.CONFIGS, "tiny": _TINY}
 
 
 def on_meta(name: str) -> UNet2DConditionModel:

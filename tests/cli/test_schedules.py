@@ -1,0 +1,108 @@
+"""``todo-attn schedules``: what it lists, for which model and size, and what it refuses."""
+
+import json
+
+import pytest
+
+from todo_attn import schedule
+from todo_attn.dato_config import DaToConfig
+from todo_attn.diffusers import cost
+from todo_attn.diffusers.architectures import read_architecture
+
+
+def one_line(ran) -> str:
+    assert ran.code == 2 and ran.out == "", ran
+    line, end = ran.err.split("\n")
+    assert end == "" and line.startswith("todo-attn: error: ")
+    return line.removeprefix("todo-attn: error: ")
+
+
+def test_the_list_as_json(run, sd_folder):
+    ran = run("schedules", "--model", sd_folder, "--height", 64, "--width", 128, "--json")
+    assert ran.code == 0, ran.err
+    listing = json.loads(ran.out)
+    head = {"model": str(sd_folder), "height": 64, "width": 128, "steps": 50, "calls": 51, "batch": 2}
+    assert listing.items() >= head.items()
+    assert [row["name"] for row in listing["schedules"]] == schedule.names()
+    config = read_architecture(str(sd_folder)).config
+    for row in listing["schedules"][:2]:
+        published = schedule.load(row["name"])
+        counted = cost.count(config, 64, 128, DaToConfig.preset(row["name"]), 51)
+        assert (row["digits"], row["source"]) == (published.digits, published.source)
+        assert (row["full"], row["shallow"], row["reuse"]) == (published.full, published.shallow, published.reuse)
+        assert (row["operations"], row["speedup"], row["saving"]) == (counted.total, counted.speedup, counted.saving)
+        assert row["published"] == {
+            "digits": published.digits,
+            "steps": 50,
+            "scheduler": "PNDM",
+            "speedup": published.published_speedup,
+        }
+        assert listing["operations_per_call"]["dense"] == counted.dense
+
+
+def test_the_list_as_a_table(run, sd_folder):
+    ran = run("schedules", "--model", sd_folder)
+    assert ran.code == 0, ran.err
+    assert "128 x 128, 50 steps, 51 calls" in ran.out
+    coco = next(line for line in ran.out.splitlines() if line.split()[:1] == ["coco"])
+    assert coco.split()[1:5] == ["5", "21", "25", "7.31x"]
+    assert coco.split()[5].endswith("x") and coco.split()[6].endswith("%")
+    assert "COCO-30k" in ran.out and "run7-05" in ran.out
+    for word in ("dense", "full", "shallow", "reuse", str(sd_folder)):
+        assert word in ran.out
+
+
+def test_other_steps_are_resampled(run, sd_folder):
+    ran = run("schedules", "--model", sd_folder, "--steps", 20, "--json")
+    assert ran.code == 0, ran.err
+    for row in json.loads(ran.out)["schedules"]:
+        assert row["digits"] == schedule.resample(schedule.load(row["name"]).digits, 20)
+        assert row["full"] + row["shallow"] + row["reuse"] == 21
+
+
+def test_sdxl(run, sdxl_folder):
+    ran = run("schedules", "--model", sdxl_folder, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["schedules"][0]["speedup"] > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--steps", "x"), "--steps"),
+        (("--height", "100"), "--height must be a multiple of 8 and at least 16, got 100"),
+        (("--width", "-8"), "--width must be a multiple of 8"),
+        (("--model", "./nothing"), "--model must be sd15, sdxl, or a folder or Hub id of a pipeline with a UNet"),
+    ],
+)
+def test_bad_input_is_one_line(run, sd_folder, arguments, message):
+    model = () if "--model" in arguments else ("--model", sd_folder)
+    assert message in one_line(run("schedules", *model, *arguments))
+
+
+def test_a_model_without_self_attention_is_one_line(run, tmp_path):
+    (tmp_path / "unet").mkdir()
+    config = {
+        "sample_size": 16,
+        "block_out_channels": [32, 32],
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "mid_block_type": None,
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    }
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    assert one_line(run("schedules", "--model", tmp_path)).startswith("--model cannot be counted: ")
+
+
+def test_a_model_that_does_not_say_its_size(run, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    assert one_line(run("schedules", "--model", tmp_path)).startswith("--height must be given")
+
+
+def test_help(run):
+    ran = run("schedules", "--help")
+    assert ran.code == 0
+    for word in ("--model", "--height", "--width", "--steps", "--json", "sd15"):
+        assert word in ran.out
+    assert "schedules" in run("--help").out

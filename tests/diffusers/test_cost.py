@@ -1,0 +1,216 @@
+"""Counted operations against formulas written out, torch's own count of the plain UNet, and the published figures."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from todo_attn import schedule
+from todo_attn.config import ToDoConfig
+from todo_attn.dato_config import DaToConfig
+from todo_attn.diffusers import architectures, cost
+from todo_attn.diffusers.architectures import read_architecture
+
+GRID, BATCH, CHANNELS = (12, 16), 2, 8
+N = GRID[0] * GRID[1]
+LAYERS = 3  # self-attentions of the finest level of the model below: one down, two up
+
+
+def call_cost(unet, config=None, **kwargs):
+    return cost.count_call(unet, *GRID, config, batch=BATCH, pixels_per_latent=1, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def plain(_originals):
+    """With nothing pruned."""
+    return call_cost(_originals["sd"], DaToConfig(prune_ratio=0))
+
+
+@pytest.fixture(scope="module")
+def pruned(_originals):
+    """As a DaToConfig is by default."""
+    return call_cost(_originals["sd"])
+
+
+def changed(unet, **arguments):
+    """Its configuration with other arguments."""
+    return {key: value for key, value in unet.config.items() if not key.startswith("_")} | arguments
+
+
+def attention(queries, keys):
+    """Of one self-attention: to_q and to_out, to_k and to_v, and the two products with every key."""
+    return BATCH * (2 * 2 * queries * CHANNELS**2 + 2 * 2 * keys * CHANNELS**2 + 4 * queries * keys * CHANNELS)
+
+
+def matching(bases, gone):
+    """Of one choice of tokens: all others with the bases, then the pruned with the kept."""
+    return 2 * BATCH * CHANNELS * ((N - bases) * bases + gone * (N - gone))
+
+
+def modules_cost(unet):
+    """What torch counts in each module of a plain call, by its name."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet.to("meta")(
+            torch.empty(BATCH, 4, *GRID, device="meta"), 1, torch.empty(BATCH, cost._TEXT_TOKENS, 8, device="meta")
+        )
+    counts = counter.get_flop_counts()
+    return {name.partition(".")[2]: sum(by_op.values()) for name, by_op in counts.items()}
+
+
+def test_without_pruning_a_call_costs_what_torch_counts(unet, plain):
+    modules = modules_cost(unet)
+    last = "up_blocks.2"
+    shallow = ("conv_in", "time_embedding", f"{last}.resnets.1", f"{last}.attentions.1", "conv_out")
+    assert plain.full == plain.dense == modules[""]
+    assert plain.shallow == sum(modules[name] for name in shallow)
+    assert plain.reuse <= modules["conv_in"] + modules["conv_out"] + modules["time_embedding"]
+
+
+@pytest.mark.parametrize(("ratio", "patch"), [(0.4, (2, 2)), (0.8, (5, 3))])
+def test_pruning_by_formula(unet, plain, ratio, patch):
+    gone, bases = int(ratio * N), (GRID[0] // patch[0]) * (GRID[1] // patch[1])
+    found = call_cost(unet, DaToConfig(prune_ratio=ratio, patch=patch))
+    change = attention(N - gone, N - gone) + matching(bases, gone) - attention(N, N)
+    assert found.full - plain.full == LAYERS * change
+    assert found.shallow - plain.shallow == change
+    assert found.dense == plain.dense and found.reuse == plain.reuse
+
+
+def test_pruning_with_todo_by_formula(unet, plain):
+    gone, bases = int(0.4 * N), N // 4
+    coarse = (GRID[0] // 3) * (GRID[1] // 3)
+    # At every timestep, whatever the range.
+    todo = ToDoConfig(factor={1: 3}, timestep_range=(0, 10))
+    found = call_cost(unet, DaToConfig(todo=todo))
+    change = attention(N - gone, coarse) + matching(bases, gone) - attention(N, N)
+    assert found.full - plain.full == LAYERS * change
+    assert found.shallow - plain.shallow == change
+    assert found.dense == plain.dense
+
+
+def test_more_that_is_pruned_by_formula(unet, pruned):
+    cross = call_cost(unet, DaToConfig(prune_cross_attention=True))
+    both = call_cost(unet, DaToConfig(prune_cross_attention=True, prune_feed_forward=True))
+    text = cost._TEXT_TOKENS
+    saved = int(0.4 * N) * BATCH * (2 * 2 * CHANNELS**2 + 4 * text * CHANNELS)  # of to_q, to_out and both products
+    assert pruned.full - cross.full == LAYERS * saved
+    assert cross.shallow - both.shallow == int(0.4 * N) * BATCH * 2 * 12 * CHANNELS**2  # GEGLU of width 4
+
+
+def test_a_run(unet, pruned):
+    found = cost.count(unet, *GRID, DaToConfig(cache_schedule="1021"), 5, batch=BATCH, pixels_per_latent=1)
+    assert found.kinds == "21021" and found.dense == pruned.dense
+    assert found.operations == (pruned.full, pruned.shallow, pruned.reuse, pruned.full, pruned.shallow)
+    assert found == cost.run_cost(pruned, "1021")
+    assert found.total == 2 * pruned.full + 2 * pruned.shallow + pruned.reuse
+    assert found.speedup == 5 * pruned.dense / found.total
+    assert found.saving == pytest.approx(1 - 1 / found.speedup)
+
+
+def test_a_run_of_another_length_is_resampled(unet):
+    config = DaToConfig(cache_schedule="1021")
+    found = cost.count(unet, *GRID, config, 10, batch=BATCH, pixels_per_latent=1)
+    assert found.kinds == "2" + schedule.resample("1021", 9)
+    assert len(found.operations) == 10
+
+
+def test_a_ratio_per_call(unet, plain, pruned):
+    config = DaToConfig(prune_ratio=(0.4, 0, 0, 0.4, 0), cache_schedule="1212")
+    found = cost.count(unet, *GRID, config, 5, batch=BATCH, pixels_per_latent=1)
+    assert found.operations == (pruned.full, plain.shallow, plain.full, pruned.shallow, plain.full)
+    with pytest.raises(ValueError, match=r"config must have one prune_ratio for all calls, got 5"):
+        call_cost(unet, config)
+
+
+def test_nothing_is_left_behind(unet, hooks):
+    state, heard = torch.get_rng_state(), []
+    before = hooks(unet)
+    call_cost(unet, watch=lambda done, total: heard.append((done, total)))
+    assert hooks(unet) == before
+    assert not any(parameter.is_meta for parameter in unet.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_sdxl_is_counted_with_its_sizes(make_unet):
+    found = call_cost(make_unet("sdxl"))
+    assert found.dense > found.full > found.shallow > found.reuse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": 100}, "height must be a positive multiple of 8, in pixels, got 100"),
+        ({"width": 0}, "width must be a positive multiple of 8, in pixels, got 0"),
+        ({"width": 64.0}, "width must be a positive multiple of 8, in pixels, got 64.0"),
+        ({"batch": 0}, "batch must be an integer of at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_counted(unet, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cost.count_call(unet, **{"height": 64, "width": 64, **arguments})
+
+
+def test_models_that_want_other_inputs(unet):
+    with pytest.raises(ValueError, match=r"unet must have no addition_embed_type but 'text_time', got 'text'"):
+        call_cost(changed(unet, addition_embed_type="text", addition_embed_type_num_heads=4))
+    with pytest.raises(ValueError, match=r"unet must have no class_embed_type, got 'timestep'"):
+        call_cost(changed(unet, class_embed_type="timestep"))
+
+
+def test_class_labels_are_given(unet, plain):
+    # The embedding is looked up, which costs nothing.
+    assert call_cost(changed(unet, num_class_embeds=10), DaToConfig(prune_ratio=0)) == plain
+
+
+def test_stable_diffusion_at_512_saves_7_times_with_the_coco_preset():
+    found = cost.count(architectures.CONFIGS["sd15"], 512, 512, DaToConfig.preset("coco"), 51)
+    assert found.dense == pytest.approx(1606.5e9, rel=1e-4)
+    assert found.speedup > 7
+    assert [found.kinds.count(kind) for kind in "210"] == [5, 21, 25]
+    # What the published code needs: nothing pruned, and the middle block in each shallow call.
+    plain = cost.count_call(architectures.CONFIGS["sd15"], 512, 512, DaToConfig(prune_ratio=0))
+    published = 51 * plain.dense / (5 * plain.full + 21 * (plain.shallow + 24.2e9) + 25 * 0.19e9)
+    assert published == pytest.approx(schedule.load("coco").published_speedup, abs=0.006)
+
+
+def test_built_in_architectures():
+    assert read_architecture("sd15").size == (512, 512)
+    assert read_architecture("sdxl").size == (1024, 1024)
+
+
+def write_pipeline(folder, unet, vae=None):
+    for name, config in (("unet", unet), ("vae", vae)):
+        if config is not None:
+            (folder / name).mkdir()
+            (folder / name / "config.json").write_text(json.dumps(config))
+
+
+def test_a_folder_is_read_by_its_configurations_alone(tmp_path, unet, plain):
+    config = changed(unet, _class_name="UNet2DConditionModel", sample_size=[16, 24])
+    write_pipeline(tmp_path, config, {"block_out_channels": [4, 8]})
+    found = read_architecture(str(tmp_path))
+    assert (found.name, found.pixels_per_latent, found.size) == (str(tmp_path), 2, (32, 48))
+    assert call_cost(found.config, DaToConfig(prune_ratio=0)) == plain
+
+
+def test_a_folder_without_vae_or_size(tmp_path):
+    write_pipeline(tmp_path, {"_class_name": "UNet2DConditionModel", "sample_size": None})
+    found = read_architecture(str(tmp_path))
+    assert (found.pixels_per_latent, found.size) == (8, None)
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", "nothing"], ids=["absent", "empty", "list", "no-json"])
+def test_a_folder_that_holds_no_unet(tmp_path, content):
+    (tmp_path / "unet").mkdir()
+    if content is not None:
+        (tmp_path / "unet" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^model must be sd15, sdxl, or a folder or Hub id of a pipeline with a UNet"):
+        read_architecture(str(tmp_path))
+
+
+def test_another_kind_of_unet(tmp_path):
+    write_pipeline(tmp_path, {"_class_name": "UNet3DConditionModel"})
+    with pytest.raises(ValueError, match=r"^model must have a UNet2DConditionModel, .* has a UNet3DConditionModel"):
+        read_architecture(str(tmp_path))

@@ -1,0 +1,92 @@
+"""UNets by their configurations alone: what is needed to count their operations, and no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL
+from diffusers.models import UNet2DConditionModel
+
+_SD15 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,  # of UNet2DConditionModel, and here the number of heads
+}
+_SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# Arguments of UNet2DConditionModel by a short name: Stable Diffusion 1.5 and SDXL.
+CONFIGS: dict[str, dict[str, Any]] = {"sd15": _SD15, "sdxl": _SDXL}
+PIXELS_PER_LATENT = 8  # of their VAEs
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A UNet without its weights.
+
+    Args:
+        name: as it was asked for.
+        config: arguments of ``UNet2DConditionModel``.
+        pixels_per_latent: how many pixels of the picture one of its latents stands for, along each axis.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    pixels_per_latent: int = PIXELS_PER_LATENT
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width, in pixels, that it was trained for; None where its configuration does not say."""
+        sample = self.config.get("sample_size")
+        if sample is None:
+            return None
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return height * self.pixels_per_latent, width * self.pixels_per_latent
+
+
+def read_architecture(source: str) -> Architecture:
+    """The UNet of a pipeline; of its files only the configurations are read.
+
+    Args:
+        source: "sd15", "sdxl", a folder saved by diffusers, or a Hub id.
+
+    Raises:
+        ValueError: none of these, or it has no UNet whose configuration can be read: what was wrong.
+    """
+    if source in CONFIGS:
+        return Architecture(source, CONFIGS[source])
+    folder = str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
+    try:
+        config = dict(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+    except Exception as error:  # of any kind: the Hub's, the file system's, JSON's
+        reason = " ".join(str(error).split())
+        known = ", ".join(CONFIGS)
+        raise ValueError(
+            f"model must be {known}, or a folder or Hub id of a pipeline with a UNet, got {source!r}: {reason}"
+        ) from error
+    made_by = config.get("_class_name", "UNet2DConditionModel")
+    if made_by != "UNet2DConditionModel":
+        raise ValueError(f"model must have a UNet2DConditionModel, and {source!r} has a {made_by}")
+    return Architecture(source, config, _pixels_per_latent(folder))
+
+
+def _pixels_per_latent(folder: str) -> int:
+    """As pipelines count it: by the VAE's halvings; where there is none, what most have."""
+    try:
+        config = AutoencoderKL.load_config(folder, subfolder="vae")
+        return 2 ** (len(config["block_out_channels"]) - 1)
+    except (OSError, KeyError, ValueError):
+        return PIXELS_PER_LATENT
