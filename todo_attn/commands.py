@@ -15,9 +15,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .compare_settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings, SettingError
+from .compare_methods import METHODS_TEXT, SettingError
+from .compare_settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings, shipped_pipeline
 from .modes import MODES
-from .printing import compare_table, print_examination
+from .printing import compare_table, print_examination, schedules_notes, schedules_table
 
 if TYPE_CHECKING:
     from .diffusers import compare as comparing
@@ -53,6 +54,8 @@ _COMPARE_HELP = """Make the same pictures by each method, taking turns; write th
   `todo-attn compare ./my-model --prompt "a lighthouse at dusk" --seed 0 --seed 1 --seed 2 --width 2048 --height 1536`
 - two strengths of ToDo beside ToMe, to read quality at equal speed:
   `todo-attn compare --methods dense,todo:2,todo:4,tome:0.5,tome:0.75`
+- DaTo with two of its schedules, with and without ToDo, beside DeepCache:
+  `todo-attn compare --methods dense,dato,dato:search,todo+dato,deepcache:3,deepcache:5 --steps 50`
 - the numbers for a script: `todo-attn compare --json > report.json`
 """
 
@@ -85,9 +88,7 @@ def compare_command(
     dtype: Annotated[
         str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
     ] = "auto",
-    methods: Annotated[
-        str, typer.Option(help="With commas between: dense, todo, todo:FACTOR, tome, tome:RATIO.")
-    ] = "dense,todo",
+    methods: Annotated[str, typer.Option(help=f"With commas between: {METHODS_TEXT}.")] = "dense,todo",
     factor: Annotated[
         str,
         typer.Option(help="ToDo: auto, paper, an integer, or LEVEL=FACTOR pairs with + between, such as 1=4+2=2."),
@@ -95,6 +96,9 @@ def compare_command(
     max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto leaves.")] = 4096,
     mode: Annotated[str, typer.Option(help=f"ToDo: how keys are taken, {', '.join(MODES)}.")] = "nearest",
     tome_ratio: Annotated[float, typer.Option(help="ToMe: the share of tokens merged, at most 0.75.")] = 0.5,
+    schedule: Annotated[str, typer.Option(help="DaTo: the name of a published schedule, or a JSON file.")] = "coco",
+    prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
+    cache_interval: Annotated[int, typer.Option(help="DeepCache: each so many-th call of the UNet is full.")] = 3,
     warmup_steps: Annotated[int, typer.Option(help="Steps of each method's one uncounted pass.")] = 2,
     variant: Annotated[str | None, typer.Option(help="Of the weights' files, such as fp16.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("compare"),
@@ -117,6 +121,9 @@ def compare_command(
             max_kv_tokens=max_kv_tokens,
             mode=mode,
             tome_ratio=tome_ratio,
+            schedule=schedule,
+            prune_ratio=prune_ratio,
+            cache_interval=cache_interval,
             warmup_steps=warmup_steps,
             variant=variant,
         )
@@ -223,3 +230,43 @@ def doctor_command(
         print_examination(examination, Console())
     if not examination["ok"]:
         raise typer.Exit(1)
+
+
+@app.command("schedules")
+def schedules_command(
+    model: Annotated[
+        str | None,
+        typer.Option(help="sd15, sdxl, a folder saved by diffusers, or a Hub id.", show_default="the shipped pipeline"),
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
+    steps: Annotated[int, typer.Option(help="Of the scheduler; schedules are resampled to them.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List DaTo's published cache schedules, and the operations that each saves of a model.
+
+    Only the configuration of the model is read: no weights, no GPU.
+
+    **Example:** `todo-attn schedules --model sd15 --height 768 --width 512 --steps 25`
+    """
+    from .diffusers.architectures import read_architecture
+    from .schedule_report import build_listing
+
+    notes = Console(stderr=True)
+    try:
+        architecture = read_architecture(str(shipped_pipeline()) if model is None else model)
+        columns = SpinnerColumn(), TextColumn("counting the operations of a call of each kind"), BarColumn()
+        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+            listing = build_listing(
+                architecture, height, width, steps, lambda done, total: bar.update(task, completed=done, total=total)
+            )
+    except ValueError as error:  # its first word is the option
+        raise UserError(f"--{error}") from error
+    if as_json:
+        print(json.dumps(listing, indent=2, allow_nan=False))
+        return
+    console = Console()
+    console.print(schedules_table(listing))
+    for note in schedules_notes(listing):
+        console.print(note, highlight=False, soft_wrap=True, markup=False)

@@ -20,8 +20,9 @@ _ABOUT = (
     "speedup: dense's median seconds over the method's.",
     "psnr (dB) and ssim: the 8-bit picture against dense's of the same prompt and seed; psnr is null where they are "
     "equal, and such pictures are not in its mean.",
-    "peak_memory_bytes: the most that torch held on a CUDA device, weights included; null elsewhere, where a process's "
-    "high-water mark cannot be told apart by method.",
+    "peak_memory_bytes: on a CUDA device the most that torch held there, weights included; on a CPU under Linux the "
+    "most resident memory of the process above what was resident before the picture, so without the weights; null "
+    "where neither can be told. A method's is the most of its pictures.",
 )
 
 

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from .config import FINEST, ToDoConfig
+from .compare_methods import MethodOptions, SettingError
 
-METHODS = ("dense", "todo", "tome")
-MAX_TOME_RATIO = 0.75  # tomesd keeps one token of each 2 x 2
 SIZE_MULTIPLE = 8  # what diffusers' own pipelines ask for, whatever their VAE
 MIN_SIZE = 16  # SSIM's window is 11 pixels wide
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,34 +44,16 @@ OTHER_PROMPTS = (
 SHIPPED_STEPS, OTHER_STEPS = 10, 30
 
 
-class SettingError(ValueError):
-    """A setting that cannot be used: ``name`` is the setting, and the message starts with it."""
-
-    def __init__(self, name: str, problem: str) -> None:
-        super().__init__(f"{name} {problem}")
-        self.name, self.problem = name, problem
-
-
 def shipped_pipeline() -> Path:
     """The folder of the small pipeline that comes with the package."""
     return Path(__file__).parent / "tiny_sd"
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to make the picture: "dense", "todo" or "tome", and its variant (a factor or a ratio), as written."""
-
-    kind: str
-    variant: str | None = None
-
-    @property
-    def label(self) -> str:
-        return self.kind if self.variant is None else f"{self.kind}:{self.variant}"
-
-
-@dataclass(frozen=True)
-class CompareSettings:
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(MethodOptions):
     """The settings of one comparison; each argument is the option of ``todo-attn compare`` with the same name.
+
+    Those of :class:`~todo_attn.compare_methods.MethodOptions` and:
 
     Args:
         model: a folder in diffusers' format or a Hub id; None is the shipped pipeline.
@@ -85,9 +65,6 @@ class CompareSettings:
         scheduler: a name in ``SCHEDULERS``; None is the pipeline's own.
         device: "auto" (CUDA where there is one, else the CPU) or a torch device.
         dtype: "auto" (float16 on CUDA, else float32), or a name in ``DTYPES``, or fp32, fp16, bf16.
-        methods: names with commas between, among them "dense"; "todo:FACTOR" and "tome:RATIO" are variants.
-        factor, max_kv_tokens, mode: of :class:`~todo_attn.ToDoConfig`, for "todo"; see :func:`parse_factor`.
-        tome_ratio: the share of tokens that "tome" merges, above 0 and at most 0.75.
         warmup_steps: steps of the one uncounted pass of each method.
         variant: of the weights' files, such as "fp16".
 
@@ -105,11 +82,6 @@ class CompareSettings:
     scheduler: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    methods: str = "dense,todo"
-    factor: str = "auto"
-    max_kv_tokens: int = 4096
-    mode: str = "nearest"
-    tome_ratio: float = 0.5
     warmup_steps: int = 2
     variant: str | None = None
 
@@ -135,99 +107,16 @@ class CompareSettings:
             raise SettingError("scheduler", f"must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
         fill("device", _resolved_device(self.device))
         fill("dtype", _resolved_dtype(self.dtype, self.device))
-        _check_tome_ratio("tome_ratio", self.tome_ratio)
-        self.todo_config(None, self.height or MIN_SIZE, self.width or MIN_SIZE)
-        self.parsed_methods()
+        super().__post_init__()
 
     @property
     def source(self) -> str:
         """The folder or Hub id to load."""
         return str(shipped_pipeline()) if self.model is None else self.model
 
-    def parsed_methods(self) -> list[Method]:
-        """The methods in order.
-
-        Raises:
-            SettingError: an unknown or repeated method, a bad variant, or no "dense".
-        """
-        methods: list[Method] = []
-        for text in self.methods.split(","):
-            kind, colon, variant = text.strip().partition(":")
-            if kind not in METHODS or (kind == "dense" and colon):
-                known = "dense, todo, todo:FACTOR, tome, tome:RATIO"
-                raise SettingError("methods", f"must be some of {known}, with commas between, got {text.strip()!r}")
-            method = Method(kind, variant if colon else None)
-            if method in methods:
-                raise SettingError("methods", f"must name each method once, got {method.label!r} twice")
-            if kind == "todo":
-                self.todo_config(method.variant, MIN_SIZE, MIN_SIZE)
-            if kind == "tome" and colon:
-                self.tome_ratio_of(method)
-            methods.append(method)
-        if Method("dense") not in methods:
-            raise SettingError("methods", f"must have 'dense', which the others are held against, got {self.methods!r}")
-        return methods
-
-    def todo_config(self, variant: str | None, height: int, width: int) -> ToDoConfig:
-        """The configuration of "todo" (``variant`` None) or "todo:variant", at a picture size in pixels."""
-        try:
-            factor = parse_factor(self.factor if variant is None else variant, height, width)
-        except ValueError as error:
-            problem = str(error).removeprefix("factor ")
-            if variant is None:
-                raise SettingError("factor", problem) from None
-            raise SettingError("methods", f"has a factor in 'todo:{variant}' that {problem}") from None
-        try:
-            return ToDoConfig(factor=factor, max_kv_tokens=self.max_kv_tokens, mode=self.mode)
-        except ValueError as error:
-            name, _, problem = str(error).partition(" ")
-            raise SettingError(name, problem) from None
-
-    def tome_ratio_of(self, method: Method) -> float:
-        """The ratio of "tome" or "tome:RATIO"."""
-        if method.variant is None:
-            return self.tome_ratio
-        try:
-            ratio = float(method.variant)
-        except ValueError:
-            ratio = math.nan
-        _check_tome_ratio("methods", ratio, f"has a ratio in {method.label!r} that ")
-        return ratio
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
         return asdict(self) | {"prompts": list(self.prompts), "seeds": list(self.seeds)}
-
-
-def parse_factor(text: str, height: int, width: int) -> str | int | dict[int | str, int]:
-    """ToDoConfig's factor from how it is written on the command line.
-
-    "auto"; "paper" (the published factor for ``height`` x ``width`` pixels); an integer for every level; or pairs
-    LEVEL=FACTOR with "+" between, such as "1=4+2=2" or "finest=2".
-
-    Raises:
-        ValueError: anything else.
-    """
-    if text == "auto":
-        return "auto"
-    if text == "paper":
-        return ToDoConfig.paper(height, width).factor
-    if text.isdecimal() and int(text) >= 1:
-        return int(text)
-    levels: dict[int | str, int] = {}
-    for pair in text.split("+"):
-        level, _, factor = pair.partition("=")
-        known = level == FINEST or (level.isdecimal() and int(level) >= 1)
-        if not (known and factor.isdecimal() and int(factor) >= 1):
-            raise ValueError(
-                "factor must be auto, paper, an integer of at least 1, or LEVEL=FACTOR pairs with + between "
-                f"such as 1=4+2=2, got {text!r}"
-            )
-        key: int | str = level if level == FINEST else int(level)
-        if key in levels:
-            raise ValueError(f"factor must be pairs with each level once, got {level} twice in {text!r}")
-        levels[key] = int(factor)
-    return levels
 
 
 def _check_model(source: str) -> None:
@@ -257,11 +146,6 @@ def check_size(name: str, size: int | None, multiple: int) -> None:
     """Refuse a height or width, in pixels, that is given and does not fit."""
     if size is not None and (size < MIN_SIZE or size % multiple):
         raise SettingError(name, f"must be a multiple of {multiple} and at least {MIN_SIZE}, got {size}")
-
-
-def _check_tome_ratio(name: str, ratio: float, prefix: str = "") -> None:
-    if not 0 < ratio <= MAX_TOME_RATIO:
-        raise SettingError(name, f"{prefix}must be above 0 and at most {MAX_TOME_RATIO}, got {ratio}")
 
 
 def _resolved_device(device: str) -> str:

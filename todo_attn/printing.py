@@ -16,6 +16,11 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.{digits}f} s"
 
 
+def bytes_text(size: int) -> str:
+    """In MiB below one GiB, else in GiB: "812 MiB", "1.25 GiB"."""
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+
+
 def compare_table(report: dict[str, Any]) -> Table:
     """One row per method."""
     settings = report["settings"]
@@ -26,9 +31,12 @@ def compare_table(report: dict[str, Any]) -> Table:
         f"{count} picture{'s' if count > 1 else ''} by each method, on {report['machine']['device']}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
     )
-    for heading in ("method", "seconds", "from", "to", "speed-up", "PSNR", "SSIM", "memory")[: 8 if with_memory else 7]:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    headings = ("method", "seconds", "from", "to", "speed-up", "PSNR", "SSIM", "peak memory")
+    for heading in headings[: 8 if with_memory else 7]:
+        is_name = heading == "method"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
     for method in report["methods"]:
         table.add_row(method["method"], *_cells(method)[: 7 if with_memory else 6])
     return table
@@ -44,7 +52,45 @@ def _cells(method: dict[str, Any]) -> list[str]:
         f"{method['speedup']:.2f}x",
         "the same" if same else "-" if method["psnr"] is None else f"{method['psnr']:.1f} dB",
         "-" if method["ssim"] is None else f"{method['ssim']:.3f}",
-        "-" if memory is None else f"{memory / 2**30:.2f} GiB",
+        "-" if memory is None else bytes_text(memory),
+    ]
+
+
+def schedules_table(listing: dict[str, Any]) -> Table:
+    """One row per published schedule, of :func:`todo_attn.schedule_report.build_listing`."""
+    table = Table(
+        title=f"{listing['width']} x {listing['height']}, {listing['steps']} steps, {listing['calls']} calls of the "
+        "UNet",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("name", "full", "shallow", "reuse", "published", "here", "saved", "digits", "source"):
+        is_text = heading in ("name", "digits", "source")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=heading == "name")
+    for row in listing["schedules"]:
+        published = row["published"]["speedup"]
+        table.add_row(
+            row["name"],
+            *(str(row[kind]) for kind in ("full", "shallow", "reuse")),
+            "-" if published is None else f"{published:.2f}x",
+            f"{row['speedup']:.2f}x",
+            f"{row['saving']:.1%}",
+            row["digits"],
+            escape(row["source"]),
+        )
+    return table
+
+
+def schedules_notes(listing: dict[str, Any]) -> list[str]:
+    """What the columns of :func:`schedules_table` mean, and what one call costs."""
+    calls = ", ".join(f"{kind} {count / 1e9:.4g}" for kind, count in listing["operations_per_call"].items())
+    return [
+        f"operations of a call, in 1e9: {calls} (batch {listing['batch']}, {listing['prune_ratio']:g} of the tokens "
+        f"pruned where it is not dense; two for a multiplication with its addition)",
+        f"here: fewer operations than dense in a whole run, counted on the UNet of {listing['model']}",
+        "published: the same for the published code, on Stable Diffusion 1.5 at 512 x 512 with 51 calls, nothing "
+        "pruned and the middle block computed in shallow calls too",
+        "digits, one per call after the first, which is full: 2 full, 1 shallow, 0 the output before again",
     ]
 
 

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("todo_attn", "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "numpy", "tomesd")
+PACKAGES = (
+    "todo_attn",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "tomesd",
+    "DeepCache",
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -1,5 +1,6 @@
 """The measuring loop: who runs when, on what noise, and what is left behind."""
 
+import json
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from todo_attn.compare_settings import SCHEDULERS, CompareSettings, SettingError
+from todo_attn.compare_methods import SettingError
+from todo_attn.compare_settings import SCHEDULERS, CompareSettings
 from todo_attn.diffusers import compare as comparing
 from todo_attn.diffusers.compare import compare
 from todo_attn.diffusers.methods import BoundMethod
 from todo_attn.diffusers.pipelines import load_pipeline, sized
+from todo_attn.peak_memory import watch_peak
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def test_methods_take_turns(sd, settings, events):
     comparison = compare(sd, settings)
     dense, todo, tome = ("+dense", "-dense"), ("+todo:2", "-todo:2"), ("+tome", "-tome")
     there, back = (*dense, *todo, *tome), (*tome, *todo, *dense)
-    tried_on = todo
+    tried_on = (*there, *there)  # at the steps of a picture, and at those of a warm-up
     assert tuple(events) == (*tried_on, *there, *there, *back, *there, *back)
     assert Counter(s.label for s in comparison.shots) == {"dense": 4, "todo:2": 4, "tome": 4}
     pictures = [("a red circle", 3), ("a red circle", 5), ("a blue star", 3), ("a blue star", 5)]
@@ -70,6 +73,32 @@ def test_pictures_are_those_of_the_pipeline(sd, settings):
     first = {s.label: s.pixels for s in comparison.shots if s.picture == 0}
     assert not np.array_equal(first["todo:2"], first["dense"])
     assert not np.array_equal(first["tome"], first["dense"])
+
+
+def test_every_kind_of_method(sd, settings, caplog):
+    """Each acts, does the same in a second run, says nothing, and leaves the model alone."""
+    methods = "dense,todo,dato,dato:search,todo+dato,deepcache,deepcache:2,tome"
+    settings = replace(settings, methods=methods, prompts=("a star",), seeds=(3,), steps=8, warmup_steps=1, factor="2")
+    one, two = compare(sd, settings), compare(sd, settings)
+    pixels = [{(s.label, s.picture): s.pixels for s in c.shots} for c in (one, two)]
+    assert pixels[0].keys() == {(m, 0) for m in methods.split(",")}
+    assert all(np.array_equal(pixels[0][key], pixels[1][key]) for key in pixels[0])
+    distinct = {p.tobytes() for p in pixels[0].values()}
+    assert len(distinct) == len(pixels[0])
+    assert not caplog.records
+
+
+def test_warnings_come_once(sd, settings, caplog):
+    settings = replace(settings, methods="dense,todo:1")
+    for runs in (1, 2):
+        compare(sd, settings)
+        assert len([r for r in caplog.records if "changes nothing" in r.getMessage()]) == runs
+
+
+def test_memory_is_measured(sd, settings):
+    shots = compare(sd, replace(settings, prompts=("a star",))).shots
+    known = watch_peak(torch.device("cpu"))() is not None
+    assert all((s.peak_bytes is not None and s.peak_bytes > 0) if known else s.peak_bytes is None for s in shots)
 
 
 def test_factor_1_is_dense_and_runs_repeat(sd, settings):
@@ -195,3 +224,28 @@ class TestSized:
         with pytest.raises(SettingError, match="width must be given"):
             sized(replace(settings, width=None), self.pipe(None))
         assert sized(settings, self.pipe(None)).height == 64
+
+
+def test_the_command_with_every_kind(run, sd_folder, tmp_path):
+    small = [sd_folder, "--prompt", "a star", "--height", "64", "--width", "96", "--steps", "5", "--out", tmp_path]
+    options = "--schedule search --prune-ratio 0.25 --cache-interval 2 --factor 2"
+    ran = run("compare", *small, *options.split(), "--methods", "dense,todo,dato,dato:coco,todo+dato,deepcache")
+    assert ran.code == 0, ran.err
+    methods = {m["method"]: m for m in json.loads((tmp_path / "report.json").read_text())["methods"]}
+    assert methods["dato"]["options"].items() >= {"schedule": "search", "prune_ratio": 0.25}.items()
+    assert methods["dato:coco"]["options"]["schedule"] == "coco"
+    assert methods["todo+dato"]["options"]["todo"]["factor"] == 2
+    assert methods["deepcache"]["options"] == {"cache_interval": 2, "cache_branch_id": 0}
+    for label, method in methods.items():
+        assert label in ran.out
+        assert method["speedup"] > 0 and len(method["images"]) == 1
+    assert "DaTo:" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--schedule", "nothing"), ("--prune-ratio", "0.9"), ("--cache-interval", "0")]
+)
+def test_the_command_refuses(run, sd_folder, tmp_path, option, value):
+    ran = run("compare", sd_folder, option, value, "--out", tmp_path / "out")
+    assert ran.code == 2 and ran.err.startswith(f"todo-attn: error: {option} must be")
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from todo_attn.compare_output import write_output
 from todo_attn.compare_report import build_report, spread
@@ -14,6 +15,7 @@ from todo_attn.compare_settings import CompareSettings
 from todo_attn.diffusers.compare import Comparison, Shot
 from todo_attn.diffusers.methods import BoundMethod
 from todo_attn.metrics import psnr, ssim
+from todo_attn.printing import bytes_text, compare_table
 
 
 def shot(label: str, picture: int, seconds: float, value: int, **given) -> Shot:
@@ -97,6 +99,33 @@ def test_memory_is_the_peak_of_all_pictures(comparison):
     methods = build_report(replace(comparison, shots=shots))["methods"]
     assert [m["peak_memory_bytes"] for m in methods] == [2001, 2000, None]
     assert [m["peak_memory_bytes"] for m in build_report(comparison)["methods"]] == [None] * 3
+
+
+def table(comparison: Comparison, width: int = 200) -> str:
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(compare_table(build_report(comparison)))
+    return captured.get()
+
+
+def test_memory_is_in_the_table_where_it_is_known(comparison):
+    assert "memory" not in table(comparison)
+    shots = [replace(s, peak_bytes=(5 if s.label == "dense" else 2) * 2**28) for s in comparison.shots]
+    text = table(replace(comparison, shots=shots))
+    assert "peak memory" in text and "1.25 GiB" in text and "512 MiB" in text
+
+
+def test_names_are_whole_in_a_narrow_table(comparison):
+    shots = [replace(s, peak_bytes=2**30) for s in comparison.shots]
+    shots += [replace(s, label="todo+dato:search") for s in shots if s.label == "todo:2"]
+    methods = [*comparison.methods, BoundMethod("todo+dato:search")]
+    assert "todo+dato:search" in table(replace(comparison, shots=shots, methods=methods), width=80)
+
+
+def test_bytes_text():
+    assert [bytes_text(n) for n in (0, 3 << 20, (1 << 30) - (1 << 20), 1 << 30)] == [
+        "0 MiB", "3 MiB", "1023 MiB", "1.00 GiB",
+    ]  # fmt: skip
 
 
 def test_settings_versions_and_machine(comparison):

@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from todo_attn import ToDoConfig
-from todo_attn.compare_settings import CompareSettings, Method, SettingError, parse_factor
+from todo_attn import ToDoConfig, schedule
+from todo_attn.compare_methods import Method, SettingError, parse_factor
+from todo_attn.compare_settings import CompareSettings
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,19 @@ from todo_attn.compare_settings import CompareSettings, Method, SettingError, pa
         ("mode", "bilinear"),
         ("tome_ratio", 0.0),
         ("tome_ratio", 0.76),
+        ("methods", "dense,dato:nothing"),
+        ("methods", "dense,dato:"),
+        ("methods", "dense,todo+dato:nothing"),
+        ("methods", "dense,dato,dato"),
+        ("methods", "dense,dato+todo"),
+        ("methods", "dense,deepcache:0"),
+        ("methods", "dense,deepcache:1.5"),
+        ("schedule", "nothing"),
+        ("schedule", "."),
+        ("prune_ratio", -0.1),
+        ("prune_ratio", 0.76),
+        ("prune_ratio", float("nan")),
+        ("cache_interval", 0),
     ],
     ids=lambda x: str(x),
 )
@@ -100,9 +114,38 @@ def test_methods(sd_folder):
     )
     methods = settings.parsed_methods()
     assert [m.label for m in methods] == ["todo:2", "dense", "tome:0.25", "tome", "todo", "todo:paper"]
-    configs = [settings.todo_config(m.variant, 2048, 2048) for m in methods if m.kind == "todo"]
+    configs = [settings.todo_config(m, 2048, 2048) for m in methods if m.kind == "todo"]
     assert [c.factor for c in configs] == [2, 4, ToDoConfig.paper(2048, 2048).factor]
     assert [settings.tome_ratio_of(Method("tome", v)) for v in ("0.25", None)] == [0.25, 0.75]
+
+
+def test_methods_that_cache(sd_folder, tmp_path):
+    file = tmp_path / "mine.json"
+    schedule.save(schedule.Schedule("10" * 12 + "2"), file)
+    settings = CompareSettings(
+        model=str(sd_folder),
+        methods="dense,dato,dato:search,dato:coco,todo+dato:search,deepcache,deepcache:5",
+        schedule=str(file),
+        cache_interval=2,
+        factor="paper",
+    )
+    _, mine, search, coco, both, *deepcache = settings.parsed_methods()
+    configs = {m: settings.dato_config(m, 51, 1024, 1024) for m in (search, coco, both)}
+    assert configs[search].cache_schedule == schedule.load("search").digits
+    assert configs[coco].cache_schedule == schedule.load("coco").digits
+    assert configs[search].todo is None and configs[both].todo == ToDoConfig.paper(1024, 1024)
+    assert settings.dato_config(mine, 26, 64, 64).cache_schedule == "10" * 12 + "2"
+    assert settings.dato_config(mine, 51, 64, 64).cache_schedule == schedule.resample("10" * 12 + "2", 50)
+    assert settings.dato_config(mine, 1, 64, 64).cache_schedule is None
+    assert [settings.cache_interval_of(m) for m in deepcache] == [2, 5]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1}', '{"version": 1, "digits": "123"}'])
+def test_a_file_that_is_no_schedule(sd_folder, tmp_path, text):
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(SettingError, match=r"^schedule must be a file with a schedule: .*mine\.json"):
+        CompareSettings(model=str(sd_folder), schedule=str(file))
 
 
 @pytest.mark.parametrize(

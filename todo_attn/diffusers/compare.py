@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..compare_settings import CompareSettings
+from ..peak_memory import watch_peak
 from .methods import BoundMethod, bind
 from .pipelines import check_pipeline, sized
 
@@ -24,7 +26,8 @@ class Shot:
         picture: its number among the pairs of prompt and seed, from 0.
         pixels: (height, width, 3) uint8.
         seconds: from the call of the pipeline to the pixels on the CPU, text encoder and VAE included.
-        peak_bytes: the most device memory held meanwhile, weights included; None off CUDA.
+        peak_bytes: the most memory held meanwhile, as :func:`~todo_attn.peak_memory.watch_peak` has it; None where
+            that cannot be told.
         finite: False where the pipeline gave NaN or infinity.
         blacked_out: whether its safety checker did away with it.
     """
@@ -65,10 +68,10 @@ class Progress:
 def compare(pipe: Any, settings: CompareSettings, watch: Callable[[Progress], None] | None = None) -> Comparison:
     """Make every prompt and seed of ``settings`` by each of its methods.
 
-    One uncounted pass of each method goes first. Then the methods take turns at each picture, in turned order from one
-    picture to the next, so that a machine that slows down or speeds up does so for all of them. Starting noise comes
-    from the CPU, seeded per picture, and is the same for every method. A method is put on the pipeline for one picture
-    and taken off again, also when something raises: the pipeline is left as found.
+    One uncounted and shorter pass of each method goes first. Then the methods take turns at each picture, in turned
+    order from one picture to the next, so that a machine that slows down or speeds up does so for all of them. Starting
+    noise comes from the CPU, seeded per picture, and is the same for every method. A method is put on the pipeline for
+    one picture and taken off again, also when something raises: the pipeline is left as found.
 
     Args:
         pipe: a text-to-image pipeline with a UNet, as :func:`~todo_attn.diffusers.pipelines.load_pipeline` gives.
@@ -77,15 +80,18 @@ def compare(pipe: Any, settings: CompareSettings, watch: Callable[[Progress], No
 
     Raises:
         SettingError: a setting that does not fit the pipeline.
-        ValueError: ToDo or ToMe is on the pipeline already.
+        ValueError: one of the methods is on the pipeline already.
     """
     check_pipeline(pipe, settings.source)
     settings = sized(settings, pipe)
-    methods = [bind(method, pipe, settings) for method in settings.parsed_methods()]
-    able = [m for m in methods if m.unavailable is None]
-    pictures = [(prompt, seed) for prompt in settings.prompts for seed in settings.seeds]
     assert settings.steps is not None
     warmup_steps = min(settings.warmup_steps, settings.steps)
+    methods = [bind(method, pipe, settings) for method in settings.parsed_methods()]
+    able = [m for m in methods if m.unavailable is None]
+    # A schedule is made for a number of steps, and so the method with it.
+    short = replace(settings, steps=warmup_steps)
+    warm_ups = [b for b in (bind(method, pipe, short) for method in short.parsed_methods()) if b.unavailable is None]
+    pictures = [(prompt, seed) for prompt in settings.prompts for seed in settings.seeds]
     total = len(able) * (warmup_steps + len(pictures) * settings.steps)
     done = 0
     shots: list[Shot] = []
@@ -105,8 +111,8 @@ def compare(pipe: Any, settings: CompareSettings, watch: Callable[[Progress], No
         done += steps
         return shot
 
-    with _quiet(pipe):
-        for method in able:
+    with _quiet(pipe), _told_once():
+        for method in warm_ups:
             take(method, 0, warmup_steps, f"warm-up: {method.label}")
         for picture in range(len(pictures)):
             for method in able[:: -1 if picture % 2 else 1]:
@@ -130,6 +136,24 @@ def _quiet(pipe: Any) -> Iterator[None]:
             pipe._progress_bar_config = before
 
 
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Each of this package's warnings once, not at every picture that a method is put on for."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message, before = record.getMessage(), len(told)
+        told.add(message)
+        return len(told) > before
+
+    logger = logging.getLogger("todo_attn")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
 def _take(
     pipe: Any,
     settings: CompareSettings,
@@ -140,13 +164,11 @@ def _take(
     **names: Any,
 ) -> Shot:
     device = pipe.unet.device
-    cuda = device.type == "cuda"
     guidance = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
     # tomesd draws from a copy of the global generator.
-    with torch.random.fork_rng(devices=[device] if cuda else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
+        peak = watch_peak(device)
         _wait_for(device)
         start = time.perf_counter()
         output = pipe(
@@ -161,6 +183,7 @@ def _take(
         )
         _wait_for(device)
         seconds = time.perf_counter() - start
+        peak_bytes = peak()
     image = output.images[0]  # (height, width, 3) float in [0, 1]
     pixels = (np.nan_to_num(image, posinf=1.0, neginf=0.0) * 255).round().astype(np.uint8)
     return Shot(
@@ -169,7 +192,7 @@ def _take(
         seed=seed,
         pixels=pixels,
         seconds=seconds,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
+        peak_bytes=peak_bytes,
         finite=bool(np.isfinite(image).all()),
         blacked_out=any(getattr(output, "nsfw_content_detected", None) or ()),
     )
