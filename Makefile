@@ -1,16 +1,17 @@
 # make demo   environment, install, dense against ToDo on the shipped pipeline; prints where the pictures are
 # make test   environment, install, lint, types, all tests
+# make wheel  a wheel in dist/ with the compiled libraries; TODO_ATTN_CUDA and TODO_ATTN_CUDA_ARCHS as in setup.py
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: env demo lint test clean
+.PHONY: env demo lint test wheel clean
 
-# torch first and alone: the other packages must not bring a torch of their own choice.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+# torch first and alone: the other packages must not bring a torch of their own choice, and csrc/ is compiled against it.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --constraint constraints.txt torch
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt torch 'setuptools>=77'
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
 env: $(VENV)/.ready
@@ -26,5 +27,10 @@ lint: env
 test: lint
 	$(PY) -m pytest -n auto --dist loadgroup
 
+# setuptools would put what lies in build/ into the wheel.
+wheel: env
+	rm -rf build
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo
+	rm -rf $(VENV) build dist *.egg-info demo todo_attn/*.so
