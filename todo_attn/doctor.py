@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import ops, reference
-from .ops import backends
+from .ops import backends, libraries
 from .versions import device_name, machine, versions
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,7 +31,7 @@ def examine() -> dict[str, Any]:
         ``machine``; ``cuda``; ``ops``, a row per op, device and dtype; ``diffusers``, whether ToDo works in it. What
         is not installed is no problem: rows say so.
     """
-    rows = [row for device in _devices() for row in _op_rows(device)]
+    rows = [row for device in _devices() for row in (*_op_rows(device), *_token_rows(device))]
     diffusers = _check_diffusers()
     problems = [
         f"{row['op']} on {row['device']} in {row['dtype']} by {check['backend']}: {check['problem']}"
@@ -108,7 +108,21 @@ def _op_rows(device: torch.device) -> list[dict[str, Any]]:
         )
         checks = [_check("torch", dtype, partial(_downsample_error, device, dtype))]
         rows.append({"op": "downsample_tokens", **where, "backend": "torch", "why_not_triton": None, "checks": checks})
+        chosen, why_not = backends.choose("auto", device, dtype), backends.why_not_triton(device, dtype)
+        checks = [_check(chosen, dtype, partial(_match_error, device, dtype))]
+        rows.append({"op": "match_tokens", **where, "backend": chosen, "why_not_triton": why_not, "checks": checks})
     return rows
+
+
+def _token_rows(device: torch.device) -> list[dict[str, Any]]:
+    """One row per op that moves tokens, which is the same for all dtypes: by the compiled library or by torch."""
+    why_not = libraries.why_not(device.type)
+    backend = {"cpu": "C++", "cuda": "CUDA"}[device.type] if why_not is None else "torch"
+    where = {"device": str(device), "dtype": "any", "backend": backend, "why_not_compiled": why_not}
+    return [
+        {"op": op, **where, "checks": [_check(backend, _DTYPES[0], partial(_move_error, device, op))]}
+        for op in ("gather_tokens", "scatter_tokens", "recover_tokens", "select_base_tokens")
+    ]
 
 
 def _check(backend: str, dtype: torch.dtype, error_of: Callable[[], float]) -> dict[str, Any]:
@@ -146,6 +160,33 @@ def _downsample_error(device: torch.device, dtype: torch.dtype) -> float:
         right = reference.downsample_tokens(x.double(), _GRID, _FACTOR, mode=mode)
         errors.append((out.double() - right).abs().max())
     return torch.stack(errors).max().item()  # NaN if any is
+
+
+def _match_error(device: torch.device, dtype: torch.dtype) -> float:
+    x = _tokens(dtype, 1)[0].flatten(2)
+    number = torch.arange(x.shape[1]).unsqueeze(0)
+    queries, keys = number[:, ::2], number[:, 1::2]
+    _, out = ops.match_tokens(x.to(device), queries.to(device), keys.to(device))
+    _, right = reference.match_tokens(x.double(), queries, keys)
+    return (out.cpu().double() - right).abs().max().item()
+
+
+def _move_error(device: torch.device, op: str) -> float:
+    """0 or infinity: moving is right to the last bit, and adding a residual is one rounding."""
+    for dtype in _DTYPES:
+        x = _tokens(dtype, 1)[0].flatten(2)
+        index = torch.arange(x.shape[1]).unsqueeze(0).flip(1)[:, ::3]
+        arguments: tuple[Any, ...] = {
+            "gather_tokens": (x, index),
+            "scatter_tokens": (x, index, -x[:, : index.shape[1]]),
+            "recover_tokens": (x, index, x[:, : index.shape[1]]),
+            "select_base_tokens": (x[..., 0], _GRID),
+        }[op]
+        right = getattr(reference, op)(*arguments)
+        moved = (a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments)
+        if not torch.equal(getattr(ops, op)(*moved).cpu(), right):
+            return float("inf")
+    return 0.0
 
 
 def _check_diffusers() -> dict[str, Any]:

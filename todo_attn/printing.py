@@ -112,14 +112,19 @@ def print_examination(examination: dict[str, Any], console: Console) -> None:
     table = Table(title="what runs each op here", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("op", "on", "in", "backend", "tried out"):
         table.add_column(heading)
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
+    compiled: dict[str, str] = {}
     for row in examination["ops"]:
         table.add_row(row["op"], row["device"], row["dtype"], row["backend"], _verdict(row["checks"]))
-        if row["why_not_triton"]:
-            reasons.setdefault((row["device"], row["why_not_triton"]), []).append(row["dtype"])
+        if reason := row.get("why_not_triton"):
+            reasons.setdefault((row["device"], reason), {})[row["dtype"]] = None
+        if reason := row.get("why_not_compiled"):
+            compiled[row["device"]] = reason
     console.print(table)
     for (device, reason), dtypes in reasons.items():
-        console.print(f"no Triton attention on {device} in {', '.join(dtypes)}: {reason}", soft_wrap=True, markup=False)
+        console.print(f"no Triton on {device} in {', '.join(dtypes)}: {reason}", soft_wrap=True, markup=False)
+    for device, reason in compiled.items():
+        console.print(f"no compiled token ops on {device}: {reason}", soft_wrap=True, markup=False)
     if not diffusers["installed"]:
         console.print(f"ToDo in diffusers: {diffusers['why_not']}", markup=False)
     elif diffusers["problem"] is None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from todo_attn import doctor, ops
-from todo_attn.ops import backends
+from todo_attn.ops import backends, libraries
 
 ATTENTION, DOWNSAMPLE = "downsampled_attention", "downsample_tokens"
+MOVES = ("gather_tokens", "scatter_tokens", "recover_tokens", "select_base_tokens")
 
 
 def test_a_sound_install(run):
@@ -39,10 +40,12 @@ def test_json(run):
 
 
 def test_backends_are_those_of_the_ops(monkeypatch):
-    monkeypatch.setattr(backends, "why_not_triton", lambda device, dtype, head_dim: f"a reason for {dtype}")
+    monkeypatch.setattr(backends, "why_not_triton", lambda device, dtype, head_dim=None: f"a reason for {dtype}")
     for row in doctor.examine()["ops"]:
+        if row["op"] in MOVES:
+            continue
         assert (row["backend"], [c["backend"] for c in row["checks"]]) == ("torch", ["torch"])
-        reason = f"a reason for torch.{row['dtype']}" if row["op"] == ATTENTION else None
+        reason = f"a reason for torch.{row['dtype']}" if row["op"] in (ATTENTION, "match_tokens") else None
         assert row["why_not_triton"] == reason
 
 
@@ -63,6 +66,24 @@ def test_a_broken_op(run, monkeypatch, op, how):
     assert ("no kernel image" in ran.out) == (how == "raising")
     found = json.loads(run("doctor", "--json").out)
     assert not found["ok"] and len(found["problems"]) >= 3
+
+
+@pytest.mark.parametrize("op", MOVES)
+def test_a_broken_move(run, monkeypatch, op):
+    right = getattr(ops, op)
+    monkeypatch.setattr(ops, op, lambda *args: right(*args) + 1)
+    ran = run("doctor")
+    assert ran.code == 1
+    assert f"broken {op} on cpu" in ran.out
+
+
+def test_compiled_libraries_that_are_not_there_are_explained(run, monkeypatch):
+    monkeypatch.setattr(libraries, "why_not", lambda device_type: "it was forgotten")
+    ran = run("doctor")
+    assert ran.code == 0
+    assert "no compiled token ops on cpu: it was forgotten" in ran.out
+    rows = {row["op"]: row for row in json.loads(run("doctor", "--json").out)["ops"]}
+    assert all(rows[op]["backend"] == "torch" and rows[op]["why_not_compiled"] for op in MOVES)
 
 
 def test_without_diffusers(run, monkeypatch):
