@@ -209,6 +209,8 @@ def test_autocast_and_matmul_precision_change_nothing():
 
 
 def test_flops_are_counted():
+    from todo_attn.ops import flops  # noqa: F401  (registers the formula)
+
     x = torch.randn(2, 12, 5, device=DEVICE)
     with FlopCounterMode(display=False) as counter:
         match_tokens(x, indices(2, 12, 6), indices(2, 12, 4))

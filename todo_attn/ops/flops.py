@@ -1,11 +1,12 @@
-"""What an attention costs, for ``torch.utils.flop_counter``. Importing this module registers it; nothing else does."""
+"""What the ops cost that multiply, for ``torch.utils.flop_counter``. Importing this module registers it; nothing else
+does, because torch's counter imports Triton."""
 
 from __future__ import annotations
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import attention  # noqa: F401  (defines the op)
+from . import attention, matching  # noqa: F401  (they define the ops)
 
 
 @register_flop_formula(torch.ops.todo_attn.downsampled_attention)
@@ -16,3 +17,9 @@ def downsampled_attention_flops(  # type: ignore[no-untyped-def]
     batch, tokens, heads, head_dim = query
     keys = (grid[0] // factor[0]) * (grid[1] // factor[1])
     return 4 * batch * heads * tokens * keys * head_dim
+
+
+@register_flop_formula(torch.ops.todo_attn.match_tokens)
+def match_tokens_flops(x, query_index, key_index, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """One product of every query with every key: 2 * B * Q * K * C."""
+    return 2 * query_index[0] * query_index[1] * key_index[1] * x[2]

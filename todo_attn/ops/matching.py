@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, checks
 
@@ -144,12 +143,6 @@ def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.todo_attn.match_tokens)
-def _flops(x, query_index, key_index, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    """One product of every query with every key; shapes in, as torch's flop counter hands them over."""
-    return 2 * query_index[0] * query_index[1] * key_index[1] * x[2]
 
 
 def _index(name: str, index: torch.Tensor, x: torch.Tensor) -> None:
