@@ -12,18 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops
 from .config import ToDoConfig
+from .dato_config import DaToConfig
 
 if TYPE_CHECKING:
-    from .diffusers import ToDoProcessor, apply_todo, remove_todo
+    from .diffusers import ToDoProcessor, apply_dato, apply_todo, remove_dato, remove_todo, reset_dato
 
 try:
     __version__ = version("todo_attn")
 except PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["ToDoConfig", "ToDoProcessor", "apply_todo", "ops", "remove_todo"]
+_NEEDS_DIFFUSERS = {"ToDoProcessor", "apply_dato", "apply_todo", "remove_dato", "remove_todo", "reset_dato"}
 
-_NEEDS_DIFFUSERS = {"ToDoProcessor", "apply_todo", "remove_todo"}
+__all__ = [
+    "DaToConfig",
+    "ToDoConfig",
+    "ToDoProcessor",
+    "apply_dato",
+    "apply_todo",
+    "ops",
+    "remove_dato",
+    "remove_todo",
+    "reset_dato",
+]
 
 
 def __getattr__(name: str) -> Any:

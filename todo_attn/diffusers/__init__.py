@@ -1,6 +1,7 @@
-"""ToDo in diffusers' models: everything here imports diffusers, and nothing outside does."""
+"""ToDo and DaTo in diffusers' models: everything here imports diffusers, and nothing outside does."""
 
 from .apply import apply_todo, remove_todo
+from .dato import apply_dato, remove_dato, reset_dato
 from .processor import ToDoProcessor
 
-__all__ = ["ToDoProcessor", "apply_todo", "remove_todo"]
+__all__ = ["ToDoProcessor", "apply_dato", "apply_todo", "remove_dato", "remove_todo", "reset_dato"]

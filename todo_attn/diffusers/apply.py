@@ -116,13 +116,13 @@ def _flatten(model: Any) -> list[nn.Module]:
         return [m for part in model for m in _flatten(part)]
     if not isinstance(model, nn.Module):
         return []
-    while model is not (inner := _unwrap(model)):
+    while model is not (inner := unwrap(model)):
         model = inner
     nets = getattr(model, "nets", None)  # MultiControlNetModel
     return _flatten(nets) if isinstance(nets, nn.ModuleList) else [model]
 
 
-def _unwrap(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """``model`` out of one wrapper, torch.compile's or a data-parallel one; itself where it has none."""
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     return model.module if parallel else unwrap_module(model)

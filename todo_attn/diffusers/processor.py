@@ -92,6 +92,8 @@ class ToDoProcessor:
 
         # Taking tokens commutes with a linear layer, so it comes first and to_k and to_v see M tokens instead of N.
         coarse = ops.downsample_tokens(hidden_states, plan.grid, plan.factor, mode=plan.mode)  # (B, M, C)
+        if plan.queries is not None:
+            hidden_states = ops.gather_tokens(hidden_states, plan.queries)  # (B, K, C)
         coarse_grid = (plan.grid[0] // plan.factor[0], plan.grid[1] // plan.factor[1])
         query, key, value = attn.to_q(hidden_states), attn.to_k(coarse), attn.to_v(coarse)
         head_dim = key.shape[-1] // attn.heads
@@ -123,7 +125,7 @@ class ToDoProcessor:
         if state is None and not torch.compiler.is_compiling():
             state = adopt_from_call_stack(attn, tokens)
         plan = None if state is None else state.transformer.plan
-        if plan is None or plan.grid[0] * plan.grid[1] != tokens:
+        if plan is None or (plan.factor != (1, 1) and plan.grid[0] * plan.grid[1] != tokens):
             self._warn_no_grid()
             return None
         return plan

@@ -34,12 +34,13 @@ ATTRIBUTE = "_todo_attn"
 class Plan(NamedTuple):
     """How a self-attention takes its keys and values in one call: every (fh, fw)-th token of the grid, by ``mode``.
 
-    Factor (1, 1) is dense.
+    Factor (1, 1) is dense. ``queries`` (B, K) are the tokens whose queries are wanted, where DaTo prunes the others.
     """
 
     grid: tuple[int, int]
     factor: tuple[int, int]
     mode: str
+    queries: torch.Tensor | None = None
 
 
 class ModelState:

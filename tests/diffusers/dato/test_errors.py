@@ -1,0 +1,158 @@
+"""What apply_dato refuses, and that the model is as it was then."""
+
+from types import SimpleNamespace
+
+import pytest
+import tomesd
+import torch
+from DeepCache import DeepCacheSDHelper
+from diffusers import UNet2DModel
+
+from todo_attn import ToDoConfig, ToDoProcessor, apply_todo
+from todo_attn.dato_config import DaToConfig
+from todo_attn.diffusers.dato import apply_dato, remove_dato, reset_dato
+
+TODO = ToDoConfig(factor=2)
+
+
+def state(module):
+    """All that hooks and patches leave on a module and in it."""
+    return [
+        (
+            *(m, type(m), set(m.__dict__), m.__dict__.get("forward"), getattr(m, "processor", None)),
+            *(len(m._forward_pre_hooks), len(m._forward_hooks)),
+        )
+        for m in module.modules()
+    ]
+
+
+NO_UNETS = {
+    "a pipeline without one": lambda: SimpleNamespace(transformer=torch.nn.Linear(1, 1)),
+    "another module": lambda: torch.nn.Linear(1, 1),
+    "another UNet": lambda: UNet2DModel(
+        sample_size=8, block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+    ),
+    "nothing": lambda: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_UNETS)
+@pytest.mark.parametrize("function", [apply_dato, remove_dato, reset_dato])
+def test_no_unet(what, function):
+    given = NO_UNETS[what]()
+    before = state(given) if isinstance(given, torch.nn.Module) else None
+    with pytest.raises(ValueError, match=rf"pipe_or_unet must be .* got {type(given).__name__}"):
+        function(given)
+    assert before is None or state(given) == before
+
+
+def test_no_self_attention(unet):
+    blocks = {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
+    convolutions = type(unet).from_config({**unet.config, **blocks})
+    convolutions.mid_block = None
+    before = state(convolutions)
+    with pytest.raises(ValueError, match="pipe_or_unet must have self-attention"):
+        apply_dato(convolutions)
+    assert state(convolutions) == before
+
+
+@pytest.mark.parametrize("config", [{"prune_ratio": 0.4}, ToDoConfig(), 0.4])
+def test_no_configuration(unet, config):
+    before = state(unet)
+    with pytest.raises(ValueError, match="config must be a DaToConfig or None, got"):
+        apply_dato(unet, config)
+    assert state(unet) == before
+
+
+def test_deepcache(pipe, calls):
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=3)
+    helper.enable()
+    before = state(pipe.unet)
+    for given in (pipe, pipe.unet):
+        with pytest.raises(ValueError, match="DeepCache"):
+            apply_dato(given)
+    assert state(pipe.unet) == before
+    helper.disable()
+    apply_dato(pipe)
+    calls(pipe.unet, 1)
+
+
+def test_tomesd(pipe, calls):
+    tomesd.apply_patch(pipe, ratio=0.5)
+    before = state(pipe.unet)
+    for given in (pipe, pipe.unet):
+        with pytest.raises(ValueError, match="tomesd"):
+            apply_dato(given)
+    assert state(pipe.unet) == before
+    tomesd.remove_patch(pipe)
+    apply_dato(pipe)
+    calls(pipe.unet, 1)
+
+
+@pytest.mark.parametrize("put", [lambda u: apply_todo(u, TODO), lambda u: u.set_attn_processor(ToDoProcessor())])
+def test_todo_is_there_already(unet, calls, put):
+    put(unet)
+    before, expected = state(unet), calls(unet, 1)[0]
+    with pytest.raises(ValueError, match="config must not have todo="):
+        apply_dato(unet, DaToConfig(todo=TODO))
+    if before[0][2] == state(unet)[0][2]:  # a processor set by hand has hooks since its first call
+        assert torch.equal(calls(unet, 1)[0], expected)
+    apply_dato(unet, DaToConfig(prune_ratio=0.0))
+    with pytest.raises(ValueError, match="config must not have todo="):
+        apply_dato(unet, DaToConfig(todo=TODO))
+    assert torch.equal(calls(unet, 1)[0], expected)
+
+
+def test_a_todo_that_does_not_fit(unet, calls):
+    """The one before stays, with its ToDo."""
+    before = state(unet)
+    with pytest.raises(ValueError, match="factor must name levels"):
+        apply_dato(unet, DaToConfig(todo=ToDoConfig(factor={8: 2})))
+    assert state(unet) == before
+    apply_dato(unet, DaToConfig(todo=TODO))
+    before, expected = state(unet), calls(unet, 2)
+    with pytest.raises(ValueError, match="factor must name levels"):
+        apply_dato(unet, DaToConfig(todo=ToDoConfig(factor={8: 2})))
+    assert state(unet) == before
+    assert all(map(torch.equal, calls(unet, 2), expected))
+
+
+def test_a_ratio_above_what_the_patch_allows(unet, calls, kinds):
+    """The grid is known at the call, so that one raises; the next is as usual."""
+    apply_dato(unet, DaToConfig(prune_ratio=(0.4, 0.8), cache_schedule="2"))
+    with pytest.raises(ValueError, match=r"ratio must be at most 0.75.*got 0.8"):
+        calls(unet, 2, size=(8, 8))
+    log = kinds(unet)
+    first = calls(unet, 1, size=(8, 8))[0]
+    assert log == ["2"]
+    remove_dato(unet)
+    apply_dato(unet, DaToConfig())
+    assert torch.equal(calls(unet, 1, size=(8, 8))[0], first)
+
+
+def test_a_call_without_a_sample_or_timestep(unet):
+    apply_dato(unet)
+    with pytest.raises((TypeError, KeyError)):
+        unet()
+
+
+def test_applying_again_replaces(unet, calls, kinds, make_unet):
+    def counts():
+        return [(kept, pre, post) for _, _, kept, _, _, pre, post in state(unet)]
+
+    log = kinds(unet)
+    apply_dato(unet, DaToConfig(cache_schedule="1", prune_feed_forward=True))
+    for digits in ("111", "000", "212"):
+        apply_dato(unet, DaToConfig(cache_schedule=digits))
+        hooks = counts()
+        log.clear()
+        outputs = calls(unet, 4)
+        assert "".join(log) == "2" + digits
+        apply_dato(unet, DaToConfig(cache_schedule=digits))
+        assert counts() == hooks
+    other = make_unet("sd")
+    apply_dato(other, DaToConfig(cache_schedule="212"))
+    assert all(map(torch.equal, outputs, calls(other, 4)))

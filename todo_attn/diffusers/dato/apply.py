@@ -1,0 +1,175 @@
+"""DaTo on a pipeline or UNet, off again, and back to the start of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+
+from ...dato_config import DaToConfig
+from ..apply import apply_todo, remove_todo, unwrap
+from ..levels import transformers_by_level
+from ..processor import ToDoProcessor
+from . import cache
+from .pruning import TransformerPruning
+from .run import REUSE, Run
+
+# Under this name a UNet has its DaToState.
+ATTRIBUTE = "_todo_attn_dato"
+
+
+class DaToState:
+    """On a UNet under DaTo: its run, and what to take off again."""
+
+    def __init__(self, unet: UNet2DConditionModel, run: Run) -> None:
+        self.run = run
+        transformers = transformers_by_level(unet)
+        finest = min(level for level, _ in transformers)
+        self._pruning = [TransformerPruning(t, run) for level, t in transformers if level == finest]
+        self._handles = [
+            unet.register_forward_pre_hook(self._before, with_kwargs=True),
+            unet.register_forward_hook(self._after),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for pruning in self._pruning:
+            pruning.detach()
+
+    # Which call this is changes at every one: torch.compile would compile anew each time if it saw that. It sees the
+    # kind.
+    @torch.compiler.disable(reason="DaTo decides here how much of the UNet a call computes")
+    def _before(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else kwargs["sample"]
+        self.run.begin(sample, args[1] if len(args) > 1 else kwargs["timestep"])
+
+    @torch.compiler.disable(reason="DaTo keeps the output here")
+    def _after(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        sample = self.run.end(output[0])
+        if self.run.kind != REUSE:
+            return None
+        return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
+
+
+def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
+    """Let a UNet prune tokens and reuse its blocks (DaTo, arXiv 2501.00375).
+
+    In place, and undone by :func:`remove_dato`. Each image is a *run* of calls of the UNet. Its first call is computed
+    in full; the others as ``config.cache_schedule`` says: in full, only the last layers, or not at all. What is
+    computed prunes tokens in the self-attentions of the UNet's finest level. Given a pipeline, it knows from its
+    scheduler where a run starts and how many calls it has, and resamples a schedule made for another number. Given a
+    UNet alone, a run starts where the timestep rises (numbers and CPU tensors), or where it is not the next element of
+    the tensor that the last one was from (device tensors, which are never read); :func:`reset_dato` starts one in any
+    case.
+
+    Works at every height and width, with guidance on or off, and together with LoRA, IP-Adapter, ControlNet,
+    T2I-Adapter, FreeU, offloading and :func:`todo_attn.apply_todo`, whichever comes first. Applied again it replaces.
+    Remove it before a deep copy of the UNet, whose blocks would be the original's.
+
+    Args:
+        pipe_or_unet: a pipeline with a ``unet``, or a ``UNet2DConditionModel`` itself, compiled or not.
+        config: what to do; None is ``DaToConfig()``: 0.4 of the tokens pruned, nothing reused.
+
+    Raises:
+        ValueError: ``pipe_or_unet`` is neither, or has no self-attention; ``config`` is no ``DaToConfig``, or names a
+            ``todo`` where ToDo is there already; DeepCache or tomesd has patched the UNet. Nothing has been changed
+            then.
+    """
+    config = DaToConfig() if config is None else config
+    if not isinstance(config, DaToConfig):
+        raise ValueError(f"config must be a DaToConfig or None, got {type(config).__name__}")
+    unet, pipe = _unet_of(pipe_or_unet)
+    _check_structure(unet)
+    _check_foreign(unet)
+    previous: DaToState | None = getattr(unet, ATTRIBUTE, None)
+    todo_is_ours = previous is not None and previous.run.config.todo is not None
+    if config.todo is not None and not todo_is_ours and _has_todo(unet):
+        raise ValueError(
+            "config must not have todo= where ToDo is on the UNet already, which it would replace: "
+            "remove_todo first, or leave todo=None to combine with what is there"
+        )
+    if config.todo is not None:  # first, because it may refuse; it replaces what an earlier apply_dato put there
+        apply_todo(pipe_or_unet, config.todo)
+    elif todo_is_ours:
+        remove_todo(pipe_or_unet)
+    if previous is not None:
+        _take_off(unet, previous)
+    run = Run(config, pipe)
+    setattr(unet, ATTRIBUTE, DaToState(unet, run))
+    cache.attach(unet, run)
+
+
+def remove_dato(pipe_or_unet: Any) -> None:
+    """Take DaTo off, and the ToDo that came with its configuration. Removing twice is harmless.
+
+    Raises:
+        ValueError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
+    """
+    unet, _ = _unet_of(pipe_or_unet)
+    state: DaToState | None = getattr(unet, ATTRIBUTE, None)
+    if state is None:
+        return
+    _take_off(unet, state)
+    if state.run.config.todo is not None:
+        remove_todo(state.run.pipe or pipe_or_unet)  # with a pipeline it came to the ControlNets too
+
+
+def reset_dato(pipe_or_unet: Any) -> None:
+    """Start a new run at the next call of the UNet; what was kept of the last one is freed. Harmless without DaTo.
+
+    Raises:
+        ValueError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
+    """
+    unet, _ = _unet_of(pipe_or_unet)
+    state: DaToState | None = getattr(unet, ATTRIBUTE, None)
+    if state is not None:
+        state.run.reset()
+
+
+def _take_off(unet: UNet2DConditionModel, state: DaToState) -> None:
+    cache.detach(unet)
+    state.detach()
+    delattr(unet, ATTRIBUTE)
+
+
+def _unet_of(pipe_or_unet: Any) -> tuple[UNet2DConditionModel, Any | None]:
+    """The UNet, out of any wrapper, and the pipeline where that was given."""
+    pipe = None if isinstance(pipe_or_unet, nn.Module) else pipe_or_unet
+    unet = pipe_or_unet if pipe is None else getattr(pipe, "unet", None)
+    while isinstance(unet, nn.Module) and unet is not (inner := unwrap(unet)):
+        unet = inner
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(
+            "pipe_or_unet must be a diffusers pipeline with a UNet2DConditionModel, or such a UNet, got "
+            f"{type(pipe_or_unet).__name__}"
+        )
+    return unet, pipe
+
+
+def _check_structure(unet: UNet2DConditionModel) -> None:
+    if not transformers_by_level(unet):
+        raise ValueError(
+            "pipe_or_unet must have self-attention over an image (Transformer2DModel), got a "
+            f"{type(unet).__name__} that has none"
+        )
+    last: Any = unet.up_blocks[-1]
+    layers = len(last.resnets)
+    if layers < 2:
+        raise ValueError(f"pipe_or_unet must have at least 2 layers in its last up block, got {layers}")
+
+
+def _check_foreign(unet: nn.Module) -> None:
+    """Others that replace the forward of the very blocks; offloading, PEFT and layerwise casting leave those alone."""
+    for module in unet.modules():
+        if type(module).__module__.startswith("tomesd"):
+            raise ValueError("pipe_or_unet must not be patched by tomesd: tomesd.remove_patch(pipe) first")
+        forward = module.__dict__.get("forward")
+        if (getattr(forward, "__module__", None) or "").startswith("DeepCache"):
+            raise ValueError("pipe_or_unet must not be patched by DeepCache: helper.disable() first")
+
+
+def _has_todo(unet: nn.Module) -> bool:
+    return any(isinstance(getattr(m, "processor", None), ToDoProcessor) for m in unet.modules())

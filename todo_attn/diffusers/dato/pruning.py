@@ -1,0 +1,151 @@
+"""Token pruning in the blocks of the finest self-attentions (DaTo, section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ... import ops
+from ...ops.pruning import plan_from_bases
+from ..grid import adopt_from_call_stack
+from ..processor import ToDoProcessor
+from ..state import ATTRIBUTE, AttentionState, Plan
+from .run import Run
+
+_Args: TypeAlias = tuple[Any, ...]
+_Kwargs: TypeAlias = dict[str, Any]
+
+
+class Pruned(NamedTuple):
+    """One block's choice in one call: ``kept`` (B, K) token indices, ``source`` (B, N) positions into them."""
+
+    kept: torch.Tensor
+    source: torch.Tensor
+
+
+class TransformerPruning:
+    """On a Transformer2DModel: each of its blocks chooses its tokens from its own input.
+
+    Hooks are torch's, which change what goes into an attention and what comes out of it: whatever processor, adapter or
+    offloading is on it stays as it is, and sees fewer tokens.
+    """
+
+    def __init__(self, transformer: Transformer2DModel, run: Run) -> None:
+        self.run = run
+        self.grid = (0, 0)
+        self._handles: list[RemovableHandle] = [
+            transformer.register_forward_pre_hook(self._measure, with_kwargs=True),
+        ]
+        blocks: Any = transformer.transformer_blocks
+        for block in blocks:
+            self._attach(block)
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _attach(self, block: Any) -> None:
+        state = BlockPruning(self)
+        self._handles += [
+            block.register_forward_pre_hook(state.choose, with_kwargs=True),
+            block.register_forward_hook(state.forget, always_call=True),
+        ]
+        parts: list[tuple[Any, Any]] = [] if block.only_cross_attention else [(block.attn1, state.enter_self_attention)]
+        if self.run.config.prune_cross_attention and block.attn2 is not None:
+            parts.append((block.attn2, state.enter_cross_attention))
+        if self.run.config.prune_feed_forward:
+            parts.append((block.ff, state.enter))
+        for module, enter in parts:
+            self._handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(state.leave),
+            ]
+
+    def _measure(self, transformer: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
+        image = args[0] if args else kwargs["hidden_states"]
+        self.grid = (image.shape[-2], image.shape[-1])
+
+
+class BlockPruning:
+    """On one transformer block: the tokens that its running call keeps."""
+
+    def __init__(self, transformer: TransformerPruning) -> None:
+        self.transformer = transformer
+        self.pruned: Pruned | None = None
+        self._entered = False
+
+    @torch.no_grad()
+    def choose(self, block: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
+        """Before the block: similarity is of its input, before the first norm."""
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        run, (height, width) = self.transformer.run, self.transformer.grid
+        patch, ratio = run.config.patch, run.ratio
+        self.pruned, self._entered = None, False
+        batch, tokens, _ = hidden_states.shape
+        # A grid without a whole patch has no base token to prune towards.
+        if tokens != height * width or height < patch[0] or width < patch[1] or int(ratio * tokens) == 0:
+            return
+        paired = run.guidance_pairs(batch)
+        score = run.score(batch // 2 if paired else batch, (height, width), hidden_states.device)
+        bases = ops.select_base_tokens(score, (height, width), patch)
+        bases = torch.cat((bases, bases)) if paired else bases
+        self.pruned = Pruned(*plan_from_bases(hidden_states, bases, ratio))
+
+    def forget(self, block: nn.Module, args: _Args, output: Any) -> None:
+        self.pruned = None
+
+    def enter(self, module: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
+        """Only the kept tokens go in; all of them where the module is given something other than the block's tokens."""
+        self._entered = False
+        x = args[0] if args else kwargs["hidden_states"]
+        if self.pruned is None or x.ndim != 3 or x.shape[:2] != self.pruned.source.shape:
+            return None
+        self._entered = True
+        x = ops.gather_tokens(x, self.pruned.kept)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    def enter_self_attention(self, attn: Any, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
+        """A mask has a column for every token, and is left alone. Under ToDo queries are kept, keys are the grid's."""
+        self._entered = False
+        if self.pruned is None or kwargs.get("attention_mask") is not None:
+            return None
+        if kwargs.get("encoder_hidden_states") is not None:
+            return None
+        todo = self._todo_on(attn)
+        # ToDo's plan is among the arguments until ToDo's own hook takes it, and then on the transformer's state.
+        plan: Plan | None = kwargs.get(ATTRIBUTE, None if todo is None else todo.transformer.plan)
+        if todo is None or plan is None or plan.factor == (1, 1):
+            return self.enter(attn, args, kwargs)
+        self._entered = True
+        plan = plan._replace(queries=self.pruned.kept)
+        if ATTRIBUTE in kwargs:
+            return args, {**kwargs, ATTRIBUTE: plan}
+        todo.transformer.plan = plan
+        return None
+
+    def _todo_on(self, attn: Any) -> AttentionState | None:
+        """ToDo's state of ``attn``. None where another processor was set since, which would not follow it."""
+        if not isinstance(attn.processor, ToDoProcessor):
+            return None
+        state: AttentionState | None = getattr(attn, ATTRIBUTE, None)
+        if state is None and not torch.compiler.is_compiling():
+            # One that was set by hand looks for its grid at its first call, and would not find it with fewer tokens.
+            height, width = self.transformer.grid
+            state = adopt_from_call_stack(attn, height * width)
+        return state
+
+    def enter_cross_attention(self, attn: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
+        """An IP-Adapter's masks are laid over all the tokens, so those go in."""
+        self._entered = False
+        return None if kwargs.get("ip_adapter_masks") is not None else self.enter(attn, args, kwargs)
+
+    def leave(self, module: nn.Module, args: _Args, output: torch.Tensor) -> torch.Tensor:
+        """Each pruned token gets what its most similar kept token got."""
+        if not self._entered or self.pruned is None:
+            return output
+        self._entered = False
+        return ops.recover_tokens(output, self.pruned.source)
