@@ -228,3 +228,14 @@ def test_it_imports_neither_torch_nor_diffusers():
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numbers_beyond_floats_are_refused():
+    with pytest.raises(ValueError, match="noise_weight must be a finite number"):
+        DaToConfig(noise_weight=10**400)
+
+
+@pytest.mark.parametrize("name", [None, 5])
+def test_a_preset_is_a_name_or_a_file(name):
+    with pytest.raises(ValueError, match="schedule must be a name or a file"):
+        DaToConfig.preset(name)

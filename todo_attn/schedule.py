@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -152,6 +152,8 @@ def load(source: str | os.PathLike[str]) -> Schedule:
         ValueError: there is neither such a name nor such a file, or the file is no schedule: its path and what was
             wrong.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"schedule must be a name or a file, got {source!r}")
     if isinstance(source, str) and source in names():
         return _shipped()[source]
     path = Path(source)
@@ -236,7 +238,7 @@ def _versioned(text: str) -> dict[str, Any]:
 
 
 def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def _kind(x: object) -> str:

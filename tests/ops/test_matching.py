@@ -257,3 +257,18 @@ def test_bad_input(change, error, message):
     arguments = {"x": ZERO, "query_index": INDEX, "key_index": INDEX} | change
     with pytest.raises(error, match=message):
         match_tokens(**arguments)
+
+
+def test_it_works_beside_the_newer_precision_settings():
+    x = torch.randn(1, 12, 8)
+    index = torch.arange(12).unsqueeze(0)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        position, similarity = match_tokens(x, index[:, :4], index[:, 4:])
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    right = reference.match_tokens(x.double(), index[:, :4], index[:, 4:])
+    assert torch.equal(position, right[0])
+    torch.testing.assert_close(similarity, right[1], rtol=0, atol=1e-6)

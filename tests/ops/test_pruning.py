@@ -179,3 +179,11 @@ def test_bad_input(change, message):
     arguments = {"x": torch.zeros(2, 12, 4), "score": torch.zeros(2, 12), "grid": (2, 6), "ratio": 0.4} | change
     with pytest.raises(ValueError, match=message):
         plan_pruning(**arguments)
+
+
+def test_a_grid_without_a_whole_patch():
+    x, score = torch.randn(1, 3, 8), torch.randn(1, 3)
+    with pytest.raises(ValueError, match="ratio must be 0 on a grid without a whole patch"):
+        plan_pruning(x, score, (1, 3), 0.5)
+    kept, source = plan_pruning(x, score, (1, 3), 0)
+    assert kept.tolist() == source.tolist() == [[0, 1, 2]]

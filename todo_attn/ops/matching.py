@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -20,13 +21,16 @@ _TIE = {torch.float32: 2.0**-21, torch.float64: 2.0**-46}
 @contextmanager
 def _exact(x: torch.Tensor) -> Iterator[None]:
     """Within, products are in the dtype of their operands: no autocast, no TF32 or bf16 in place of fp32."""
-    device, precision = x.device.type, torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    products: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [p.fp32_precision for p in products]
+    for p in products:
+        p.fp32_precision = "ieee"
     try:
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for p, precision in zip(products, before, strict=True):
+            p.fp32_precision = precision
 
 
 def _check_range(name: str, index: torch.Tensor, tokens: int) -> None:

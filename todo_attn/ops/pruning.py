@@ -40,6 +40,8 @@ def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, ratio: float) -> tuple
     number = torch.arange(tokens, device=x.device).expand(batch, -1)
     if pruned == 0:
         return number.contiguous(), number.contiguous()
+    if count == 0:
+        raise ValueError(f"ratio must be 0 on a grid without a whole patch, which has no base token, got {ratio!r}")
     # Sizes are known throughout (sorts, never masks), so nothing waits for the device and everything traces.
     is_base = torch.zeros((batch, tokens), dtype=torch.int8, device=x.device).scatter_(1, bases.long(), 1)
     others = is_base.sort(dim=1, stable=True).indices[:, : tokens - count]

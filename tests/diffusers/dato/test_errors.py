@@ -156,3 +156,13 @@ def test_applying_again_replaces(unet, calls, kinds, make_unet):
     other = make_unet("sd")
     apply_dato(other, DaToConfig(cache_schedule="212"))
     assert all(map(torch.equal, outputs, calls(other, 4)))
+
+
+def test_group_offloading_with_a_schedule(unet):
+    """It loads several blocks as the first runs, which a schedule may leave out."""
+    unet.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=2)
+    before = state(unet)
+    with pytest.raises(ValueError, match="cache_schedule must be None on a UNet with diffusers' group offloading"):
+        apply_dato(unet, DaToConfig(cache_schedule="1"))
+    assert state(unet) == before
+    apply_dato(unet, DaToConfig())

@@ -71,7 +71,7 @@ class OnDevice(torch.Tensor):
     """A tensor that says it is on a GPU, and that nobody may read."""
 
     LAYOUT = (
-        "storage_offset", "untyped_storage", "dim", "unbind", "as_subclass",
+        "storage_offset", "untyped_storage", "numel", "element_size", "dim", "unbind", "as_subclass",
         "__len__", "__iter__", "__getitem__", "__get__",
     )  # fmt: skip
     device = property(lambda self: torch.device("cuda"))
@@ -183,3 +183,17 @@ def test_reset_frees_what_was_kept():
     assert any(isinstance(x, torch.Tensor) for x in vars(run).values())
     run.reset()
     assert not any(isinstance(x, torch.Tensor) for x in vars(run).values())
+
+
+def test_a_loop_over_another_schedulers_timesteps_on_a_device(pipe, device_unet, played):
+    device_unet(DaToConfig(cache_schedule="111"), pipe)
+    other = on_device([9, 8, 7, 6])
+    assert played(other) == "2111"
+    assert played(other) == "2111"
+
+
+def test_runs_of_one_step_with_a_pipeline(pipe, device_unet, played):
+    device_unet(DaToConfig(cache_schedule="0"), pipe)
+    pipe.scheduler.timesteps = on_device([999])
+    assert played(pipe.scheduler.timesteps) == "2"
+    assert played(pipe.scheduler.timesteps) == "2"

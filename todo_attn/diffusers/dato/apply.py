@@ -69,13 +69,18 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     T2I-Adapter, FreeU, offloading and :func:`todo_attn.apply_todo`, whichever comes first. Applied again it replaces.
     Remove it before a deep copy of the UNet, whose blocks would be the original's.
 
+    It counts on one call of the UNet a timestep for a batch of images, which pipelines that work in tiles or views do
+    not keep to. Of a UNet alone every even batch is taken for the two halves of guidance: without guidance set
+    ``align_guidance=False``; and runs of one step need :func:`reset_dato` between them.
+
     Args:
         pipe_or_unet: a pipeline with a ``unet``, or a ``UNet2DConditionModel`` itself, compiled or not.
         config: what to do; None is ``DaToConfig()``: 0.4 of the tokens pruned, nothing reused.
 
     Raises:
         ValueError: ``pipe_or_unet`` is neither, or has no self-attention; ``config`` is no ``DaToConfig``, or names a
-            ``todo`` where ToDo is there already; DeepCache or tomesd has patched the UNet. Nothing has been changed
+            ``todo`` where ToDo is there already; DeepCache or tomesd has patched the UNet, or group
+            offloading is on it together with a schedule. Nothing has been changed
             then.
     """
     config = DaToConfig() if config is None else config
@@ -84,6 +89,8 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     unet, pipe = _unet_of(pipe_or_unet)
     _check_structure(unet)
     _check_foreign(unet)
+    if config.cache_schedule is not None:
+        _check_group_offloading(unet)
     previous: DaToState | None = getattr(unet, ATTRIBUTE, None)
     todo_is_ours = previous is not None and previous.run.config.todo is not None
     if config.todo is not None and not todo_is_ours and _has_todo(unet):
@@ -93,8 +100,8 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
         )
     if config.todo is not None:  # first, because it may refuse; it replaces what an earlier apply_dato put there
         apply_todo(pipe_or_unet, config.todo)
-    elif todo_is_ours:
-        remove_todo(pipe_or_unet)
+    elif previous is not None and previous.run.config.todo is not None:
+        remove_todo(previous.run.pipe or pipe_or_unet)
     if previous is not None:
         _take_off(unet, previous)
     run = Run(config, pipe)
@@ -169,6 +176,17 @@ def _check_foreign(unet: nn.Module) -> None:
         forward = module.__dict__.get("forward")
         if (getattr(forward, "__module__", None) or "").startswith("DeepCache"):
             raise ValueError("pipe_or_unet must not be patched by DeepCache: helper.disable() first")
+
+
+def _check_group_offloading(unet: nn.Module) -> None:
+    """It loads the weights of several blocks as the first of them runs, which a schedule may leave out."""
+    for module in unet.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        if registry is not None and any("group_offloading" in name for name in registry.hooks):
+            raise ValueError(
+                "cache_schedule must be None on a UNet with diffusers' group offloading, whose weights come block by "
+                "block; use enable_model_cpu_offload"
+            )
 
 
 def _has_todo(unet: nn.Module) -> bool:

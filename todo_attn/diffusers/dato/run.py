@@ -89,6 +89,8 @@ class Run:
     def guidance_pairs(self, batch: int) -> bool:
         """Whether the batch is two halves of the same images, without and with their prompts."""
         guided = getattr(self.pipe, "do_classifier_free_guidance", True)
+        if hasattr(self.pipe, "image_guidance_scale") or getattr(self.pipe, "do_perturbed_attention_guidance", False):
+            guided = False  # three parts, not two halves
         return self.config.align_guidance and bool(guided) and batch % 2 == 0
 
     def score(self, batch: int, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -140,10 +142,10 @@ class Run:
             return True
         before, value_before = last
         if timesteps is not None and _shares(timestep, timesteps):
-            return not _shares(before, timesteps) or timestep.storage_offset() < before.storage_offset()
+            return not _shares(before, timesteps) or timestep.storage_offset() <= before.storage_offset()
         if value is not None and value_before is not None:
             return value > value_before
-        if timesteps is not None:
+        if timesteps is not None and not _is_element(timestep):
             return False  # a copy, made on the device: only set_timesteps tells
         return not (_shares(timestep, before) and timestep.storage_offset() == before.storage_offset() + 1)
 
@@ -171,3 +173,10 @@ def _value(timestep: Any) -> float | None:
     if isinstance(timestep, torch.Tensor):
         return float(timestep.max()) if timestep.device.type == "cpu" else None
     return float(timestep)
+
+
+def _is_element(timestep: Any) -> bool:
+    """Whether it is a view into a longer tensor, and no copy of one number."""
+    if not isinstance(timestep, torch.Tensor):
+        return False
+    return timestep.untyped_storage().nbytes() > timestep.numel() * timestep.element_size()
