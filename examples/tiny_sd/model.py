@@ -93,8 +93,13 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=1,  # the number of heads, in the configurations of Stable Diffusion 1.x
         cross_attention_dim=TEXT_WIDTH,
         norm_num_groups=4,
+        # The caption as a whole goes into every resnet beside the timestep: shapes are learned sooner than through
+        # cross-attention alone.
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
     unet.conv_out.weight.data.zero_()
+    unet.add_embedding.norm2.weight.data.fill_(0.3)
     return unet
 
 

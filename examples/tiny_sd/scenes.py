@@ -121,14 +121,14 @@ def random_scene(rng: np.random.Generator) -> Scene:
     def spread(n):
         return tuple(float(v) for v in rng.uniform(-1, 1, n))
 
-    background = pick(BACKGROUNDS, (0.4, 0.17, 0.15, 0.13, 0.15))
+    background = pick(BACKGROUNDS, (0.5, 0.14, 0.12, 0.12, 0.12))
     names = list(rng.permutation(list(COLOURS)))
     first = str(names.pop())
     two = background == "gradient" or (background != "plain" and rng.random() < 0.5)
     second = str(names.pop()) if two else first
-    layout = pick(LAYOUTS, (0.45, 0.35, 0.2))
+    layout = pick(LAYOUTS, (0.6, 0.25, 0.15))
     objects = tuple(
-        Shape(pick(SHAPES), str(pick(names)), pick(SIZES, (0.25, 0.5, 0.25)), pick(FILLS, (0.7, 0.15, 0.15)), spread(3))
+        Shape(pick(SHAPES), str(pick(names)), pick(SIZES, (0.25, 0.5, 0.25)), pick(FILLS, (0.8, 0.1, 0.1)), spread(3))
         for _ in range(1 if layout == "one" else 2)
     )
     return Scene(objects, layout, background, (first, second), spread(2), spread(3))

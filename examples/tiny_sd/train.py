@@ -35,14 +35,14 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split
 
 # (latent height, latent width, batch, share in the first half of training, share in the second)
 SIZE_MIX = (
-    (24, 24, 16, 0.55, 0.10),
-    (32, 32, 12, 0.22, 0.35),
-    (24, 40, 12, 0.07, 0.10),
-    (40, 24, 12, 0.06, 0.05),
-    (64, 64, 3, 0.10, 0.26),
-    (48, 80, 3, 0.00, 0.07),
-    (80, 48, 3, 0.00, 0.04),
-    (128, 128, 1, 0.00, 0.03),
+    (24, 24, 16, 0.20, 0.04),
+    (32, 32, 16, 0.60, 0.26),
+    (24, 40, 16, 0.08, 0.05),
+    (40, 24, 16, 0.06, 0.03),
+    (64, 64, 4, 0.06, 0.47),
+    (48, 80, 4, 0.00, 0.07),
+    (80, 48, 4, 0.00, 0.04),
+    (128, 128, 1, 0.00, 0.04),
 )
 
 
@@ -156,7 +156,8 @@ def start_weights(model, checkpoint, key, part):
     if (path := CHECKPOINTS / checkpoint).exists():
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["models"][key])
     elif (folder := HERE / "pipeline" / part).exists():
-        model.load_state_dict(type(model).from_pretrained(folder).float().state_dict())
+        # What the shipped weights lack, from before a part was added, keeps its start.
+        model.load_state_dict(type(model).from_pretrained(folder).float().state_dict(), strict=False)
     return model
 
 
@@ -272,8 +273,9 @@ def diffusion(
         height, width, count, *_ = SIZE_MIX[stage.rng.choice(len(SIZE_MIX), p=shares / shares.sum())]
         captions, latents = pools[height, width].batch(stage.rng, count)
         captions = ["" if stage.rng.random() < dropout else c for c in captions]
-        spread = (torch.arange(count) + torch.rand(count)) / count
-        t = (1000 * spread**0.65).long().clamp(max=999).to(device)  # more of the noisy end, where shapes are decided
+        # More of the noisy end, where shapes are decided: the sooner the larger the picture, whose noise averages out.
+        spread, shift = (torch.arange(count) + torch.rand(count)) / count, (height * width) ** 0.5 / 16
+        t = (1000 * shift * spread / (1 + (shift - 1) * spread)).long().clamp(max=999).to(device)
         noise = torch.randn_like(latents)
         noisy = scheduler.add_noise(latents, noise, t).to(memory_format=torch.channels_last)
         with stage.autocast():
