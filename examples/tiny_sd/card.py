@@ -92,7 +92,12 @@ def loss(out: Path = HERE / "loss.png", log: Path = HERE / "train_log.jsonl"):
     stages = defaultdict(list)
     for line in log.read_text().splitlines():
         record = json.loads(line)
-        stages[record["stage"]].append(record)
+        done = stages[record["stage"]]
+        begun = done[-1]["begun"] if done else 0
+        # A stage started anew, from shipped weights, counts from 0; one resumed goes back at most to its checkpoint.
+        if done and record["step"] < 100 < done[-1]["step"] - begun:
+            begun = done[-1]["step"]
+        done.append({**record, "begun": begun, "step": begun + record["step"]})
     figure, axes = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 2.6), squeeze=False)
     for ax, (name, records) in zip(axes[0], stages.items(), strict=True):
         key = "picture" if "picture" in records[0] else "loss"
