@@ -68,7 +68,7 @@ def grid(pictures, titles, columns, path, side=2.6, dpi=100):
 
 @app.command()
 def samples(
-    out: Path = HERE / "samples.png", count: int = 12, seed: int = 0, steps: int = 30, guidance: float = 4.0,
+    out: Path = HERE / "samples.png", count: int = 12, seed: int = 0, steps: int = 20, guidance: float = 4.0,
     size: int = 0,
 ):  # fmt: skip
     """A grid of prompts at the normal size."""
@@ -78,7 +78,7 @@ def samples(
 
 
 @app.command()
-def large(out: Path = HERE / "samples_large.png", seed: int = 0, steps: int = 30, guidance: float = 4.0):
+def large(out: Path = HERE / "samples_large.png", seed: int = 0, steps: int = 14, guidance: float = 4.0):
     """Twice the normal size, and a wide one."""
     pictures = [*generate(PROMPTS[1:2], seed, steps, guidance, 1024, 1024)]
     pictures += generate(PROMPTS[:1], seed, steps, guidance, 768, 1280)
