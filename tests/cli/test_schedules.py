@@ -106,3 +106,9 @@ def test_help(run):
     for word in ("--model", "--height", "--width", "--steps", "--json", "sd15"):
         assert word in ran.out
     assert "schedules" in run("--help").out
+
+
+def test_by_default_the_shipped_pipeline(run):
+    ran = run("schedules", "--json")
+    assert ran.code == 0, ran.err
+    assert all(row["speedup"] > 1 for row in json.loads(ran.out)["schedules"])

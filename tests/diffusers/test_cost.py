@@ -153,10 +153,21 @@ def test_what_cannot_be_counted(unet, arguments, message):
 
 
 def test_models_that_want_other_inputs(unet):
-    with pytest.raises(ValueError, match=r"unet must have no addition_embed_type but 'text_time', got 'text'"):
-        call_cost(changed(unet, addition_embed_type="text", addition_embed_type_num_heads=4))
+    message = r"unet must have no addition_embed_type but 'text' and 'text_time', got 'image'"
+    with pytest.raises(ValueError, match=message):
+        call_cost(changed(unet, addition_embed_type="image", encoder_hid_dim=8))
     with pytest.raises(ValueError, match=r"unet must have no class_embed_type, got 'timestep'"):
         call_cost(changed(unet, class_embed_type="timestep"))
+
+
+def test_a_caption_beside_the_timestep_is_counted(unet, plain):
+    """The shipped pipeline has one; it is computed at every call, of whatever kind."""
+    counted = call_cost(
+        changed(unet, addition_embed_type="text", addition_embed_type_num_heads=4), DaToConfig(prune_ratio=0)
+    )
+    more = counted.dense - plain.dense
+    assert more > 0
+    assert counted == cost.CallCost(*(getattr(plain, kind) + more for kind in ("dense", "full", "shallow", "reuse")))
 
 
 def test_class_labels_are_given(unet, plain):

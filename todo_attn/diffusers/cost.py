@@ -181,8 +181,10 @@ def _inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> 
             "text_embeds": torch.empty(batch, pooled),
             "time_ids": torch.empty(batch, sizes),
         }
-    elif config.addition_embed_type is not None:
-        raise ValueError(f"unet must have no addition_embed_type but 'text_time', got {config.addition_embed_type!r}")
+    elif config.addition_embed_type not in (None, "text"):  # "text" is made of the encoder's states
+        raise ValueError(
+            f"unet must have no addition_embed_type but 'text' and 'text_time', got {config.addition_embed_type!r}"
+        )
     if config.num_class_embeds is not None and config.class_embed_type is None:
         inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
     elif config.class_embed_type is not None:
