@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from todo_attn.versions import device_name
+
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "triton", "diffusers", "todo_attn", "tomesd")
 
@@ -29,7 +31,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1),
         }
     info |= {
-        "cpu": _cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -52,11 +54,6 @@ def keep_freed_memory() -> bool:
     return all([mallopt(mmap_max, 0), mallopt(top_pad, 1 << 28), mallopt(trim_threshold, 2**31 - 1)])
 
 
-def device_name(device: torch.device) -> str:
-    """As the maker calls it: "NVIDIA H200", or the processor's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-
-
 def slug(device: torch.device) -> str:
     """:func:`device_name` as part of a file's name: "nvidia-h200", "cpu-amd-epyc-7763"."""
     name = device_name(device) if device.type == "cuda" else f"{device.type} {device_name(device)}"
@@ -74,14 +71,6 @@ def _driver(device: torch.device) -> str | None:
     index = device.index if device.index is not None else torch.cuda.current_device()
     lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={index}")
     return lines.splitlines()[0].strip() if lines else None
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

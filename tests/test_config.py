@@ -205,3 +205,8 @@ def test_config_imports_neither_torch_nor_diffusers():
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numbers_beyond_floats_are_refused():
+    with pytest.raises(ValueError, match="timestep_range must be a pair of finite numbers"):
+        ToDoConfig(timestep_range=(0, 10**400))

@@ -8,14 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from .modes import MODES
+from .plain import arguments_of, is_int, is_number
 
 FINEST = "finest"
 # The timesteps a diffusers model is trained on; a range that holds them all needs no look at the timestep.
 _ALL_TIMESTEPS = (0, 1000)
-
-
-def _is_int(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
 
 
 class _Factors(dict[int | str, int]):
@@ -63,7 +60,7 @@ class ToDoConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", _checked_factor(self.factor))
-        if not _is_int(self.max_kv_tokens) or self.max_kv_tokens < 1:
+        if not is_int(self.max_kv_tokens) or self.max_kv_tokens < 1:
             raise ValueError(f"max_kv_tokens must be an integer of at least 1, got {self.max_kv_tokens!r}")
         if not isinstance(self.mode, str) or self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
@@ -80,7 +77,7 @@ class ToDoConfig:
             ValueError: ``height`` or ``width`` is not a positive integer.
         """
         for name, value in (("height", height), ("width", width)):
-            if not _is_int(value) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, in pixels, got {value!r}")
         return cls(factor={FINEST: max(1, round(math.sqrt(height * width) / 512))})
 
@@ -126,12 +123,7 @@ class ToDoConfig:
         Raises:
             ValueError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"data must be a mapping of ToDoConfig's arguments, got {type(data).__name__}")
-        unknown = [key for key in data if key not in cls.__dataclass_fields__]
-        if unknown:
-            raise ValueError(f"data must have only the keys {', '.join(cls.__dataclass_fields__)}, got {unknown}")
-        arguments = dict(data)
+        arguments = arguments_of(cls, data)
         factor = arguments.get("factor")
         if isinstance(factor, Mapping):  # JSON knows only string keys
             arguments["factor"] = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in factor.items()}
@@ -142,22 +134,19 @@ def _checked_factor(factor: object) -> str | int | dict[int | str, int]:
     """``factor`` itself, or a frozen copy where it is a mapping: no later change may pass unchecked."""
     if isinstance(factor, Mapping):
         for level, value in factor.items():
-            if level != FINEST and not (_is_int(level) and level >= 1):
+            if level != FINEST and not (is_int(level) and level >= 1):
                 raise ValueError(f"factor must map levels, integers of at least 1 or {FINEST!r}, got level {level!r}")
-            if not _is_int(value) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ValueError(f"factor of level {level!r} must be an integer of at least 1, got {value!r}")
         return _Factors(factor)
     if isinstance(factor, str) and factor == "auto":
         return factor
-    if isinstance(factor, int) and _is_int(factor) and factor >= 1:
+    if isinstance(factor, int) and is_int(factor) and factor >= 1:
         return factor
     raise ValueError(f"factor must be 'auto', an integer of at least 1 or {{level: integer}}, got {factor!r}")
 
 
 def _checked_range(value: object) -> tuple[float, float]:
-    def is_number(x: object) -> bool:
-        return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-
     if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))):
         raise ValueError(f"timestep_range must be a pair of finite numbers (low, high), got {value!r}")
     low, high = value

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import schedule
 from .config import ToDoConfig
+from .plain import arguments_of, is_int, is_number
 
 _FLAGS = ("align_guidance", "prune_cross_attention", "prune_feed_forward")
 _MAX_SEED = 2**63 - 1
-
-
-def _is_int(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -64,14 +56,14 @@ class DaToConfig:
         object.__setattr__(self, "patch", _checked_patch(self.patch))
         for name in ("noise_weight", "dynamics_weight"):
             value = getattr(self, name)
-            if not _is_number(value) or value < 0:
+            if not is_number(value) or value < 0:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.todo is not None and not isinstance(self.todo, ToDoConfig):
             raise ValueError(f"todo must be a ToDoConfig or None, got {self.todo!r}")
-        if not _is_int(self.seed) or not 0 <= self.seed <= _MAX_SEED:
+        if not is_int(self.seed) or not 0 <= self.seed <= _MAX_SEED:
             raise ValueError(f"seed must be an integer from 0 to {_MAX_SEED}, got {self.seed!r}")
         if isinstance(self.prune_ratio, tuple) and self.cache_schedule is not None:
             ratios, calls = len(self.prune_ratio), len(self.cache_schedule) + 1
@@ -94,7 +86,7 @@ class DaToConfig:
         Raises:
             ValueError: no such schedule, ``steps`` is not a positive integer, or an argument does not fit.
         """
-        if not _is_int(steps) or steps < 1:
+        if not is_int(steps) or steps < 1:
             raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
         if "cache_schedule" in overrides:
             raise ValueError("cache_schedule must not be given: it is what the preset says")
@@ -121,7 +113,7 @@ class DaToConfig:
         Raises:
             ValueError: ``call`` is not an integer of at least 0, or ``calls`` of at least 1.
         """
-        if not _is_int(call) or call < 0:
+        if not is_int(call) or call < 0:
             raise ValueError(f"call must be an integer of at least 0, got {call!r}")
         if calls is not None:
             _check_calls(calls)
@@ -146,12 +138,7 @@ class DaToConfig:
         Raises:
             ValueError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"data must be a mapping of DaToConfig's arguments, got {type(data).__name__}")
-        unknown = [key for key in data if key not in cls.__dataclass_fields__]
-        if unknown:
-            raise ValueError(f"data must have only the keys {', '.join(cls.__dataclass_fields__)}, got {unknown}")
-        arguments = dict(data)
+        arguments = arguments_of(cls, data)
         if isinstance(arguments.get("todo"), Mapping):
             arguments["todo"] = ToDoConfig.from_dict(arguments["todo"])
         return cls(**arguments)
@@ -159,7 +146,7 @@ class DaToConfig:
 
 def _checked_ratio(value: object) -> float | tuple[float, ...]:
     def checked(x: object) -> float:
-        if not isinstance(x, (int, float)) or not _is_number(x) or not 0 <= x < 1:
+        if not isinstance(x, (int, float)) or not is_number(x) or not 0 <= x < 1:
             raise ValueError(f"prune_ratio must be at least 0 and below 1, or a sequence of such numbers, got {x!r}")
         return float(x)
 
@@ -171,12 +158,12 @@ def _checked_ratio(value: object) -> float | tuple[float, ...]:
 
 
 def _checked_patch(value: object) -> tuple[int, int]:
-    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_int(x) and x >= 1 for x in value)):
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(x) and x >= 1 for x in value)):
         raise ValueError(f"patch must be a pair of integers of at least 1 (height, width), got {value!r}")
     height, width = value
     return height, width
 
 
 def _check_calls(calls: object) -> None:
-    if not isinstance(calls, int) or not _is_int(calls) or calls < 1:
+    if not isinstance(calls, int) or not is_int(calls) or calls < 1:
         raise ValueError(f"calls must be an integer of at least 1, got {calls!r}")

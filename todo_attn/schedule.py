@@ -11,12 +11,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from .plain import is_int, is_number
 
 FULL, SHALLOW, REUSE = "2", "1", "0"
 DIGITS = frozenset((FULL, SHALLOW, REUSE))
@@ -73,10 +74,10 @@ class Schedule:
                 raise ValueError(f"{key} must be a string, got {getattr(self, key)!r}")
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ValueError(f"scheduler must be a string or None, got {self.scheduler!r}")
-        if self.steps is not None and not (_is_number(self.steps) and isinstance(self.steps, int) and self.steps >= 1):
+        if self.steps is not None and not (is_int(self.steps) and self.steps >= 1):
             raise ValueError(f"steps must be an integer of at least 1 or None, got {self.steps!r}")
         if self.published_speedup is not None and not (
-            _is_number(self.published_speedup) and self.published_speedup > 0
+            is_number(self.published_speedup) and self.published_speedup > 0
         ):
             raise ValueError(f"published_speedup must be a number above 0 or None, got {self.published_speedup!r}")
 
@@ -193,7 +194,7 @@ def resample(digits: str, length: int) -> str:
         ValueError: ``digits`` is no schedule, or ``length`` is not an integer of at least 0.
     """
     check_digits(digits)
-    if not (_is_number(length) and isinstance(length, int) and length >= 0):
+    if not (is_int(length) and length >= 0):
         raise ValueError(f"length must be an integer of at least 0, got {length!r}")
     # What is owed is counted in units of 1 / len(digits) of a call, which makes it exact: an old call is worth `length`
     # units and a new one takes len(digits).
@@ -235,10 +236,6 @@ def _versioned(text: str) -> dict[str, Any]:
         raise ValueError(f"version must be {VERSION}, got {data.get('version')!r}")
     del data["version"]
     return data
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def _kind(x: object) -> str:

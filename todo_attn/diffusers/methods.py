@@ -17,7 +17,7 @@ from .apply import apply_todo, remove_todo
 from .dato.apply import ATTRIBUTE as DATO
 from .dato.apply import apply_dato, remove_dato, reset_dato
 from .levels import transformers_by_level
-from .processor import ToDoProcessor
+from .patches import has_deepcache, has_todo
 
 
 def _nothing() -> None:
@@ -166,11 +166,9 @@ def _size(settings: CompareSettings) -> tuple[int, int]:
 def _check_untouched(unet: nn.Module) -> None:
     if DATO in unet.__dict__:
         raise ValueError("pipe must be as loaded, got one with DaTo on it: remove_dato(pipe) first")
-    for module in unet.modules():
-        if isinstance(getattr(module, "processor", None), ToDoProcessor):
-            raise ValueError("pipe must be as loaded, got one with ToDo on it: remove_todo(pipe) first")
-        if "_tome_info" in module.__dict__:
-            raise ValueError("pipe must be as loaded, got one with ToMe on it: tomesd.remove_patch(pipe) first")
-        forward = module.__dict__.get("forward")
-        if (getattr(forward, "__module__", None) or "").startswith("DeepCache"):
-            raise ValueError("pipe must be as loaded, got one with DeepCache on it: helper.disable() first")
+    if has_todo(unet):
+        raise ValueError("pipe must be as loaded, got one with ToDo on it: remove_todo(pipe) first")
+    if any("_tome_info" in module.__dict__ for module in unet.modules()):
+        raise ValueError("pipe must be as loaded, got one with ToMe on it: tomesd.remove_patch(pipe) first")
+    if has_deepcache(unet):
+        raise ValueError("pipe must be as loaded, got one with DeepCache on it: helper.disable() first")

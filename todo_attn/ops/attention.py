@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 
 from . import backends, checks
 from .downsample import coarse_tokens
+from .precision import as_given
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The backward recomputes scores for as many queries at a time as fit in this many of them.
 _BACKWARD_SCORES = 1 << 24
-
-
-def _as_given(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Within, autocast leaves dtypes alone: the fake kernels promise those of the arguments."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @torch.library.custom_op("todo_attn::downsampled_attention", mutates_args=())
@@ -39,7 +31,7 @@ def _forward(
 
         return attention(query, key, value, (gh, gw), (fh, fw), mode, scale)
     key, value = (coarse_tokens(t, (gh, gw), (fh, fw), mode).transpose(1, 2) for t in (key, value))
-    with _as_given(query):
+    with as_given(query):
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale)
     return out.transpose(1, 2).contiguous()
 
@@ -74,7 +66,7 @@ def _backward(
     grad_value = torch.zeros_like(coarse_value, memory_format=torch.contiguous_format)
     batch, tokens, heads, _ = query.shape
     block = max(1, _BACKWARD_SCORES // max(1, batch * heads * coarse_key.shape[2]))
-    with _as_given(query):
+    with as_given(query):
         for start in range(0, tokens, block):
             rows = slice(start, start + block)
             q, g, o = (heads_first(t[:, rows]) for t in (query, grad, out))  # (B, H, block, D)
@@ -164,10 +156,10 @@ def downsampled_attention(
         ValueError: a shape, dtype, device or value that does not fit, naming the argument, what it must be and what it
             was; a backend that cannot run here, with the reason. Nothing has been computed then.
     """
-    checks.tensor("query", query, "B, N, H, D", _DTYPES)
+    checks.tensor("query", query, "B, N, H, D", checks.FLOATS)
     query, key, value = (_autocast(t) for t in (query, key, value))
     for name, t in (("key", key), ("value", value)):
-        checks.tensor(name, t, "B, gh*gw, H, D", _DTYPES)
+        checks.tensor(name, t, "B, gh*gw, H, D", checks.FLOATS)
         checks.same(name, t, "query", query)
         if t.shape[0] != query.shape[0] or t.shape[2:] != query.shape[2:]:
             raise ValueError(

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 
 from . import checks
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
 
 def _float32(x: float) -> float:
     """``x`` rounded to float32, in arithmetic that any tracer follows (Dekker's splitting at 24 of 53 bits)."""
@@ -66,6 +64,6 @@ def downsample_tokens(
     Raises:
         ValueError: a shape, dtype, grid, factor or mode that does not fit, naming the argument.
     """
-    checks.tensor("x", x, "B, N, C", _DTYPES)
+    checks.tokens("x", x)
     grid = checks.grid(grid, x.shape[1], "x")
     return coarse_tokens(x, grid, checks.factor(factor, grid), checks.mode(mode))

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 
 from . import backends, checks
+from .precision import exact
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_INDEX_DTYPES = (torch.int32, torch.int64)
 # The torch path holds this many scores at a time.
 _SCORES = 1 << 22
 # Scores that a blocked product may set apart by rounding alone.
 _TIE = {torch.float32: 2.0**-21, torch.float64: 2.0**-46}
-
-
-@contextmanager
-def _exact(x: torch.Tensor) -> Iterator[None]:
-    """Within, products are in the dtype of their operands: no autocast, no TF32 or bf16 in place of fp32."""
-    products: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [p.fp32_precision for p in products]
-    for p in products:
-        p.fp32_precision = "ieee"
-    try:
-        with torch.autocast(x.device.type, enabled=False):
-            yield
-    finally:
-        for p, precision in zip(products, before, strict=True):
-            p.fp32_precision = precision
 
 
 def _check_range(name: str, index: torch.Tensor, tokens: int) -> None:
@@ -82,7 +62,7 @@ def _match_in_blocks(
     keys, _ = _normalise(_rows(x, key_index))
     tie = _TIE[keys.dtype]
     step = max(1, _SCORES // max(1, batch * key_index.shape[1]))
-    with _exact(x):
+    with exact(x):
         for start in range(0, queries, step):
             block = slice(start, start + step)
             query, _ = _normalise(_rows(x, query_index[:, block]))
@@ -149,14 +129,6 @@ def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _index(name: str, index: torch.Tensor, x: torch.Tensor) -> None:
-    checks.tensor(name, index, "B, Q" if name == "query_index" else "B, K", _INDEX_DTYPES)
-    if index.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {index.device}")
-    if index.shape[0] != x.shape[0]:
-        raise ValueError(f"{name} must have the batch of x, {x.shape[0]}, got shape {tuple(index.shape)}")
-
-
 def match_tokens(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,11 +152,11 @@ def match_tokens(
         ValueError: a shape, dtype or device that does not fit, naming the argument, or queries without any key.
         IndexError: a token number outside of ``x`` (on CUDA a device assert instead).
     """
-    checks.tensor("x", x, "B, N, C", _DTYPES)
+    checks.tokens("x", x)
     if x.shape[2] < 1:
         raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
-    _index("query_index", query_index, x)
-    _index("key_index", key_index, x)
+    checks.index("query_index", query_index, "B, Q", "x", x)
+    checks.index("key_index", key_index, "B, K", "x", x)
     if key_index.shape[1] == 0 and query_index.shape[1] > 0:
         raise ValueError(f"key_index must name at least one key for the queries, got shape {tuple(key_index.shape)}")
     similarity, position = _forward(x, query_index, key_index, backends.choose("auto", x.device, x.dtype))

@@ -10,7 +10,6 @@ from . import checks
 from .matching import match_tokens
 from .tokens import select_base_tokens
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Similarities are ranked in steps of this: those that rounding alone sets apart tie, so that flat regions of an image
 # are pruned in token order on every machine.
 _STEP = 2.0**-21
@@ -85,11 +84,10 @@ def plan_pruning(
         ValueError: a shape, dtype, device, grid, patch or ratio that does not fit, naming the argument; a ratio above
             what the patch allows, naming that.
     """
-    checks.tensor("x", x, "B, N, C", _DTYPES)
+    checks.tokens("x", x)
     grid = checks.grid(grid, x.shape[1], "x")
-    checks.tensor("score", score, "B, N", _DTYPES)
+    checks.tensor("score", score, "B, N", checks.FLOATS)
     if score.shape != x.shape[:2]:
         raise ValueError(f"score must have the batch and tokens of x, {tuple(x.shape[:2])}, got {tuple(score.shape)}")
-    if score.device != x.device:
-        raise ValueError(f"score must be on the device of x, {x.device}, got {score.device}")
+    checks.same_device("score", score, "x", x)
     return plan_from_bases(x, select_base_tokens(score, grid, patch), ratio)

@@ -9,12 +9,13 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from ...dato_config import DaToConfig
+from ...schedule import REUSE
 from ..apply import apply_todo, remove_todo, unwrap
 from ..levels import transformers_by_level
-from ..processor import ToDoProcessor
+from ..patches import has_deepcache, has_todo
 from . import cache
 from .pruning import TransformerPruning
-from .run import REUSE, Run
+from .run import Run
 
 # Under this name a UNet has its DaToState.
 ATTRIBUTE = "_todo_attn_dato"
@@ -79,9 +80,8 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
 
     Raises:
         ValueError: ``pipe_or_unet`` is neither, or has no self-attention; ``config`` is no ``DaToConfig``, or names a
-            ``todo`` where ToDo is there already; DeepCache or tomesd has patched the UNet, or group
-            offloading is on it together with a schedule. Nothing has been changed
-            then.
+            ``todo`` where ToDo is there already; DeepCache or tomesd has patched the UNet, or group offloading
+            is on it together with a schedule. Nothing has been changed then.
     """
     config = DaToConfig() if config is None else config
     if not isinstance(config, DaToConfig):
@@ -92,16 +92,16 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     if config.cache_schedule is not None:
         _check_group_offloading(unet)
     previous: DaToState | None = getattr(unet, ATTRIBUTE, None)
-    todo_is_ours = previous is not None and previous.run.config.todo is not None
-    if config.todo is not None and not todo_is_ours and _has_todo(unet):
+    with_todo = previous.run if previous is not None and previous.run.config.todo is not None else None
+    if config.todo is not None and with_todo is None and has_todo(unet):
         raise ValueError(
             "config must not have todo= where ToDo is on the UNet already, which it would replace: "
             "remove_todo first, or leave todo=None to combine with what is there"
         )
     if config.todo is not None:  # first, because it may refuse; it replaces what an earlier apply_dato put there
         apply_todo(pipe_or_unet, config.todo)
-    elif previous is not None and previous.run.config.todo is not None:
-        remove_todo(previous.run.pipe or pipe_or_unet)
+    elif with_todo is not None:
+        remove_todo(with_todo.pipe or pipe_or_unet)
     if previous is not None:
         _take_off(unet, previous)
     run = Run(config, pipe)
@@ -170,12 +170,11 @@ def _check_structure(unet: UNet2DConditionModel) -> None:
 
 def _check_foreign(unet: nn.Module) -> None:
     """Others that replace the forward of the very blocks; offloading, PEFT and layerwise casting leave those alone."""
-    for module in unet.modules():
-        if type(module).__module__.startswith("tomesd"):
-            raise ValueError("pipe_or_unet must not be patched by tomesd: tomesd.remove_patch(pipe) first")
-        forward = module.__dict__.get("forward")
-        if (getattr(forward, "__module__", None) or "").startswith("DeepCache"):
-            raise ValueError("pipe_or_unet must not be patched by DeepCache: helper.disable() first")
+    # By class: tomesd's own mark on the model outlives its remove_patch.
+    if any(type(module).__module__.startswith("tomesd") for module in unet.modules()):
+        raise ValueError("pipe_or_unet must not be patched by tomesd: tomesd.remove_patch(pipe) first")
+    if has_deepcache(unet):
+        raise ValueError("pipe_or_unet must not be patched by DeepCache: helper.disable() first")
 
 
 def _check_group_offloading(unet: nn.Module) -> None:
@@ -187,7 +186,3 @@ def _check_group_offloading(unet: nn.Module) -> None:
                 "cache_schedule must be None on a UNet with diffusers' group offloading, whose weights come block by "
                 "block; use enable_model_cpu_offload"
             )
-
-
-def _has_todo(unet: nn.Module) -> bool:
-    return any(isinstance(getattr(m, "processor", None), ToDoProcessor) for m in unet.modules())

@@ -14,7 +14,8 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from .run import FULL, REUSE, SHALLOW, Run
+from ...schedule import FULL, REUSE, SHALLOW
+from .run import Run
 
 NAME = "todo_attn_dato"
 

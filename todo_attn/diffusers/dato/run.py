@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ...dato_config import DaToConfig
+from ...schedule import FULL, REUSE
 
 logger = logging.getLogger("todo_attn")
-
-# The kinds of a call, as a schedule writes them.
-FULL, SHALLOW, REUSE = "2", "1", "0"
 
 
 class Run:

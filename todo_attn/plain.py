@@ -1,0 +1,32 @@
+"""Checks of plain data, shared by what is read from arguments and from JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def is_int(x: object) -> bool:
+    """An integer, which a truth value is not."""
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_number(x: object) -> bool:
+    """A finite number, which a truth value is not, nor an integer that no float reaches."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
+
+
+def arguments_of(cls: type, data: object) -> dict[str, Any]:
+    """``data`` as arguments of the dataclass ``cls``.
+
+    Raises:
+        ValueError: it is not a mapping, or has a key that no argument has.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"data must be a mapping of {cls.__name__}'s arguments, got {type(data).__name__}")
+    known = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    unknown = [key for key in data if key not in known]
+    if unknown:
+        raise ValueError(f"data must have only the keys {', '.join(known)}, got {unknown}")
+    return dict(data)
