@@ -147,6 +147,7 @@ modules = extensions()
 setup(
     packages=[
         "todo_attn",
+        "todo_attn.bench",
         "todo_attn.ops",
         "todo_attn.diffusers",
         "todo_attn.diffusers.dato",

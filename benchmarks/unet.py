@@ -19,9 +19,10 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import todo_attn
-from benchmarks import harness, machine, models
-from benchmarks.harness import Meter, Rounds, Side
+from benchmarks import models
 from todo_attn import ToDoConfig
+from todo_attn.bench import harness, machine
+from todo_attn.bench.harness import Meter, Rounds, Side
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("dense", "todo", "tome")

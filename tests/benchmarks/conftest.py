@@ -10,7 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks import machine
+from todo_attn.bench import machine
 
 
 @pytest.fixture(autouse=True)

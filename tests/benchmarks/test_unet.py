@@ -9,8 +9,9 @@ import typer
 from diffusers.models.attention_processor import AttnProcessor2_0
 from typer.testing import CliRunner
 
-from benchmarks import harness, machine, models, unet
+from benchmarks import models, unet
 from todo_attn import ToDoConfig
+from todo_attn.bench import harness, machine
 
 CPU = torch.device("cpu")
 RUN = ["--device", "cpu", "--model", "tiny", "--rounds", "2"]

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks.harness import Meter, Rounds, Sample, Side
+from todo_attn.bench import harness
+from todo_attn.bench.harness import Meter, Rounds, Sample, Side
 
 ROW_KEYS = {"benchmark", "case", "baseline", "contender", "speedup", "measured", "machine"}
 SIDE_KEYS = {"name", "seconds", "samples", "peak_gib", "error"}

@@ -2,16 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 PAGES_TAKEN = """
-import resource, sys
+import resource
 import torch
-sys.path.append({root!r})
-from benchmarks import machine
+from todo_attn.bench import machine
 if {keep}:
     assert machine.keep_freed_memory()
 
@@ -32,7 +29,7 @@ def test_freed_memory_is_kept():
     """A buffer as large as one that was freed takes no page from the system; without the setting it takes them all."""
 
     def taken(keep):
-        code = PAGES_TAKEN.format(root=str(ROOT), keep=keep)
+        code = PAGES_TAKEN.format(keep=keep)
         run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
         return int(run.stdout)
 

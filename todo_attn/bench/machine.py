@@ -15,7 +15,7 @@ import torch
 
 from todo_attn.versions import device_name
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "triton", "diffusers", "todo_attn", "tomesd")
 
 
@@ -62,9 +62,11 @@ def slug(device: torch.device) -> str:
 
 def commit() -> str | None:
     """The checkout's commit, with "-dirty" where it has changes; a copy without git names it in $GIT_COMMIT."""
-    return os.environ.get("GIT_COMMIT") or _output(
-        "git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12"
-    )
+    if named := os.environ.get("GIT_COMMIT"):
+        return named
+    if not (_ROOT / ".git").exists():
+        return None  # installed, maybe inside somebody's repository
+    return _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12")
 
 
 def _driver(device: torch.device) -> str | None:
