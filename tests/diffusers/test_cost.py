@@ -44,8 +44,8 @@ def attention(queries, keys):
 
 
 def matching(bases, gone):
-    """Of one choice of tokens: all others with the bases, then the pruned with the kept."""
-    return 2 * BATCH * CHANNELS * ((N - bases) * bases + gone * (N - gone))
+    """Of one choice of tokens: all others with the bases, then the pruned with those of the others that stay."""
+    return 2 * BATCH * CHANNELS * ((N - bases) * bases + gone * (N - bases - gone))
 
 
 def modules_cost(unet):

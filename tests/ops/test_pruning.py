@@ -82,6 +82,17 @@ def test_ties_are_pruned_in_token_order():
     assert source.tolist() == [[0 if i in gone else expected.index(i) for i in range(64)]] * 2
 
 
+@pytest.mark.parametrize("ratio", [0.05, 0.5])
+def test_tied_sources_go_to_the_lowest_kept_token(ratio):
+    """All tokens alike, the bases anywhere in their patches: it may be a base or not, in any patch."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        x, score = torch.randn(1, 1, 40).expand(2, 63, 40), torch.randn(2, 63)
+        kept, source = plan_pruning(x, score, (7, 9), ratio)
+        expected_kept, expected_source = reference.plan_pruning(x.double(), score, (7, 9), ratio, (2, 2))
+        assert torch.equal(kept, expected_kept) and torch.equal(source, expected_source)
+
+
 def test_scaled_copies_tie():
     """Cosines that are 1 but for rounding are as similar as those that are 1 exactly."""
     x = torch.randn(1, 1, 320) * (1 + torch.arange(64)[None, :, None] / 3)

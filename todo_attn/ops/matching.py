@@ -9,6 +9,8 @@ from .precision import exact
 
 # The torch path holds this many scores at a time.
 _SCORES = 1 << 22
+# Of so many neighbouring keys only the best score is looked for at first.
+_PIECE = 64
 # Scores that a blocked product may set apart by rounding alone.
 _TIE = {torch.float32: 2.0**-21, torch.float64: 2.0**-46}
 
@@ -59,16 +61,23 @@ def _match_in_blocks(
     batch, queries = query_index.shape
     position = query_index.new_empty((batch, queries), dtype=torch.int64)
     similarity = x.new_empty((batch, queries), dtype=torch.float32)
-    keys, _ = _normalise(_rows(x, key_index))
+    pieces = -(-key_index.shape[1] // _PIECE)
+    # The first key again fills the last piece: it ties with itself, and the later one loses.
+    fill = key_index[:, :1].expand(-1, pieces * _PIECE - key_index.shape[1])
+    keys, _ = _normalise(_rows(x, torch.cat((key_index, fill), 1)))
     tie = _TIE[keys.dtype]
-    step = max(1, _SCORES // max(1, batch * key_index.shape[1]))
+    step = max(1, _SCORES // max(1, batch * pieces * _PIECE))
     with exact(x):
         for start in range(0, queries, step):
             block = slice(start, start + step)
             query, _ = _normalise(_rows(x, query_index[:, block]))
-            scores = query @ keys.transpose(1, 2)
-            close = scores >= scores.amax(-1, keepdim=True) - tie
-            position[:, block] = close.max(-1).indices  # the first of the ties
+            scores = (query @ keys.transpose(1, 2)).view(-1, _PIECE)
+            highest = scores.amax(-1).view(*query.shape[:2], pieces)
+            bound = highest.amax(-1, keepdim=True) - tie
+            piece = (highest >= bound).max(-1).indices  # the first of the ties, here and in the piece
+            row = torch.arange(piece.numel(), device=x.device) * pieces + piece.flatten()
+            best = scores.index_select(0, row).view(*query.shape[:2], _PIECE)
+            position[:, block] = piece * _PIECE + (best >= bound).max(-1).indices
             similarity[:, block] = (query * _rows(keys, position[:, block])).sum(-1)
     return position, similarity
 

@@ -41,18 +41,30 @@ def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, ratio: float) -> tuple
         return number.contiguous(), number.contiguous()
     if count == 0:
         raise ValueError(f"ratio must be 0 on a grid without a whole patch, which has no base token, got {ratio!r}")
+    x = x.detach()
+    bases = bases.long().sort(dim=1).values
     # Sizes are known throughout (sorts, never masks), so nothing waits for the device and everything traces.
-    is_base = torch.zeros((batch, tokens), dtype=torch.int8, device=x.device).scatter_(1, bases.long(), 1)
-    others = is_base.sort(dim=1, stable=True).indices[:, : tokens - count]
-    _, similarity = match_tokens(x.detach(), others, bases)
-    rank = (similarity / _STEP).round().sort(dim=1, descending=True, stable=True).indices
-    gone = others.gather(1, rank[:, :pruned])
-    is_gone = torch.zeros_like(is_base).scatter_(1, gone, 1)
-    kept = is_gone.sort(dim=1, stable=True).indices[:, : tokens - pruned]
-    position, _ = match_tokens(x.detach(), gone, kept)
-    own = torch.arange(tokens - pruned, device=x.device).expand(batch, -1)
-    source = torch.empty_like(number, memory_format=torch.contiguous_format)
-    return kept.contiguous(), source.scatter(1, kept, own).scatter(1, gone, position)
+    others = _without(tokens, bases)
+    base, similarity = match_tokens(x, others, bases)
+    order = (similarity / _STEP).round().sort(dim=1, descending=True, stable=True).indices
+    gone, stays = others.gather(1, order[:, :pruned]), others.gather(1, order[:, pruned:]).sort(dim=1).values
+    kept = _without(tokens, gone)
+    # The best among all that stay: the best base is known, so only the others are asked.
+    source, base_similarity = (t.gather(1, order[:, :pruned]) for t in (bases.gather(1, base), similarity))
+    if stays.shape[1]:
+        place, stays_similarity = match_tokens(x, gone, stays)
+        rival, ahead = stays.gather(1, place), stays_similarity - base_similarity
+        tied = ahead.abs() <= _STEP
+        source = torch.where(tied, source.minimum(rival), torch.where(ahead > 0, rival, source))
+    position = torch.empty_like(number, memory_format=torch.contiguous_format)
+    position = position.scatter(1, kept, torch.arange(tokens - pruned, device=x.device).expand(batch, -1))
+    return kept.contiguous(), position.scatter(1, gone, position.gather(1, source))
+
+
+def _without(tokens: int, index: torch.Tensor) -> torch.Tensor:
+    """The token numbers from 0 to ``tokens`` - 1 that are not in ``index`` (B, K), ascending: (B, tokens - K)."""
+    present = torch.zeros((index.shape[0], tokens), dtype=torch.int8, device=index.device).scatter_(1, index, 1)
+    return present.sort(dim=1, stable=True).indices[:, : tokens - index.shape[1]]
 
 
 def plan_pruning(
