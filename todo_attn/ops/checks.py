@@ -51,6 +51,18 @@ def index(name: str, value: object, dims: str, like_name: str, like: torch.Tenso
     return value
 
 
+def in_range(name: str, index: torch.Tensor, tokens: int) -> None:
+    """On the CPU raises IndexError for an ``index`` outside of [0, ``tokens``); elsewhere a device assert has to."""
+    if index.numel() == 0:
+        return
+    if tokens == 0:
+        raise IndexError(f"{name} must lie in [0, 0), an empty range, got {index.numel()} indices")
+    if index.device.type == "cpu":
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= tokens:
+            raise IndexError(f"{name} must lie in [0, {tokens}), got {low if low < 0 else high}")
+
+
 def shape(name: str, x: torch.Tensor, expected: tuple[int, ...], why: str) -> None:
     """``x`` must have the ``expected`` shape, which is that of ``why``."""
     if tuple(x.shape) != expected:

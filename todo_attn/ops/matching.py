@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import backends, checks
 from .precision import exact
+from .tokens import gather_op
 
 # The torch path holds this many scores at a time.
-_SCORES = 1 << 22
+_SCORES = 1 << 21
 # Of so many neighbouring keys only the best score is looked for at first.
 _PIECE = 64
 # Scores that a blocked product may set apart by rounding alone.
 _TIE = {torch.float32: 2.0**-21, torch.float64: 2.0**-46}
 
 
-def _check_range(name: str, index: torch.Tensor, tokens: int) -> None:
-    """An index outside of x is an IndexError, on CUDA (where looking would wait for the device) a device assert."""
-    if index.numel() == 0:
-        return
-    if index.is_cuda:
-        torch._assert_async(((index >= 0) & (index < tokens)).all(), f"{name} must be from 0 to {tokens - 1}")
-        return
-    low, high = (int(bound) for bound in index.aminmax())
-    if low < 0 or high >= tokens:
-        raise IndexError(
-            f"{name} must be at least 0 and below the {tokens} tokens of x, got {low if low < 0 else high}"
-        )
-
-
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x[b, index[b, k]] in fp32 or better: (B, N, C), (B, K) -> (B, K, C), a new tensor."""
-    batch, tokens, _ = x.shape
-    flat = index + tokens * torch.arange(batch, device=x.device).unsqueeze(1)
-    rows = x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)
-    return rows.to(torch.promote_types(x.dtype, torch.float32))
+    return gather_op(x, index).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _normalise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,13 +51,17 @@ def _match_in_blocks(
     # The first key again fills the last piece: it ties with itself, and the later one loses.
     fill = key_index[:, :1].expand(-1, pieces * _PIECE - key_index.shape[1])
     keys, _ = _normalise(_rows(x, torch.cat((key_index, fill), 1)))
+    across = keys.transpose(1, 2).contiguous()
     tie = _TIE[keys.dtype]
     step = max(1, _SCORES // max(1, batch * pieces * _PIECE))
+    buffer = keys.new_empty(batch * min(step, queries) * pieces * _PIECE)  # one: fresh memory costs page by page
     with exact(x):
         for start in range(0, queries, step):
             block = slice(start, start + step)
             query, _ = _normalise(_rows(x, query_index[:, block]))
-            scores = (query @ keys.transpose(1, 2)).view(-1, _PIECE)
+            shape = (*query.shape[:2], pieces * _PIECE)
+            scores = torch.bmm(query, across, out=buffer[: math.prod(shape)].view(shape))
+            scores = scores.view(-1, _PIECE)
             highest = scores.amax(-1).view(*query.shape[:2], pieces)
             bound = highest.amax(-1, keepdim=True) - tie
             piece = (highest >= bound).max(-1).indices  # the first of the ties, here and in the piece
@@ -86,8 +76,10 @@ def _match_in_blocks(
 def _forward(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_range("query_index", query_index, x.shape[1])
-    _check_range("key_index", key_index, x.shape[1])
+    for name, index in (("query_index", query_index), ("key_index", key_index)):
+        checks.in_range(name, index, x.shape[1])
+        if backend == "triton" and x.is_cuda:  # gather_tokens asserts it itself
+            torch._assert_async(((index >= 0) & (index < x.shape[1])).all(), f"{name} must be below {x.shape[1]}")
     if backend == "triton":
         from todo_attn.kernels.match import match
 

@@ -11,18 +11,6 @@ import torch
 from . import checks
 
 
-def _check_range(name: str, index: torch.Tensor, tokens: int) -> None:
-    """On the CPU raises IndexError for an index out of range. Elsewhere gather and scatter assert it on the device."""
-    if index.numel() == 0:
-        return
-    if tokens == 0:
-        raise IndexError(f"{name} must lie in [0, 0), an empty range, got {index.numel()} indices")
-    if index.device.type == "cpu":
-        low, high = (int(i) for i in index.aminmax())
-        if low < 0 or high >= tokens:
-            raise IndexError(f"{name} must lie in [0, {tokens}), got {low if low < 0 else high}")
-
-
 def _rows(index: torch.Tensor, channels: int) -> torch.Tensor:
     """``index`` as torch's gather and scatter want it: one per element, of which none is stored."""
     return index.long().unsqueeze(-1).expand(-1, -1, channels)
@@ -41,24 +29,24 @@ def _put(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    _check_range("index", index, x.shape[1])
+    checks.in_range("index", index, x.shape[1])
     return x.gather(1, _rows(index, x.shape[2]))
 
 
 def _scatter_(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> None:
-    _check_range("index", index, x.shape[1])
+    checks.in_range("index", index, x.shape[1])
     _put(x, index, source)
 
 
 def _scatter(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    _check_range("index", index, x.shape[1])
+    checks.in_range("index", index, x.shape[1])
     out = x.clone(memory_format=torch.contiguous_format)
     _put(out, index, source)
     return out
 
 
 def _recover(y: torch.Tensor, source: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    _check_range("source", source, y.shape[1])
+    checks.in_range("source", source, y.shape[1])
     out = y.gather(1, _rows(source, y.shape[2]))
     return out if residual is None else out.add_(residual)
 
