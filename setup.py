@@ -35,12 +35,25 @@ def say(message):
     print(f"todo_attn: {message}", file=sys.stderr, flush=True)
 
 
-def cuda_flags():
-    """Flags for nvcc: the architectures asked for, machine code for each and PTX for the newest."""
-    names = [a for a in re.split(r"[;,\s]+", os.environ.get("TODO_ATTN_CUDA_ARCHS") or known_archs()) if a]
+def cuda_archs():
+    """The compute capabilities to compile for, 90 for 9.0, ascending; none where this nvcc knows none of ours.
+
+    An nvcc lacks the newest ones if it is older than they are.
+    """
+    asked = os.environ.get("TODO_ATTN_CUDA_ARCHS")
+    names = [a for a in re.split(r"[;,\s]+", asked or CUDA_ARCHS) if a]
     if not names or not all(re.fullmatch(r"\d+\.\d", name) for name in names):
-        raise SystemExit(f"TODO_ATTN_CUDA_ARCHS must be like {CUDA_ARCHS!r}, got {';'.join(names)!r}")
+        raise SystemExit(f"TODO_ATTN_CUDA_ARCHS must be like {CUDA_ARCHS!r}, got {asked!r}")
     numbers = sorted({int(name.replace(".", "")) for name in names})
+    if asked:
+        return numbers
+    known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return [n for n in numbers if f"compute_{n}" in known]
+
+
+def cuda_flags():
+    """Flags for nvcc: machine code for each architecture, and PTX for the newest."""
+    numbers = cuda_archs()
     flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     flags.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     # -UNDEBUG: an index out of range is a device assert.
@@ -49,12 +62,6 @@ def cuda_flags():
 
 def find_nvcc():
     return shutil.which(os.environ.get("NVCC") or "nvcc")
-
-
-def known_archs():
-    """Of CUDA_ARCHS those that this nvcc knows: an older one lacks the newest."""
-    known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    return ";".join(a for a in CUDA_ARCHS.split(";") if "compute_" + a.replace(".", "") in known)
 
 
 def cuda_library_dirs(nvcc):
@@ -94,6 +101,8 @@ def extensions():
         say("no CUDA library: TODO_ATTN_CUDA=0")
     elif sys.platform != "linux" or nvcc is None:
         say("no CUDA library: there is no nvcc")
+    elif not cuda_archs():
+        say(f"no CUDA library: {nvcc} --list-gpu-arch names none of {CUDA_ARCHS}; TODO_ATTN_CUDA_ARCHS chooses others")
     else:
         common["library_dirs"] = [*common["library_dirs"], *cuda_library_dirs(nvcc)]
         built.append(

@@ -109,3 +109,24 @@ def test_unknown_names_raise():
     with pytest.raises(AttributeError, match="nothing_here"):
         todo_attn.nothing_here  # noqa: B018
     assert {"ToDoConfig", "ToDoProcessor", "apply_todo", "remove_todo", "ops"} <= set(dir(todo_attn))
+
+
+def test_an_nvcc_that_knows_none_of_the_architectures_leaves_the_cuda_library_out(tmp_path):
+    """One too old for --list-gpu-arch, say; the architectures asked for by name are another matter."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+
+    def setup(**environment):
+        return subprocess.run(
+            [sys.executable, "setup.py", "--version"],
+            cwd=ROOT,
+            env=os.environ | {"NVCC": str(nvcc)} | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    assert setup().returncode == 0 and "no CUDA library" in setup().stderr
+    wrong = setup(TODO_ATTN_CUDA_ARCHS="hopper")
+    assert wrong.returncode != 0 and "TODO_ATTN_CUDA_ARCHS must be like" in wrong.stderr
+    assert "got 'hopper'" in wrong.stderr
