@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -150,6 +151,18 @@ def test_more_than_2_to_31_elements(device):
     assert torch.equal(x[0, index[0]], rows[0])
     assert torch.equal(compiled.gather_tokens(x, index.int()), rows)
     assert torch.equal(compiled.recover_tokens(x, index, rows), rows + rows)
+
+
+@pytest.mark.skipif(psutil.virtual_memory().available < 10 * 2**30, reason="needs 4.3 GB, and some more")
+def test_an_output_of_more_than_2_to_31_elements(device):
+    channels, rows = 2**16, 2**15 + 1
+    x = torch.randn(1, 2, channels, device=device).half()
+    index = torch.zeros(1, rows, dtype=torch.int32, device=device)
+    index[0, -1] = 1
+    out = compiled.gather_tokens(x, index)
+    assert out.numel() > 2**31
+    for row in (0, rows // 2, rows - 2, rows - 1):
+        assert torch.equal(out[0, row], x[0, index[0, row]])
 
 
 def test_arguments_that_do_not_fit():
