@@ -11,6 +11,7 @@ from diffusers.models import UNet2DConditionModel
 from todo_attn.diffusers import architectures
 from todo_attn.diffusers.architectures import PIXELS_PER_LATENT
 
+TRAINING_STEPS = 1000
 _TINY = {
     "sample_size": 16,
     "block_out_channels": (32, 64),
@@ -64,7 +65,9 @@ def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int, seed: int = 1) -> dict[str, Any]:
-    """Arguments of one denoising call for images of ``height`` x ``width`` pixels, on the UNet's device.
+    """Arguments of a denoising call, but for the timestep, for images of ``height`` x ``width`` pixels.
+
+    On the UNet's device and in its dtype.
 
     Raises:
         ValueError: a side that is not a positive multiple of 8.
@@ -79,10 +82,20 @@ def inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int, seed
 
     arguments: dict[str, Any] = {
         "sample": noise(batch, unet.config["in_channels"], height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT),
-        "timestep": torch.tensor(500, device=unet.device),
         "encoder_hidden_states": noise(batch, 77, unet.config["cross_attention_dim"]),
     }
     if unet.config["addition_embed_type"] == "text_time":
         sizes = torch.tensor([[height, width, 0, 0, height, width]], device=unet.device, dtype=unet.dtype)
         arguments["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": sizes.expand(batch, -1)}
     return arguments
+
+
+def timesteps(device: torch.device, calls: int) -> torch.Tensor:
+    """The timesteps of a run of ``calls`` calls, evenly down from 999: (calls,) int64.
+
+    Raises:
+        ValueError: fewer than 1 or more than the 1000 that there are.
+    """
+    if not 1 <= calls <= TRAINING_STEPS:
+        raise ValueError(f"calls must be from 1 to {TRAINING_STEPS}, got {calls}")
+    return torch.arange(calls, 0, -1, device=device) * TRAINING_STEPS // calls - 1

@@ -26,7 +26,7 @@ def test_random_weights_keep_activations_in_range(dtype):
     unet = models.build("tiny", CPU, dtype)
     assert all(parameter.dtype == dtype and parameter.count_nonzero() for parameter in unet.parameters())
     with torch.inference_mode():
-        output = unet(**models.inputs(unet, 64, 96, batch=2), return_dict=False)[0]
+        output = unet(timestep=500, **models.inputs(unet, 64, 96, batch=2), return_dict=False)[0]
     assert output.shape == (2, 4, 8, 12)
     assert output.isfinite().all()
     assert 0.1 < output.float().std() < 10
@@ -55,7 +55,7 @@ def test_sdxl_inputs_carry_its_added_conditions(monkeypatch):
     monkeypatch.setitem(models.CONFIGS, "small-xl", models.CONFIGS["tiny"] | added)
     unet = models.build("small-xl", CPU, torch.float32)
     with torch.inference_mode():
-        output = unet(**models.inputs(unet, 64, 64, batch=2), return_dict=False)[0]
+        output = unet(timestep=500, **models.inputs(unet, 64, 64, batch=2), return_dict=False)[0]
     assert output.isfinite().all()
 
 
@@ -63,6 +63,18 @@ def test_sdxl_inputs_carry_its_added_conditions(monkeypatch):
 def test_sides_that_no_latent_has_are_refused(height, width, name):
     with pytest.raises(ValueError, match=f"{name} must be a positive multiple of 8"):
         models.inputs(models.build("tiny", CPU, torch.float32), height, width, batch=1)
+
+
+def test_timesteps_fall_evenly_from_the_first():
+    assert models.timesteps(CPU, 1).tolist() == [999]
+    assert models.timesteps(CPU, 4).tolist() == [999, 749, 499, 249]
+    assert models.timesteps(CPU, 1000).tolist() == [*range(999, -1, -1)]
+
+
+@pytest.mark.parametrize("calls", [0, 1001])
+def test_a_run_has_no_more_calls_than_there_are_timesteps(calls):
+    with pytest.raises(ValueError, match=f"calls must be from 1 to 1000, got {calls}"):
+        models.timesteps(CPU, calls)
 
 
 def test_an_unknown_model_is_refused():

@@ -1,0 +1,168 @@
+"""The sides of the UNet benchmark: each method on a module tree of its own over the same weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+import todo_attn
+from benchmarks import models
+from benchmarks.unet_peers import apply_deepcache, apply_tome
+from benchmarks.unet_plan import Contender
+from benchmarks.unet_run import CallTimes, Run
+from todo_attn import DaToConfig, ToDoConfig
+from todo_attn.bench.harness import Side
+from todo_attn.compare_methods import Method
+from todo_attn.diffusers.levels import transformers_by_level
+from todo_attn.schedule import FULL, SHALLOW
+
+# Puts a method on a UNet, and gives what is to be called and what frees memory after a run.
+Apply = Callable[[UNet2DConditionModel], tuple[Callable[..., Any], Callable[[], object]]]
+
+
+def _nothing(model: UNet2DConditionModel) -> None:
+    pass
+
+
+@dataclass
+class UNetSide(Side):
+    """A side that also tells how long each kind of call took in its last run."""
+
+    times: CallTimes = field(default_factory=lambda: CallTimes(FULL))
+
+
+class Sides:
+    """Makes sides over the same weights, inputs and timesteps.
+
+    Args:
+        unet: stays as it is.
+        height, width: of the picture, in pixels.
+        batch: of each call.
+        calls: in a run.
+        observed: the run of each side, from 1, in which its self-attention is timed; 0 is none.
+        compiled: through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        height: int,
+        width: int,
+        batch: int,
+        calls: int = 1,
+        observed: int = 0,
+        compiled: bool = False,
+    ) -> None:
+        self.unet, self.height, self.width = unet, height, width
+        self.inputs = models.inputs(unet, height, width, batch)
+        self.timesteps = models.timesteps(unet.device, calls)
+        self.calls, self.observed, self.compiled = calls, observed, compiled
+
+    def dense(self) -> UNetSide:
+        """diffusers' own attention, and nothing left out."""
+        return self._side("dense", self._whole(_nothing), {"processor": AttnProcessor2_0.__name__})
+
+    def of(self, contender: Contender) -> UNetSide:
+        """The side of any other method."""
+        name, method, options = contender.name, Method(contender.kind), contender.options
+        if contender.kind == "todo":
+            return self.todo(name, options.todo_config(method, self.height, self.width))
+        if contender.kind == "tome":
+            return self._tome(name, options.tome_ratio_of(method))
+        if contender.kind == "deepcache":
+            return self._deepcache(name, options.cache_interval_of(method))
+        return self.dato(name, options.dato_config(method, self.calls, self.height, self.width), options.schedule)
+
+    def todo(self, name: str, config: ToDoConfig) -> UNetSide:
+        """ToDo."""
+        apply = self._whole(lambda model: todo_attn.apply_todo(model, config))
+        return self._side(name, apply, {"config": config.to_dict()})
+
+    def dato(self, name: str, config: DaToConfig, schedule: str | None = None) -> UNetSide:
+        """DaTo, and ToDo with it where ``config`` says so; its digits must be for just these calls."""
+        apply = self._whole(lambda model: todo_attn.apply_dato(model, config), after=todo_attn.reset_dato)
+        kinds = FULL + config.schedule_for(self.calls)
+        return self._side(name, apply, {"schedule": schedule, "config": config.to_dict()}, kinds)
+
+    def _tome(self, name: str, ratio: float) -> UNetSide:
+        # tomesd's own default is level 1, where SDXL has no attention.
+        finest = min(level for level, _ in transformers_by_level(self.unet))
+        options = {"ratio": ratio, "max_downsample": finest, "use_rand": not self.compiled}
+        return self._side(name, self._whole(lambda model: apply_tome(model, options)), options)
+
+    def _deepcache(self, name: str, interval: int) -> UNetSide:
+        options = {"cache_interval": interval, "cache_branch_id": 0}
+        kinds = "".join(SHALLOW if call % interval else FULL for call in range(self.calls))
+
+        def apply(model: UNet2DConditionModel) -> tuple[Callable[..., Any], Callable[[], object]]:
+            return model, apply_deepcache(model, self.timesteps, options, self.compiled)
+
+        return self._side(name, apply, options, kinds)
+
+    def _whole(self, patch: Callable[[Any], object], after: Callable[[Any], object] = _nothing) -> Apply:
+        """``patch`` on the UNet, which is then called, or compiled, as a whole; ``after`` each run."""
+
+        def apply(model: UNet2DConditionModel) -> tuple[Callable[..., Any], Callable[[], object]]:
+            patch(model)
+            return torch.compile(model, dynamic=False) if self.compiled else model, lambda: after(model)
+
+        return apply
+
+    def _side(self, name: str, apply: Apply, info: dict[str, Any], kinds: str | None = None) -> UNetSide:
+        times = CallTimes(kinds or FULL * self.calls)
+
+        def build() -> Run:
+            model = models.twin(self.unet)
+            model.set_attn_processor(AttnProcessor2_0())
+            call, after = apply(model)
+            return Run(
+                model, call, self.inputs, self.timesteps, after, times, info, self.observed, share=not self.compiled
+            )
+
+        return UNetSide(name, build, info, times=times)
+
+
+def check_output(baseline: torch.Tensor, output: torch.Tensor) -> None:
+    """An output that no image could come from is not worth timing."""
+    if output.shape != baseline.shape:
+        raise ValueError(f"output must have the shape {tuple(baseline.shape)}, got {tuple(output.shape)}")
+    if not output.isfinite().all():
+        raise ValueError("output must be finite")
+
+
+def check_exact(unet: UNet2DConditionModel, kinds: Sequence[str]) -> None:
+    """Told to leave nothing out, ToDo and DaTo are dense: a run ends in the same bits on a CPU, elsewhere near them.
+
+    Args:
+        unet: stays as it is.
+        kinds: of "todo", "dato" and "todo+dato", those to check; others are passed over.
+
+    Raises:
+        RuntimeError: one of them is not.
+    """
+    sides = Sides(unet, 128, 128, batch=2, calls=3)
+    idle = ToDoConfig(factor=1)
+    exact = {
+        "todo": sides.todo("ToDo with factor 1", idle),
+        "dato": sides.dato("DaTo that prunes and caches nothing", DaToConfig(prune_ratio=0)),
+        "todo+dato": sides.dato("ToDo+DaTo that leaves nothing out", DaToConfig(prune_ratio=0, todo=idle)),
+    }
+    log = logging.getLogger("todo_attn")
+    level = log.level
+    log.setLevel(logging.ERROR)  # that factor 1 changes nothing is the point here
+    try:
+        dense = sides.dense().build()()
+        outputs = {side.name: side.build()() for kind, side in exact.items() if kind in kinds}
+    finally:
+        log.setLevel(level)
+    for name, output in outputs.items():
+        error = ((output - dense).float().norm() / dense.float().norm()).item()
+        # Another attention kernel moved such an output by 2 (half precision) to 14 (fp32) times its dtype's precision.
+        if not (torch.equal(output, dense) if unet.device.type == "cpu" else error < 32 * torch.finfo(unet.dtype).eps):
+            raise RuntimeError(f"{name} differs from dense attention by {error:.2g} of its norm")

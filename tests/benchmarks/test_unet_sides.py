@@ -1,0 +1,155 @@
+"""Each side of the UNet benchmark computes what its row says, the same in every run, and leaves nothing behind."""
+
+import gc
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch._dynamo.testing import CompileCounter
+
+from benchmarks import models, unet_sides
+from benchmarks.unet_plan import Choice, kinds_of
+from benchmarks.unet_run import CallTimes, self_attention
+from benchmarks.unet_sides import Sides, check_exact, check_output
+from todo_attn import DaToConfig, ToDoConfig
+from todo_attn.bench import harness
+from todo_attn.compare_methods import KINDS
+from todo_attn.schedule import FULL, SHALLOW
+
+CPU = torch.device("cpu")
+CALLS = 7
+CONTENDERS = {c.name: c for c in Choice([*KINDS], factors=["2"], schedules=["search"], intervals=[3]).contenders()}
+SIZE = {"height": 64, "width": 64, "batch": 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.build("tiny", CPU, torch.float32)
+
+
+def test_the_baseline_is_diffusers_own_processor_and_stays_so(model):
+    sides = Sides(model, **SIZE)
+    dense, todo = sides.dense().build(), sides.todo("todo", ToDoConfig(factor=2)).build()
+    assert not torch.equal(dense(), todo())
+    assert {type(processor) for processor in dense.model.attn_processors.values()} == {AttnProcessor2_0}
+    with torch.no_grad():
+        assert torch.equal(model(timestep=999, **sides.inputs).sample, dense())
+
+
+def test_a_run_goes_down_the_timesteps_with_latents_that_change(model):
+    run = Sides(model, **SIZE, calls=3).dense().build()
+    seen = []
+    run.model.register_forward_pre_hook(lambda module, args: seen.append(args))
+    output = run()
+    assert [timestep.item() for _, timestep in seen] == [999, 665, 332]
+    first, second, third = (sample for sample, _ in seen)
+    assert torch.equal(first, run.inputs["sample"])
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+    assert output.shape == first.shape
+    assert torch.equal(run(), output)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_each_call_computes_what_its_kind_says(model, name):
+    side = Sides(model, **SIZE, calls=CALLS).of(CONTENDERS[name])
+    run = side.build()
+    ran = {"middle": 0, "last": 0}
+
+    def count(part):
+        def hook(module, args):
+            ran[part] += 1
+
+        return hook
+
+    run.model.mid_block.resnets[0].register_forward_pre_hook(count("middle"))
+    run.model.up_blocks[-1].resnets[-1].register_forward_pre_hook(count("last"))
+    run()
+    kinds = side.times.kinds
+    assert len(kinds) == CALLS
+    assert ran == {"middle": kinds.count(FULL), "last": kinds.count(FULL) + kinds.count(SHALLOW)}
+    assert (len(set(kinds)) > 1) == ("dato" in name or "deepcache" in name)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op`")
+def test_runs_end_the_same_and_leave_nothing_behind(model, name):
+    def held():
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]  # no fake ones of other tests
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    run = Sides(model, height=128, width=128, batch=1, calls=CALLS).of(CONTENDERS[name]).build()
+    before = held()
+    first = run()
+    few = first.untyped_storage().nbytes() // 2
+    assert held() - before - first.untyped_storage().nbytes() < few
+    assert torch.equal(run(), first)
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("tome", 1), ("deepcache-3", 2)])
+def test_peers_are_compiled_once_per_kind_of_call(model, monkeypatch, name, graphs):
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter, **options))
+    torch.compiler.reset()
+    contender = CONTENDERS[name]
+    output = [Sides(model, **SIZE | {"batch": 1}, calls=4, compiled=c).of(contender).build() for c in (False, True)]
+    eager, compiled = (run() for run in output)
+    assert torch.equal(compiled, eager)
+    output[1]()
+    assert counter.frame_count == graphs
+
+
+def test_the_share_is_taken_once_and_leaves_no_hook(model):
+    with self_attention(model) as spans, torch.no_grad():
+        model(timestep=500, **models.inputs(model, **SIZE))
+    assert len(spans) == sum(name.endswith("attn1") for name, _ in model.named_modules())
+    assert all(harness.between(*span) > 0 for span in spans)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_only_the_observed_run_is_looked_into(model):
+    side = Sides(model, **SIZE, observed=2).dense()
+    run = side.build()
+    run()
+    assert "self_attention_share" not in side.info
+    run()
+    assert 0 < side.info["self_attention_share"] < 1
+    assert side.info.get("peak_gib", 0) >= 0  # not every system tells
+
+
+def test_the_time_of_a_kind_is_the_median_of_its_calls():
+    times = CallTimes("22101", [0.0, 4.0, 6.0, 7.0, 7.5, 8.0])
+    assert times.by_kind() == {
+        "full": {"calls": 2, "seconds": 3.0},
+        "shallow": {"calls": 2, "seconds": 0.75},
+        "reuse": {"calls": 1, "seconds": 0.5},
+    }
+
+
+def test_wrong_outputs_are_not_timed():
+    good = torch.zeros(1, 4, 8, 8)
+    check_output(good, good + 1)
+    with pytest.raises(ValueError, match="shape"):
+        check_output(good, good[..., 1:])
+    with pytest.raises(ValueError, match="finite"):
+        check_output(good, good / 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "apply", "name"),
+    [("todo", "apply_todo", "ToDo with factor 1"), ("dato", "apply_dato", "DaTo"), ("todo+dato", "apply_dato", "ToDo")],
+)
+def test_a_method_told_to_do_nothing_that_does_something_stops_the_run(model, monkeypatch, kind, apply, name):
+    def nudge(module, inputs, output):
+        return output + 1e-3
+
+    check_exact(model, kinds_of(kind))
+    monkeypatch.setattr(unet_sides.todo_attn, apply, lambda model, config: model.conv_in.register_forward_hook(nudge))
+    with pytest.raises(RuntimeError, match=f"{name}.* differs from dense"):
+        check_exact(model, kinds_of(kind))
+
+
+def test_pruning_alone_would_not_pass_for_dense(model):
+    sides = Sides(model, **SIZE, calls=3)
+    dense, pruned = (side.build()() for side in (sides.dense(), sides.dato("dato", DaToConfig())))
+    assert not torch.equal(dense, pruned)
