@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from diffusers.models import UNet2DConditionModel
 
-from todo_attn.diffusers import architectures
+from todo_attn.diffusers import architectures, unets
 from todo_attn.diffusers.architectures import PIXELS_PER_LATENT
 
 TRAINING_STEPS = 1000
@@ -31,37 +30,22 @@ def on_meta(name: str) -> UNet2DConditionModel:
     Raises:
         ValueError: no such name.
     """
-    if name not in CONFIGS:
-        raise ValueError(f"model must be one of {', '.join(map(repr, CONFIGS))}, got {name!r}")
-    with torch.device("meta"):
-        return UNet2DConditionModel(**CONFIGS[name])
+    return unets.on_meta(_config(name))
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:
-    """The UNet ``name`` with weights drawn so that every layer keeps its input's scale (about 1).
-
-    Attention logits then spread by about 1, and nothing overflows in fp16. Seconds, not minutes: each weight is drawn
-    once, where it stays.
+    """The UNet ``name`` of :data:`CONFIGS` with random weights.
 
     Raises:
         ValueError: no such name.
     """
-    unet = on_meta(name)
-    torch.nn.Module.to(unet, dtype)  # diffusers' own warns of weights that must stay in float32, though there are none
-    unet.to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(seed)
-    for key, parameter in unet.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.normal_(float(key.endswith("weight")), 0.02, generator=generator)
-    return unet
+    return unets.with_random_weights(_config(name), device, dtype, seed)
 
 
-def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Another module tree over the same weights, so that what is done to one (processors, hooks) leaves the other."""
-    shared = {id(tensor): tensor for tensors in (unet.parameters(), unet.buffers()) for tensor in tensors}
-    return copy.deepcopy(unet, shared)
+def _config(name: str) -> dict[str, Any]:
+    if name not in CONFIGS:
+        raise ValueError(f"model must be one of {', '.join(map(repr, CONFIGS))}, got {name!r}")
+    return CONFIGS[name]
 
 
 def inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int, seed: int = 1) -> dict[str, Any]:

@@ -22,14 +22,12 @@ import torch._dynamo
 import typer
 from diffusers.models import UNet2DConditionModel
 
-from benchmarks import models
+from benchmarks import RESULTS, models
 from benchmarks.unet_plan import Choice, Contender, Size, calls_of, check_among, check_sizes, kinds_of, parse_size, plan
 from benchmarks.unet_sides import Sides, check_exact, check_output
 from todo_attn.bench import harness, machine
+from todo_attn.bench.cases import DTYPES
 from todo_attn.bench.harness import Meter, Rounds
-
-RESULTS = Path(__file__).parent / "results"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def rows_at(

@@ -20,6 +20,7 @@ from todo_attn import DaToConfig, ToDoConfig
 from todo_attn.bench.harness import Side
 from todo_attn.compare_methods import Method
 from todo_attn.diffusers.levels import transformers_by_level
+from todo_attn.diffusers.unets import twin
 from todo_attn.schedule import FULL, SHALLOW
 
 # Puts a method on a UNet, and gives what is to be called and what frees memory after a run.
@@ -118,7 +119,7 @@ class Sides:
         times = CallTimes(kinds or FULL * self.calls)
 
         def build() -> Run:
-            model = models.twin(self.unet)
+            model = twin(self.unet)
             model.set_attn_processor(AttnProcessor2_0())
             call, after = apply(model)
             return Run(

@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 # The packages of the extra "cli" that a command may find missing.
-_EXTRA = {"typer", "rich", "PIL", "skimage", "diffusers", "transformers", "accelerate"}
+_EXTRA = {"typer", "rich", "tabulate", "tqdm", "PIL", "skimage", "diffusers", "transformers", "accelerate"}
 
 
 def main(arguments: list[str] | None = None) -> None:

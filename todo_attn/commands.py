@@ -32,6 +32,8 @@ app = typer.Typer(
     help="Stable Diffusion at high resolution, faster: ToDo token downsampling for diffusers.",
 )
 
+# The methods whose gain doctor tells.
+_ADVISED = "dense,todo,dato,todo+dato"
 # Options that are not called like the setting they give.
 _OPTIONS = {"model": "MODEL", "prompts": "--prompt", "seeds": "--seed"}
 
@@ -210,16 +212,63 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"--out must be a folder that can be written, got {str(out)!r}: {error.strerror}") from error
 
 
-@app.command("doctor")
+_DOCTOR_HELP = """Say what is installed, run each op against its oracle, and exit with 1 if something is broken.
+
+What is not installed (a GPU, Triton, diffusers) is said and is no error: the rest works without it.
+
+With `--model`, or a size, say instead what ToDo and DaTo would gain there on this machine: predicted from the
+operations that they leave out, and with `--measure` timed; or that they will not help there, and why.
+
+**Examples**
+
+- what works here: `todo-attn doctor`
+- is it worth it: `todo-attn doctor --model sd15 --height 1024 --width 1024`
+- timed on your own model: `todo-attn doctor --model ./my-model --height 1536 --width 1536 --measure`
+"""
+
+
+@app.command("doctor", help=_DOCTOR_HELP)
 def doctor_command(
+    model: Annotated[
+        str | None,
+        typer.Option(help="sd15, sdxl, a folder saved by diffusers, or a Hub id.", show_default="the shipped pipeline"),
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
+    max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto leaves.")] = 4096,
+    schedule: Annotated[str, typer.Option(help="DaTo: the name of a published schedule, or a JSON file.")] = "coco",
+    prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
+    steps: Annotated[int, typer.Option(help="DaTo: of the scheduler; schedules are resampled to them.")] = 50,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
+    ] = "auto",
+    measure: Annotated[bool, typer.Option("--measure", help="Time the UNet as well: seconds to minutes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    """Say what is installed, run each op against its oracle, and exit with 1 if something is broken.
+    if model is None and height is None and width is None and not measure:
+        _examine(as_json)
+        return
+    try:
+        settings = CompareSettings(
+            methods=_ADVISED,
+            height=height,
+            width=width,
+            max_kv_tokens=max_kv_tokens,
+            schedule=schedule,
+            prune_ratio=prune_ratio,
+            steps=steps,
+            device=device,
+            dtype=dtype,
+        )
+        _advise(str(shipped_pipeline()) if model is None else model, settings, measure, as_json)
+    except SettingError as error:
+        raise UserError(f"--{error.name.replace('_', '-')} {error.problem}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError("out of memory: a smaller --height and --width, or --dtype float16, may fit", 1) from error
 
-    What is not installed (a GPU, Triton, diffusers) is said and is no error: the rest works without it.
 
-    **Example:** `todo-attn doctor`
-    """
+def _examine(as_json: bool) -> None:
     from .doctor import examine
 
     with Console(stderr=True).status("examining"):
@@ -230,6 +279,56 @@ def doctor_command(
         print_examination(examination, Console())
     if not examination["ok"]:
         raise typer.Exit(1)
+
+
+def _advise(model: str, settings: CompareSettings, measure: bool, as_json: bool) -> None:
+    from .diffusers.architectures import read_architecture
+    from .diffusers.gains import advice_lines, build_advice
+
+    with Console(stderr=True).status("reading the model") as status:
+        _hush_loading()
+        try:
+            architecture = read_architecture(model)
+        except ValueError as error:  # its first word is the option
+            raise UserError(f"--{error}") from error
+        advice = build_advice(architecture, settings, measured=measure, watch=status.update)
+    if as_json:
+        print(json.dumps(advice, indent=2, allow_nan=False))
+        return
+    for line in advice_lines(advice):
+        print(line)
+
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[str, typer.Option(help="sd15 or sdxl: whose self-attentions.")] = "sd15",
+    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="2048 on a GPU, 768 on a CPU")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the height")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (fp16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="A file that the rows are added to, one JSON object a line.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows and notes as JSON.")] = False,
+) -> None:
+    """Time the kernels on this machine, at the shapes of one picture, against what they replace; about a minute.
+
+    Each result is checked against an oracle before it is timed. Says where ToDo is not the faster one.
+
+    **Example:** `todo-attn bench --height 1024 --width 1536`
+    """
+    from .bench import harness, report
+    from .bench_command import bench
+
+    notes = Console(stderr=True)
+    if out is not None:
+        _check_writable(out.parent)
+    try:
+        timed = bench(device, dtype, model, height, width, lambda rows: harness.append(out, rows) if out else None)
+    except ValueError as error:  # its first word is the option
+        raise UserError(f"--{error}") from error
+    print(json.dumps(timed, indent=2, allow_nan=False) if as_json else report.table(timed["rows"]))
+    console = notes if as_json else Console()
+    for note in timed["notes"]:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command("schedules")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 from . import ops, reference
+from .logs import silent
 from .ops import backends, libraries
 from .versions import device_name, machine, versions
 
@@ -207,7 +206,7 @@ def _try_processor() -> str | None:
 
     from . import ToDoConfig, apply_todo, remove_todo
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _silent():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), silent():
         torch.manual_seed(0)
         unet: Any = UNet2DConditionModel(
             sample_size=8,
@@ -238,14 +237,3 @@ def _try_processor() -> str | None:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the package's warnings: factor 1 is asked for on purpose."""
-    logger = logging.getLogger("todo_attn")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

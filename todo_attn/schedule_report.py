@@ -18,6 +18,23 @@ _BATCH = 2  # a picture with guidance
 _KINDS = {"full": schedule.FULL, "shallow": schedule.SHALLOW, "reuse": schedule.REUSE}
 
 
+def chosen_size(architecture: Architecture, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels; None is what the UNet was trained for.
+
+    Raises:
+        SettingError: a size that does not fit, or None where the UNet does not say.
+    """
+    sides = architecture.size or (None, None)
+    sizes = []
+    for name, given, trained in zip(("height", "width"), (height, width), sides, strict=True):
+        size = trained if given is None else given
+        if size is None:
+            raise SettingError(name, "must be given: the model does not say its normal size")
+        check_size(name, size, math.lcm(SIZE_MULTIPLE, architecture.pixels_per_latent))
+        sizes.append(size)
+    return sizes[0], sizes[1]
+
+
 def build_listing(
     architecture: Architecture,
     height: int | None,
@@ -40,19 +57,13 @@ def build_listing(
 
     if steps < 1:
         raise SettingError("steps", f"must be at least 1, got {steps}")
-    sides = architecture.size or (None, None)
-    sizes = {}
-    for name, given, trained in zip(("height", "width"), (height, width), sides, strict=True):
-        size = trained if given is None else given
-        if size is None:
-            raise SettingError(name, "must be given: the model does not say its normal size")
-        check_size(name, size, math.lcm(SIZE_MULTIPLE, architecture.pixels_per_latent))
-        sizes[name] = size
+    height, width = chosen_size(architecture, height, width)
     config = DaToConfig()
     try:
         call = count_call(
             architecture.config,
-            **sizes,
+            height,
+            width,
             config=config,
             batch=_BATCH,
             pixels_per_latent=architecture.pixels_per_latent,
@@ -83,7 +94,8 @@ def build_listing(
         )
     return {
         "model": architecture.name,
-        **sizes,
+        "height": height,
+        "width": width,
         "batch": _BATCH,
         "steps": steps,
         "calls": steps + 1,

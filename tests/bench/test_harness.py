@@ -177,8 +177,49 @@ def test_meter_calls_and_averages(device):
         calls.append(None)
         return torch.ones(2**18, device=device)
 
-    sample = Meter(torch.device(device), calls=3, flush=True)(call)
+    sample = Meter(torch.device(device), calls=3)(call)
     assert len(calls) == 3
     assert sample.seconds > 0
     assert sample.output.shape == (2**18,)
     assert sample.peak_bytes is None if device == "cpu" else sample.peak_bytes >= 2**20
+
+
+def test_a_meter_takes_its_inputs_in_turn(monkeypatch):
+    bench, seen = Bench(), []
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: bench.now)
+
+    def call(number):
+        seen.append(number)
+        bench.now += number
+        return 10 * number
+
+    sample = Meter(torch.device("cpu"), calls=2, inputs=(1, 2, 6), alone=True)(call)
+    assert seen == [1, 2, 6, 1, 2, 6]
+    assert sample.seconds == 3
+    assert sample.output == 60
+
+
+@pytest.mark.gpu
+def test_a_meter_counts_what_the_calls_take_alone():
+    held = torch.ones(2**22, device="cuda")
+    sample = Meter(held.device, inputs=(held, held), alone=True)(lambda x: x[: 2**18] + 1)
+    assert 2**20 <= sample.peak_bytes < 2**22
+    assert 0 < sample.seconds < 5e-3  # not the 10 ms for which the device is held
+
+
+def test_a_side_checks_itself_before_it_is_timed():
+    def check(output):
+        seen.append(output)
+        if output != 7:
+            raise ValueError(f"{output} is not 7")
+
+    seen, bench = [], Bench()
+    sides = [bench.side("a", [1.0] * 4, 7), bench.side("wrong", [1.0] * 4, 8), bench.side("b", [1.0] * 4, 9)]
+    sides[0].check = sides[1].check = check
+    wrong, right = rows(bench.measure(sides, Rounds(warmup=2, rounds=2)))
+    assert seen == [7, 8]
+    assert wrong["contender"]["error"] == "ValueError: 8 is not 7"
+    assert wrong["contender"]["samples"] == []
+    assert right["speedup"] is not None
+    with pytest.raises(ValueError, match="warmup must be at least 1"):
+        bench.measure(sides, Rounds(warmup=0))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import models
+from todo_attn.diffusers import unets
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def test_the_same_seed_draws_the_same_weights():
 
 def test_a_twin_shares_the_weights_and_nothing_else():
     unet = models.build("tiny", CPU, torch.float32)
-    twin = models.twin(unet)
+    twin = unets.twin(unet)
     assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in unet.parameters()]
     processors = dict(unet.attn_processors)
     twin.set_attn_processor(object())

@@ -123,3 +123,50 @@ def test_leaves_the_loggers_and_the_generator_alone():
 def test_a_gpu_that_is_not_there_is_explained():
     cuda = doctor.examine()["cuda"]
     assert (cuda["why_not"] is None) == torch.cuda.is_available() == bool(cuda["gpus"])
+
+
+# doctor --model
+
+
+def test_advice_as_json(run, sd_folder):
+    ran = run("doctor", "--model", sd_folder, "--height", 256, "--width", 128, "--max-kv-tokens", 64, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found.items() >= {"model": str(sd_folder), "height": 256, "width": 128, "batch": 1, "calls": 51}.items()
+    assert found["rates"]["attention"] > 0 and found["rates"]["other"] > 0
+    assert found["dense"]["operations"] > 0 and 0 < found["dense"]["self_attention_share"] < 1
+    rows = {row["method"]: row for row in found["methods"]}
+    assert list(rows) == ["todo", "dato", "todo+dato"]
+    assert rows["todo"]["config"]["max_kv_tokens"] == 64
+    assert rows["todo"]["operations_gain"] > 1 and rows["dato"]["operations_gain"] > 2
+    assert all(row["measured_gain"] is None and isinstance(row["helps"], bool) for row in rows.values())
+
+
+def test_advice_as_text(run, sd_folder):
+    ran = run("doctor", "--model", sd_folder, "--measure")
+    assert ran.code == 0, ran.err
+    lines = dict(line.split(": ", 1) for line in ran.out.splitlines() if ": " in line)
+    assert f"{sd_folder} at 128 x 128, batch 1, float32, on " in ran.out
+    assert "self-attention takes" in lines["dense"] and "s measured" in lines["dense"]
+    assert lines["todo"].startswith(("this will not help here: nothing is downsampled", "1."))
+    assert "x predicted" in lines["dato"] and "x measured" in lines["dato"]
+    assert "operations counted on this UNet" in lines["predicted"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--height", "100"), "--height must be a multiple of 8 and at least 16, got 100"),
+        (("--max-kv-tokens", "0"), "--max-kv-tokens must be an integer of at least 1, got 0"),
+        (("--schedule", "nothing"), "--schedule "),
+        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--device", "tpu"), "--device must be auto, cpu"),
+        (("--model", "./nothing"), "--model must be sd15, sdxl, or a folder or Hub id of a pipeline with a UNet"),
+    ],
+)
+def test_bad_input_is_one_line(run, sd_folder, arguments, message):
+    model = () if "--model" in arguments else ("--model", sd_folder)
+    ran = run("doctor", *model, *arguments)
+    assert ran.code == 2 and ran.out == ""
+    line, end = ran.err.split("\n")
+    assert end == "" and line.startswith(f"todo-attn: error: {message}")

@@ -2,7 +2,8 @@
 
 All sides are built and warmed, then run in turn, round after round, every other round in reverse, so that a steady
 drift of the machine's clocks cancels out. The ratio is taken within each round. A row holds one baseline, one contender
-and their ratio, never a side alone; a side that fails gives a row that says so and holds up no other.
+and their ratio, never a side alone; a side that fails gives a row that says so and holds up no other. What a side
+returns can be checked, and a wrong result is never timed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 _MIN_ROUNDS = 2
-_FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
+_HOLD_TICKS = 20_000_000  # of a GPU's clock: about 10 ms, in which the host queues some hundred launches
 
 
 def _nothing() -> None:
@@ -38,12 +39,14 @@ class Side:
     Args:
         name: as it stands in the rows.
         build: makes the function to time. An import or an allocation that may fail belongs here.
-        info: what else the rows say of this side; may be filled until the side has run.
+        info: what else the rows say of this side; may be filled until the rows are made.
+        check: sees the first warm-up's output and raises where it is wrong; the side is then not timed.
     """
 
     name: str
-    build: Callable[[], Callable[[], Any]]
+    build: Callable[[], Callable[..., Any]]
     info: dict[str, Any] = field(default_factory=dict)
+    check: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     error: str | None = None
-    call: Callable[[], Any] = _nothing
+    call: Callable[..., Any] = _nothing
 
     def add(self, sample: Sample) -> None:
         self.seconds.append(sample.seconds)
@@ -115,31 +118,41 @@ class Meter:
     """Times one sample on ``device``.
 
     Args:
-        calls: calls per sample, for what is too short to time alone.
-        flush: on CUDA, sweep the L2 cache before each sample; the launches then also queue up behind the sweep.
+        calls: calls per sample (and set of inputs), for what is too short to time alone.
+        inputs: what the function is called with, one after the other: sets that together exceed the caches, so that no
+            call finds its own still there. The sample's output is that of the last. Empty: called with nothing.
+        alone: on CUDA, count the calls' own work: the device is held until the host has queued them, so that no launch
+            shows, and memory is what they took beyond what was there. Otherwise both are as the caller sees them.
     """
 
     device: torch.device
     calls: int = 1
-    flush: bool = False
+    inputs: Sequence[Any] = ()
+    alone: bool = False
 
-    def __call__(self, call: Callable[[], Any]) -> Sample:
+    def __call__(self, call: Callable[..., Any]) -> Sample:
         cuda = self.device.type == "cuda"
+        before = 0
         if cuda:
             torch.cuda.synchronize(self.device)
-            if self.flush:
-                torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device).zero_()
             torch.cuda.reset_peak_memory_stats(self.device)
+            if self.alone:
+                before = torch.cuda.memory_allocated(self.device)
+                torch.cuda._sleep(_HOLD_TICKS)
+        arguments: list[tuple[Any, ...]] = [(each,) for each in self.inputs] or [()]
+        output = None
         start = stamp(self.device)
         for _ in range(self.calls):
-            output = call()
-        seconds = between(start, stamp(self.device)) / self.calls
-        return Sample(output, seconds, torch.cuda.max_memory_allocated(self.device) if cuda else None)
+            for argument in arguments:
+                output = None  # freed before the next one is made
+                output = call(*argument)
+        seconds = between(start, stamp(self.device)) / (self.calls * len(arguments))
+        return Sample(output, seconds, torch.cuda.max_memory_allocated(self.device) - before if cuda else None)
 
 
 def measure(
     sides: Sequence[Side],
-    meter: Callable[[Callable[[], Any]], Sample],
+    meter: Callable[[Callable[..., Any]], Sample],
     rounds: Rounds,
     *,
     check: Callable[[Any, Any], None] | None = None,
@@ -148,15 +161,15 @@ def measure(
 ) -> list[Measured]:
     """Build, warm, check and time all ``sides``; the first is the baseline. An exception ends its side only.
 
-    ``check(baseline_output, output)`` sees each side's first warm-up output, the baseline's own too, and raises where
-    it is wrong; where the baseline failed there is nothing to check against.
+    A side's own ``check`` sees its first warm-up output. ``check(baseline_output, output)`` sees it too, the baseline's
+    own as well, and raises where it is wrong; where the baseline failed there is nothing to check against.
 
     Raises:
         ValueError: fewer than two sides, or a check without a warm-up round.
     """
     if len(sides) < 2:
         raise ValueError(f"sides must be a baseline and at least one contender, got {[side.name for side in sides]}")
-    if check and rounds.warmup < 1:
+    if (check or any(side.check for side in sides)) and rounds.warmup < 1:
         raise ValueError(f"rounds.warmup must be at least 1 for the outputs to be checked, got {rounds.warmup}")
     results = [Measured(side) for side in sides]
     for result in results:
@@ -168,10 +181,13 @@ def measure(
             for result in _turns(results, bar):
                 with _ending(result):
                     output = meter(result.call).output
+                    if i == 0 and result.side.check:
+                        result.side.check(output)
                     if i == 0 and check:
                         reference = output if result is results[0] else reference
                         if reference is not None:
                             check(reference, output)
+                    output = None
         start = clock()
         for i in range(rounds.rounds):
             if i >= _MIN_ROUNDS and clock() - start >= rounds.seconds:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from todo_attn.versions import device_name
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("torch", "triton", "diffusers", "todo_attn", "tomesd")
+_PACKAGES = ("torch", "triton", "diffusers", "todo_attn", "tomesd", "DeepCache", "sageattention")
+_CPU_CACHE = 32 * 2**20  # taken for a processor's last cache, which no portable call names
+_CLOCK_TICKS = 20_000_000  # about 10 ms of a GPU's clock
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -29,6 +32,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "capability": f"{major}.{minor}",
             "memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1),
+            "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
         }
     info |= {
         "cpu": device_name(torch.device("cpu")),
@@ -52,6 +56,31 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return all([mallopt(mmap_max, 0), mallopt(top_pad, 1 << 28), mallopt(trim_threshold, 2**31 - 1)])
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the cache that all of ``device`` shares: a GPU's L2."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE
+
+
+def sm_mhz(device: torch.device, load: Callable[[], Any]) -> float | None:
+    """The clock of a GPU's multiprocessors while ``load`` runs, again and again; None elsewhere.
+
+    One thread on a stream of its own counts ticks, between two events, for about 10 ms.
+    """
+    if device.type != "cuda":
+        return None
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        start.record()
+        torch.cuda._sleep(_CLOCK_TICKS)
+        end.record()
+    while not end.query():
+        load()
+        torch.cuda.current_stream(device).synchronize()
+    torch.cuda.synchronize(device)
+    return _CLOCK_TICKS / start.elapsed_time(end) / 1e3
 
 
 def slug(device: torch.device) -> str:

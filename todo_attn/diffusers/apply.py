@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from ..config import FINEST, ToDoConfig
+from .advice import log_todo
 from .levels import self_attentions, transformers_by_level
 from .processor import ToDoProcessor, default_processor
 from .state import ATTRIBUTE, AttentionState, ModelState, TransformerState, detach_all
@@ -74,6 +75,7 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     for model in controlnets:
         # One report for a pipeline is enough, and its UNet's tells the whole story.
         _install(model, config, report=False)
+    log_todo(pipe_or_model, models[0], config)
 
 
 def remove_todo(pipe_or_model: Any) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers.models import UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import logs
+from ..config import ToDoConfig
 from ..dato_config import DaToConfig
 from ..ops import flops  # noqa: F401  (what this package's own attention costs)
+from ..roofline import Work
 from ..schedule import FULL, REUSE, SHALLOW
+from .advice import TEXT_TOKENS as _TEXT_TOKENS
+from .apply import apply_todo, remove_todo
 from .architectures import PIXELS_PER_LATENT
-from .dato import apply_dato
+from .dato import apply_dato, remove_dato
+from .unets import on_meta
 
-_TEXT_TOKENS = 77
 # A run of this schedule has one call of each kind.
 _EACH_KIND = SHALLOW + REUSE
 _ALL_TIMESTEPS = (0, 1000)
@@ -139,33 +145,127 @@ def count_call(
             inputs other than text, sizes and class labels.
     """
     config = DaToConfig() if config is None else config
-    if isinstance(config.prune_ratio, tuple):
-        raise ValueError(f"config must have one prune_ratio for all calls, got {len(config.prune_ratio)}")
+    dense, dato = count_work(unet, height, width, [config], batch, pixels_per_latent, watch)
+    return CallCost(dense.full.operations, *(work.operations for work in dato))
+
+
+class CallWork(NamedTuple):
+    """The work of one call of each kind; what has no such kind has its full call in their place."""
+
+    full: Work
+    shallow: Work
+    reuse: Work
+
+    def of(self, kind: str) -> Work:
+        """Of a call that a schedule writes "2", "1" or "0"."""
+        return self[(FULL, SHALLOW, REUSE).index(kind)]
+
+
+def count_work(
+    unet: UNet2DConditionModel | Mapping[str, Any],
+    height: int,
+    width: int,
+    configs: Sequence[ToDoConfig | DaToConfig],
+    batch: int = 2,
+    pixels_per_latent: int = PIXELS_PER_LATENT,
+    watch: Callable[[int, int], None] | None = None,
+) -> list[CallWork]:
+    """As :func:`count_call`, attention apart from the rest: of the UNet as it is, then under each of ``configs``."""
     for name, value in (("height", height), ("width", width)):
         if not isinstance(value, int) or value < 1 or value % pixels_per_latent:
             raise ValueError(f"{name} must be a positive multiple of {pixels_per_latent}, in pixels, got {value!r}")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
-    todo = None if config.todo is None else replace(config.todo, timestep_range=_ALL_TIMESTEPS)
-    config = replace(config, cache_schedule=_EACH_KIND, todo=todo)
-    counted: list[int] = []
-    # Tensors that have a shape and no memory. Attention by its two products: torch has no formula for the fused
-    # kernels of the CPU, on which these tensors pretend to be.
-    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model = UNet2DConditionModel.from_config(getattr(unet, "config", unet)).eval()
-        inputs = _inputs(model, batch, height // pixels_per_latent, width // pixels_per_latent)
-        for call in range(4):
-            if call == 1:
+    configs = [in_one_run(config) for config in configs]
+    calls = [1, *(1 if isinstance(config, ToDoConfig) else 3 for config in configs)]
+    found: list[CallWork] = []
+    done = 0
+    # On "meta" tensors have a shape and no memory.
+    with torch.device("meta"), torch.no_grad(), logs.silent():
+        model = on_meta(unet if isinstance(unet, Mapping) else unet.config)
+        inputs = call_inputs(model, batch, height // pixels_per_latent, width // pixels_per_latent)
+        for config, count in zip([None, *configs], calls, strict=True):
+            if isinstance(config, DaToConfig):
                 apply_dato(model, config)
-            with FlopCounterMode(display=False) as counter:
-                model(timestep=999 - call, **inputs)  # falling, so that it is one run
-            counted.append(counter.get_total_flops())
-            if watch is not None:
-                watch(call + 1, 4)
-    return CallCost(*counted)
+            elif config is not None:
+                apply_todo(model, config)
+            works = []
+            for call in range(count):
+                with _Tally() as tally, _AttentionTally(tally):
+                    model(timestep=999 - call, **inputs)  # falling, so that it is one run
+                works.append(tally.work())
+                done += 1
+                if watch is not None:
+                    watch(done, sum(calls))
+            found.append(CallWork(*works * (3 // count)))
+            remove_dato(model)
+            remove_todo(model)
+    return found
 
 
-def _inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> dict[str, Any]:
+def in_one_run(config: ToDoConfig | DaToConfig) -> ToDoConfig | DaToConfig:
+    """With ToDo at every timestep, and DaTo in a run of one call of each kind.
+
+    Raises:
+        ValueError: a ratio per call.
+    """
+    if isinstance(config, ToDoConfig):
+        return replace(config, timestep_range=_ALL_TIMESTEPS)
+    if isinstance(config.prune_ratio, tuple):
+        raise ValueError(f"config must have one prune_ratio for all calls, got {len(config.prune_ratio)}")
+    todo = None if config.todo is None else replace(config.todo, timestep_range=_ALL_TIMESTEPS)
+    return replace(config, cache_schedule=_EACH_KIND, todo=todo)
+
+
+class _Tally(TorchDispatchMode):
+    """Counts what is started within, and the operations of it by torch's own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = 0
+        self._launches = 0
+        self._counter = FlopCounterMode(display=False)
+
+    def __enter__(self) -> _Tally:
+        self._counter.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._counter.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._launches += not (func.is_view or func is torch.ops.aten._unsafe_view.default)
+        return func(*args, **(kwargs or {}))
+
+    def work(self) -> Work:
+        by_op = self._counter.get_flop_counts()["Global"]
+        attention = self.attention + sum(by_op.get(op, 0) for op in _ATTENTION)
+        everything = self.attention + self._counter.get_total_flops()
+        return Work(attention, everything - attention, self._launches)
+
+
+# What attention is made of where it is not one call: the products of diffusers' AttnProcessor, and of this package.
+_ATTENTION = (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.todo_attn.downsampled_attention)
+
+
+class _AttentionTally(TorchFunctionMode):
+    """Takes attention for one operation, as it is on every device but "meta", where torch would take it to pieces."""
+
+    def __init__(self, tally: _Tally) -> None:
+        super().__init__()
+        self.tally = tally
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args  # (B, H, N or M, D)
+        batch, heads, tokens, width = query.shape
+        self.tally.attention += 2 * batch * heads * tokens * key.shape[2] * (width + value.shape[3])
+        return query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)
+
+
+def call_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> dict[str, Any]:
     """Arguments of a call, but for the timestep; ``height`` and ``width`` in latents."""
     config: Any = unet.config
     text = config.encoder_hid_dim or config.cross_attention_dim

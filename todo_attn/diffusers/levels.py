@@ -26,13 +26,14 @@ def transformers_by_level(model: nn.Module) -> list[tuple[int, Transformer2DMode
     """
     return [
         (level, module)
-        for level, block in _blocks(model)
+        for level, block in blocks_by_level(model)
         for module in block.modules()
         if isinstance(module, Transformer2DModel) and module.is_input_continuous and self_attentions(module)
     ]
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+def blocks_by_level(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The down, mid and up blocks in the order of a call, each with the level that it works on."""
     level = 1
     for block in getattr(model, "down_blocks", ()):
         yield level, block

@@ -1,0 +1,259 @@
+"""Everything that needs a GPU, in one call on a bare machine: tests, kernels, UNets; the most telling first.
+
+python -m benchmarks.gpu --minutes 9 --out results --wheels wheels
+python -m benchmarks.gpu --minutes 9 --out results --dry-run       only says what it would do
+python -m benchmarks.gpu --minutes 2 --out results --device cpu    the same on small sizes, to try it without a GPU
+
+It runs in a checkout with torch, Triton and numpy; nothing has to be installed and nothing is, but for the wheels in
+--wheels (whatever the machine lacks of diffusers, pytest, typer, tabulate, tqdm and the peers tomesd, DeepCache and
+sageattention), which go into a temporary folder. The compiled libraries todo_attn/*.so are used where they are.
+
+Each step is a process of its own. It gets its share of the time left, is told to stop when that is over, and what it
+has measured by then stays: rows are written as they are measured.
+
+Under --out: summary.txt, kernels.jsonl, unet.jsonl, and a log of each part. A short table comes last.
+"""
+
+# The standard library alone, until the wheels are in: they may be what typer and tabulate come from.
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_GRACE = {signal.SIGINT: 8.0, signal.SIGTERM: 4.0, signal.SIGKILL: 2.0}  # seconds to end after each, in this order
+_TABLE_SECONDS = sum(_GRACE.values()) + 6  # kept back for stopping the last step and for the table
+Command = list[str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Args:
+        name: what it does.
+        log: its output is added to that file in the output folder.
+        share: of the time left, against the shares of the steps after it.
+        command: what to run, given the seconds it has.
+    """
+
+    name: str
+    log: str
+    share: float
+    command: Callable[[float], Command]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step."""
+
+    name: str
+    seconds: float
+    said: str
+
+
+def steps(device: str, out: Path, path: Sequence[str]) -> list[Step]:
+    """In this order; ``path`` is where the steps find their packages."""
+    gpu = device == "cuda"
+
+    def module(name: str, *arguments: object) -> Command:
+        return [sys.executable, "-m", name, *map(str, arguments)]
+
+    def pytest(*arguments: str) -> Callable[[float], Command]:
+        workers = ["-n", "8"] if gpu and PathFinder.find_spec("xdist", list(path)) else []
+        return lambda seconds: module("pytest", "-q", "-p", "no:cacheprovider", *workers, *arguments)
+
+    def doctor(seconds: float) -> Command:
+        options = ["--target-processes", "application-only", "--report-api-errors", "no", "--error-exitcode", "9"]
+        watched = ["compute-sanitizer", *options] if gpu and shutil.which("compute-sanitizer") else []
+        return [*watched, *module("todo_attn.cli", "doctor")]
+
+    def kernels(seconds: float) -> Command:
+        small = [] if gpu else ["--only", "gather", "--only", "match_tokens"]
+        minutes = max(0.0, seconds - 15) / 60  # the last case it starts shall end in time
+        arguments = ["--device", device, "--out", out / "kernels.jsonl", "--minutes", f"{minutes:.2f}", *small]
+        return module("benchmarks.kernels", *arguments)
+
+    def unet(size: Sequence[int], methods: str, *more: object) -> Callable[[float], Command]:
+        def command(seconds: float) -> Command:
+            arguments: list[object] = ["--device", device, "--out", out / "unet.jsonl", "--methods", methods, *more]
+            for side in size if gpu else [64]:
+                arguments += ["--size", side]
+            # Rounds have what loading, drawing weights and warming up leave.
+            arguments += ["--seconds", max(1, int(seconds * 0.4 / len(size)))]
+            return module("benchmarks.unet", *arguments, *([] if gpu else ["--model", "tiny", "--rounds", 2]))
+
+        return command
+
+    many = ["--calls", 50 if gpu else 4]
+    others = ["tests/kernels", "tests/csrc", "tests/diffusers", "tests/bench"]
+    return [
+        Step("every op against its oracle", "doctor.log", 30, doctor),
+        Step("tests of the ops", "tests.log", 80, pytest("tests/ops" if gpu else "tests/ops/test_tokens.py")),
+        Step("other tests that need a GPU", "tests.log", 20, pytest("-m", "gpu", *others)),
+        Step("kernels", "kernels.log", 230, kernels),
+        Step("UNet, ToDo", "unet.log", 50, unet([1024, 2048], "dense,todo")),
+        Step("UNet, DaTo", "unet.log", 40, unet([512], "dense,dato", *many)),
+        Step("UNet, ToDo and DaTo", "unet.log", 75, unet([2048], "dense,todo+dato", *many)),
+    ]
+
+
+def seconds_for(step: Step, after: Sequence[Step], left: float) -> float:
+    """Its share of what is left; what a step does not use is for those after it."""
+    return max(0.0, left) * step.share / (step.share + sum(later.share for later in after))
+
+
+def run_all(steps: Sequence[Step], seconds: float, out: Path, environment: dict[str, str]) -> list[Outcome]:
+    """Run the steps one after the other, all within ``seconds``; an interrupt ends the one running and all others."""
+    end = time.monotonic() + seconds
+    outcomes: list[Outcome] = []
+    try:
+        for i, step in enumerate(steps):
+            share = seconds_for(step, steps[i + 1 :], end - time.monotonic())
+            print(f"{step.name}: at most {share:.0f} s", flush=True)
+            outcomes.append(run(step, share, out / step.log, environment))
+            print(f"  {outcomes[-1].said}, {outcomes[-1].seconds:.0f} s", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    return outcomes
+
+
+def run(step: Step, seconds: float, log: Path, environment: dict[str, str]) -> Outcome:
+    """Run one step for at most ``seconds``, then end it and all that it has started."""
+    start = time.monotonic()
+    command = step.command(seconds)
+    with log.open("a") as file:
+        file.write(f"\n$ {' '.join(command)}\n")
+        file.flush()
+        try:
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            return Outcome(step.name, 0.0, f"could not start: {error}")
+        try:
+            said = "done" if child.wait(seconds) == 0 else f"failed: {_last_line(log)}"
+        except subprocess.TimeoutExpired:
+            said = "stopped at its limit"
+        finally:
+            _stop(child)
+    return Outcome(step.name, time.monotonic() - start, said)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End the step's process with a chance to finish its line, then less kindly; it heads a group of its own."""
+    for kind, grace in _GRACE.items():
+        if child.poll() is not None:
+            break
+        os.killpg(child.pid, kind)
+        try:
+            child.wait(grace)
+        except subprocess.TimeoutExpired:
+            continue
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # what it has left running
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no output"
+
+
+def install(wheels: Path | None, target: Path, log: Path) -> str | None:
+    """Unpack the wheels of a folder into ``target``; what went wrong, or None."""
+    files = sorted(str(file) for file in wheels.glob("*.whl")) if wheels else []
+    if not files:
+        return f"no wheels in {wheels}" if wheels else None
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(target)]
+    done = subprocess.run([sys.executable, "-m", "pip", "install", *options, *files], capture_output=True, text=True)
+    log.write_text(done.stdout + done.stderr)
+    return None if done.returncode == 0 else f"the wheels could not be installed: {_last_line(log)}"
+
+
+def environment_in(folder: Path) -> dict[str, str]:
+    """The steps' environment: packages and caches in ``folder``, nothing written elsewhere."""
+    known = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder / "site"), *([known] if known else [])]),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "160",
+    }
+
+
+def summary(outcomes: Sequence[Outcome], out: Path) -> str:
+    """What became of the steps, and the rows as a short table."""
+    from todo_attn.bench import harness, report
+
+    lines = [f"{outcome.seconds:5.0f} s  {outcome.name}: {outcome.said}" for outcome in outcomes]
+    files = [file for name in ("kernels", "unet") if (file := out / f"{name}.jsonl").exists()]
+    rows = [row for file in files for row in harness.read(file)]
+    if rows:
+        about = rows[0]["machine"]
+        names = ("device", "driver", "torch", "triton", "commit")
+        lines += ["", ", ".join(f"{name} {about.get(name)}" for name in names), report.table(rows)]
+        lines += report.slower(rows)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """As a command; 0, or 1 where a step failed or was not reached."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=9, help="for all of it; 9")
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows and logs")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes, to try it out")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps, run none")
+    given = parser.parse_args(arguments)
+    if given.minutes * 60 <= _TABLE_SECONDS:
+        parser.error(f"--minutes must be more than {_TABLE_SECONDS / 60:.2f}, got {given.minutes}")
+    start = time.monotonic()
+    for kind in (signal.SIGINT, signal.SIGTERM):  # also where a shell has the first ignored, which steps would inherit
+        signal.signal(kind, signal.default_int_handler)
+    out = given.out.absolute()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        path = [str(folder / "site"), *sys.path]
+        if given.dry_run:
+            left = 60 * given.minutes - _TABLE_SECONDS
+            planned = steps(given.device, out, path)
+            for i, step in enumerate(planned):
+                share = seconds_for(step, planned[i + 1 :], left)
+                left -= share
+                print(f"{share:4.0f} s  {step.name} ({step.log})\n        {' '.join(step.command(share))}")
+            return 0
+        out.mkdir(parents=True, exist_ok=True)
+        if problem := install(given.wheels, folder / "site", folder / "pip.log"):
+            print(problem, flush=True)
+        seconds = 60 * given.minutes - _TABLE_SECONDS - (time.monotonic() - start)
+        planned = steps(given.device, out, path)
+        outcomes = run_all(planned, seconds, out, environment_in(folder))
+        sys.path.append(str(folder / "site"))
+        try:
+            text = summary(outcomes, out)
+        except ImportError as error:
+            text = json.dumps([outcome.__dict__ for outcome in outcomes]) + f"\nno table: {error}"
+    (out / "summary.txt").write_text(text + "\n")
+    print(text)
+    return 0 if [o.said for o in outcomes] == ["done"] * len(planned) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Every op against what it replaces, at the shapes of Stable Diffusion 1.5 and SDXL; checked first, then timed.
+
+python -m benchmarks.kernels                                at most 60 rows, those with a target first
+python -m benchmarks.kernels --only attention --full        every size, shape of picture, batch and dtype
+python -m benchmarks.kernels --device cpu                   a few small shapes, about a minute
+python -m benchmarks.kernels --minutes 4 --out rows.jsonl   starts no case after four minutes
+
+Sides and oracles: todo_attn/bench/attention.py, tokens.py and matching.py. Times are those of the device alone. Each
+case's rows are added to the file as soon as they are measured.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks import RESULTS
+from todo_attn.bench import cases, harness, kernels, machine, report
+from todo_attn.bench.harness import Rounds
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    full: Annotated[bool, typer.Option("--full", help="Every shape against every peer, not the telling ones.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(cases.BENCHMARKS)}; repeatable.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds at most; 3 on a CPU, 20 on a GPU.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Start no case after that.")] = float("inf"),
+    out: Annotated[Path | None, typer.Option(help="Rows go there; benchmarks/results/kernels-DEVICE.jsonl.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, no table.")] = False,
+) -> None:
+    """Time ours and its peers, alternating in one run."""
+    start = time.monotonic()
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be cpu or cuda, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda needs a GPU that torch sees")
+    if unknown := set(only or ()) - set(cases.BENCHMARKS):
+        raise typer.BadParameter(f"--only must be among {', '.join(cases.BENCHMARKS)}, got {', '.join(unknown)}")
+    where = torch.device(device)
+    if where.type == "cpu":
+        machine.keep_freed_memory()
+    chosen = [c for c in (cases.full(where) if full else cases.plan(where)) if not only or c.benchmark in only]
+    often = kernels.rounds_for(where)
+    often = Rounds(often.warmup, rounds or often.rounds, often.seconds)
+    path = out or RESULTS / f"kernels-{machine.slug(where)}.jsonl"
+    rows = []
+    in_time = (case for case in chosen if time.monotonic() - start < 60 * minutes)
+    for done, new in enumerate(kernels.run(in_time, where, often), start=1):
+        harness.append(path, new)
+        rows += new
+        typer.echo(f"{done} of {len(chosen)}\n{report.table(new)}\n", err=True)
+    typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
+    for sentence in report.slower(rows):
+        typer.echo(sentence, err=True)
+    typer.echo(f"rows added to {path}", err=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,287 @@
+"""The README's figures, from the rows that the benchmarks wrote. One file per figure and machine.
+
+python -m benchmarks.plot
+python -m benchmarks.plot --results benchmarks/results --out docs/images
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import typer
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+
+from benchmarks import RESULTS, models
+from benchmarks.plot_model import Row, ceiling, predicted_speedup, rates_of, side_of
+from todo_attn import ToDoConfig
+from todo_attn.bench import harness
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+# Okabe and Ito's colours, which are told apart with every kind of colour vision; ours first.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP*"
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "figure.dpi": 180,
+}
+_WIDTH = 8.8  # inches, which at README width leaves the letters as large as its own
+_LINE_POINTS = 64
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder of the rows, .jsonl.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = IMAGES,
+) -> None:
+    """Draw what there are rows for, and say which command makes the others."""
+    if not results.is_dir():
+        raise typer.BadParameter(f"--results must be a folder, got {str(results)!r}")
+    rows = [row for path in sorted(results.glob("*.jsonl")) for row in harness.read(path)]
+    out.mkdir(parents=True, exist_ok=True)
+    for path in draw(rows, out, typer.echo):
+        typer.echo(f"drawn: {path}")
+
+
+def draw(rows: Iterable[Row], out: Path, say: Callable[[str], object]) -> list[Path]:
+    """Every figure that ``rows`` give, as PNG files in ``out``; ``say`` hears of those they do not."""
+    rows = _latest(rows)
+    written = []
+    for name, benchmarks, command, figure in _FIGURES:
+        chosen = [row for row in rows if row["benchmark"] in benchmarks]
+        if not chosen:
+            say(f"no rows for {name}: {command} makes them")
+        for machine, group in _by(chosen, lambda row: _slug(row["machine"])):
+            with plt.rc_context(_STYLE):
+                drawn = figure(group)
+                drawn.text(0.01, 0.005, _caption(group), fontsize=8, color="#444444", va="bottom")
+                path = out / f"{name}-{machine}.png"
+                drawn.savefig(path)
+                plt.close(drawn)
+            written.append(path)
+    return written
+
+
+def draw_speedup(rows: list[Row]) -> Figure:
+    """A UNet's speed-up over dense against the picture's size, 20th to 80th percentile; ToDo with the model of time."""
+    groups = _by(rows, _panel)
+    columns, lines_of_panels = min(2, len(groups)), -(-len(groups) // 2)
+    figure, panels = plt.subplots(
+        lines_of_panels, columns, figsize=(_WIDTH, 4.3 * lines_of_panels + 0.3), squeeze=False
+    )
+    _leave_room(figure)
+    for axes in panels.flat[len(groups) :]:
+        axes.set_visible(False)
+    for axes, ((model, dtype, compiled, calls), group) in zip(panels.flat, groups, strict=False):
+        rates, source = rates_of(group)
+        lines = 0
+        for i, (name, of_one) in enumerate(_by(group, _contender)):
+            colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+            sides = [side_of(row["case"]) for row in of_one]
+            _points(axes, sides, [row["speedup"] for row in of_one], name, colour, marker)
+            config = of_one[0]["contender"].get("config")
+            if rates is not None and _is_todo(of_one[0]):
+                low, high = min(map(side_of, _cases(group))), max(map(side_of, _cases(group)))
+                xs = _even_sizes(min(low, 512), high)
+                ys = [predicted_speedup(model, side, ToDoConfig.from_dict(config), rates) for side in xs]
+                axes.plot(xs, ys, color=colour, linewidth=1.3, alpha=0.8)
+                lines += 1
+        axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
+        more = f", {calls} calls" * (calls > 1) + ", compiled" * compiled
+        axes.set_title(f"{_MODEL_NAMES.get(model, model)}, {dtype}{more}", loc="left", fontsize=12)
+        axes.set_xlabel("side of the picture, pixels")
+        axes.set_xscale("log", base=2)
+        sizes = sorted({side_of(case) for case in _cases(group)} | ({512, 1024, 2048} if lines else set()))
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylabel("speed-up over dense, times" if axes in panels[:, 0] else "")
+        axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # the legend lies above
+        if lines:
+            axes.plot([], [], color="#888888", linewidth=1.3, label=f"model of time, rates from\ndense at {source}")
+        axes.legend(loc="upper left", fontsize=10)
+    return figure
+
+
+def draw_attention(rows: list[Row]) -> Figure:
+    """TFLOP/s of each side at each shape, and what the compiled loop's floor of clocks per score allows."""
+    cases = _by(rows, lambda row: _shape(row["case"]))
+    figure, axes = plt.subplots(figsize=(_WIDTH, 1.9 + 0.42 * len(cases)))
+    _leave_room(figure)
+    points = [
+        (side["name"], side["tflops"], y)
+        for y, (_, group) in enumerate(cases)
+        for side in _sides(group)
+        if side.get("tflops")
+    ]
+    for i, (name, of_one) in enumerate(_ours_first(points)):
+        _, rates, ys = zip(*of_one, strict=True)
+        style: Any = {"color": _COLOURS[i % len(_COLOURS)], "markersize": 6 if i else 8, "zorder": 4 - bool(i)}
+        axes.plot(rates, ys, _MARKERS[i % len(_MARKERS)], label=name, **style)
+    limits = [(limit, y) for y, (_, group) in enumerate(cases) if (limit := ceiling(group[0])) is not None]
+    if limits:
+        xs, ys = zip(*limits, strict=True)
+        axes.plot(xs, ys, "|", color="#000000", markersize=18, markeredgewidth=2, label="limit of the compiled loop")
+    axes.set_yticks(range(len(cases)), [shape for shape, _ in cases])
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.set_xlim(0, axes.get_xlim()[1])
+    axes.set_xlabel("TFLOP/s, of queries x keys and scores x values")
+    figure.legend(loc="outside upper center", ncols=4, fontsize=10)
+    return figure
+
+
+def draw_tokens(rows: list[Row]) -> Figure:
+    """GB/s of the ops that move tokens, of those they replace and of a copy, against the bytes moved."""
+    groups = _by(rows, lambda row: row["benchmark"] + " + residual" * bool(row["case"].get("residual")))
+    figure, panels = plt.subplots(1, len(groups), figsize=(_WIDTH, 4.4), squeeze=False, sharey=True)
+    _leave_room(figure)
+    names = [name for name, _ in _ours_first((side["name"],) for side in _sides(rows))]
+    for axes, (title, group) in zip(panels[0], groups, strict=True):
+        for name, sides in _by((side for side in _sides(group) if side.get("gb_per_s")), lambda side: side["name"]):
+            i = names.index(name)
+            xs, ys = zip(*sorted({(side["bytes"] / 1e6, side["gb_per_s"]) for side in sides}), strict=True)
+            colour, line = _COLOURS[i % len(_COLOURS)], "--" if name == "copy" else "-"
+            axes.plot(xs, ys, line, marker=_MARKERS[i % len(_MARKERS)], color=colour, label=name, zorder=4 - bool(i))
+        axes.set_title(title, loc="left", fontsize=12)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("MB moved")
+    panels[0][0].set_ylabel("GB/s")
+    panels[0][0].set_ylim(0, 1.05 * max(side.get("gb_per_s") or 0 for side in _sides(rows)) or None)
+    pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels[0]]
+    handles = {label: handle for pair in pairs for handle, label in pair}
+    shown = [name for name in names if name in handles]
+    figure.legend([handles[name] for name in shown], shown, loc="outside upper center", ncols=5)
+    return figure
+
+
+_FIGURES: tuple[tuple[str, tuple[str, ...], str, Callable[[list[Row]], Figure]], ...] = (
+    ("unet-speedup", ("unet",), "python -m benchmarks.unet", draw_speedup),
+    ("attention", ("attention",), "python -m benchmarks.kernels --only attention", draw_attention),
+    (
+        "token-ops",
+        ("gather", "scatter", "recover"),
+        "python -m benchmarks.kernels --only gather --only scatter --only recover",
+        draw_tokens,
+    ),
+)
+_MODEL_NAMES = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
+
+
+def _latest(rows: Iterable[Row]) -> list[Row]:
+    """Of what was measured twice on a machine the later; without rows of a side that failed."""
+    found: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row["measured"]):
+        if row["speedup"] is None:
+            continue
+        names = row["baseline"]["name"], row["contender"]["name"]
+        case = {key: value for key, value in row["case"].items() if key != "keeps_freed_memory"}
+        found[json.dumps([row["benchmark"], _slug(row["machine"]), case, names], sort_keys=True)] = row
+    return list(found.values())
+
+
+def _by(items: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
+    """In groups, these and what is in them in the order of their keys."""
+    return [(name, list(group)) for name, group in groupby(sorted(items, key=key), key)]
+
+
+def _sides(rows: Iterable[Row]) -> list[Row]:
+    """Both of every row."""
+    return [side for row in rows for side in (row["baseline"], row["contender"])]
+
+
+def _ours_first(points: Iterable[tuple[Any, ...]]) -> list[tuple[str, list[Any]]]:
+    """By the name that each begins with."""
+    return sorted(_by(points, lambda point: point[0]), key=lambda pair: (not pair[0].startswith("todo"), pair[0]))
+
+
+def _panel(row: Row) -> tuple[str, str, bool, int]:
+    case = row["case"]
+    return case["model"], case["dtype"], bool(case.get("compile")), case.get("calls", 1)
+
+
+def _cases(rows: Iterable[Row]) -> list[Row]:
+    return [row["case"] for row in rows]
+
+
+def _contender(row: Row) -> str:
+    return _NAMES.get(row["contender"]["name"], row["contender"]["name"])
+
+
+_NAMES = {"todo": "ToDo, 4096 keys", "todo-kv1024": "ToDo, 1024 keys", "tome": "ToMe", "dato": "DaTo"}
+
+
+def _is_todo(row: Row) -> bool:
+    return "max_kv_tokens" in (row["contender"].get("config") or {})
+
+
+def _even_sizes(low: float, high: float) -> list[float]:
+    """From ``low`` to ``high``, evenly on a logarithmic axis, in whole latents."""
+    unit = 8 * models.PIXELS_PER_LATENT
+    steps = (low * (high / low) ** (i / (_LINE_POINTS - 1)) for i in range(_LINE_POINTS))
+    return sorted({unit * round(step / unit) for step in steps})
+
+
+def _points(axes: Axes, xs: list[float], values: list[Row], name: str, colour: str, marker: str) -> None:
+    middle = [value["p50"] for value in values]
+    below = [value["p50"] - value["p20"] for value in values]
+    above = [value["p80"] - value["p50"] for value in values]
+    axes.errorbar(
+        xs, middle, yerr=[below, above], fmt=marker, color=colour, markersize=8, capsize=3, label=name, zorder=3
+    )
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    for x, y in zip(xs, middle, strict=True):
+        where: Any = {"xytext": (-9, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+        axes.annotate(f"{y:.2f}x", (x, y), **where, fontsize=10, color=colour, bbox=box, zorder=2)
+
+
+def _shape(case: Row) -> str:
+    name = f"{case['model']} {case['width']}x{case['height']} level {case['level']}"
+    return f"{name}, {case['heads']} x {case['head_dim']}, batch {case['batch']}, {case['dtype']}"
+
+
+def _slug(machine: Row) -> str:
+    device = machine["device"] if machine.get("cuda") else f"cpu {machine['device']}"
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _leave_room(figure: Figure) -> None:
+    """For the caption, below."""
+    share = 0.32 / figure.get_figheight()
+    figure.set_layout_engine("constrained", rect=(0, share, 1, 1 - share))
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    """On what, with what, and from when."""
+    machine = max(rows, key=lambda row: row["measured"])["machine"]
+    device = machine["device"] if machine.get("cuda") else f"{machine['device']}, {machine.get('threads')} threads"
+    driver = f"driver {machine['driver']}" if machine.get("driver") else None
+    packages = [f"{name} {machine[key]}" for name, key in _PACKAGES if machine.get(key)]
+    commit = f"commit {machine['commit']}" if machine.get("commit") else None
+    days = sorted({row["measured"][:10] for row in rows})
+    day = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    parts = [device, driver, *packages, commit, day, "medians"]
+    return ", ".join(part for part in parts if part)
+
+
+_PACKAGES = (("torch", "torch"), ("Triton", "triton"), ("diffusers", "diffusers"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

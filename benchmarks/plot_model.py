@@ -1,0 +1,80 @@
+"""What the figures hold the measured points against: the model of time, and the compiled loop's limit."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from diffusers.models import UNet2DConditionModel
+
+from benchmarks import models
+from todo_attn import ToDoConfig
+from todo_attn.diffusers.advice import call_work, self_attention_work
+from todo_attn.roofline import Rates, rates_from_share
+
+Row = dict[str, Any]
+
+
+def side_of(case: Row) -> float:
+    """Of the square with as many pixels."""
+    return math.sqrt(case["height"] * case["width"])
+
+
+@cache
+def _unet(model: str) -> UNet2DConditionModel:
+    return models.on_meta(model)
+
+
+def predicted_speedup(model: str, side: float, config: ToDoConfig, rates: Rates) -> float:
+    """ToDo's by :mod:`todo_attn.roofline`, for a square picture of ``side`` pixels."""
+    latents = (round(side / models.PIXELS_PER_LATENT),) * 2
+    dense, todo = (call_work(_unet(model), latents, each) for each in (None, config))
+    return rates.seconds(dense) / rates.seconds(todo)
+
+
+def rates_of(rows: Sequence[Row]) -> tuple[Rates | None, str]:
+    """The machine's rates, from the dense call at the smallest size of which self-attention's share is known."""
+    for row in sorted(rows, key=lambda row: side_of(row["case"])):
+        case, dense = row["case"], row["baseline"]
+        share, calls = dense.get("self_attention_share"), case.get("calls", 1)
+        if dense["name"] != "dense" or not share or not dense["seconds"] or case["model"] not in models.CONFIGS:
+            continue
+        latents = case["height"] // models.PIXELS_PER_LATENT, case["width"] // models.PIXELS_PER_LATENT
+        unet, batch = _unet(case["model"]), case["batch"]
+        seconds = dense["seconds"]["p50"] / calls
+        try:
+            found = rates_from_share(
+                call_work(unet, latents, batch=batch), self_attention_work(unet, latents, batch), seconds, share
+            )
+        except ValueError:
+            continue
+        return found, f"{case['width']} x {case['height']}"
+    return None, ""
+
+
+def ceiling(row: Row) -> float | None:
+    """TFLOP/s that the compiled loop's busiest pipe allows, at the clock measured in the run; None where not known."""
+    case, machine, mhz = row["case"], row["machine"], row["contender"].get("sm_mhz")
+    processors = machine.get("multiprocessors")
+    if not (mhz and processors) or machine.get("capability") != "9.0" or case["dtype"] not in ("fp16", "bf16"):
+        return None
+    bound = clocks_per_score(case["head_dim"], case["dtype"])
+    return None if bound is None else 4 * case["head_dim"] * processors * mhz * 1e6 / bound / 1e12
+
+
+@cache
+def clocks_per_score(head_dim: int, dtype: str) -> float | None:
+    """The static bound of the attention kernel as it is now, compiled for sm_90; None where it cannot be."""
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--arch", "90", "--kernel", "attention", "--json"]
+    command += ["--head-dim", str(head_dim), "--dtype", dtype, "--jobs", "1"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        return min(row["bound"] for row in json.loads(done.stdout) if "bound" in row)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None

@@ -1,0 +1,80 @@
+"""The kernel benchmark as a command, and that its shapes are those of the real UNets."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import kernels as command
+from benchmarks import models
+from todo_attn.bench import cases, harness, kernels
+from todo_attn.bench.cases import Case
+
+TINY = Case("gather", "sd15", 64, 96, 1, 2, "fp32")
+
+
+@pytest.fixture
+def cli(monkeypatch, tmp_path):
+    """Runs it on two tiny cases; the file of rows comes with the result."""
+    plan = [TINY, Case("match_tokens", "sd15", 64, 64, 1, 1, "fp32")]
+    monkeypatch.setattr(cases, "plan", lambda device: plan)
+    app = typer.Typer()
+    app.command()(command.main)
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cpu", "--rounds", "2", "--out", str(path)]
+    return lambda *more: (CliRunner().invoke(app, [*arguments, *more]), path)
+
+
+def test_rows_of_a_run(cli):
+    result, path = cli()
+    assert result.exit_code == 0, result.output
+    rows = harness.read(path)
+    assert [(row["benchmark"], row["baseline"]["name"]) for row in rows] == [
+        *(("gather", "torch"), ("gather", "copy")),
+        *(("match_tokens", "published"), ("match_tokens", "torch-pairs")),
+    ]
+    assert all(row["speedup"] and row["contender"]["name"] == "todo" for row in rows)
+    assert all(len(row["contender"]["samples"]) == 2 for row in rows)
+    assert rows[0]["case"] == TINY.describe()
+    assert rows[0]["machine"]["cpu"]
+    assert "torch-pairs" in result.stdout
+
+
+def test_only_some_as_json(cli):
+    result, path = cli("--only", "match_tokens", "--json")
+    assert json.loads(result.stdout) == harness.read(path)
+    assert {row["benchmark"] for row in harness.read(path)} == {"match_tokens"}
+
+
+def test_no_case_is_started_after_its_time(cli):
+    result, path = cli("--minutes", "0")
+    assert result.exit_code == 0, result.output
+    assert not path.exists()
+
+
+def test_what_was_measured_before_an_interrupt_stays(cli, monkeypatch):
+    def stopped(*arguments):
+        if arguments[0].benchmark != "gather":
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    measure = kernels.measure
+    monkeypatch.setattr(kernels, "measure", stopped)
+    result, path = cli()
+    assert result.exit_code != 0
+    assert len(harness.read(path)) == TINY.rows
+
+
+@pytest.mark.parametrize("arguments", [["--only", "sorting"], ["--device", "tpu"], ["--rounds", "0"]])
+def test_what_there_is_not_is_refused(cli, arguments):
+    result, path = cli(*arguments)
+    assert result.exit_code == 2
+    assert arguments[0] in result.output
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("model", cases.MODELS)
+def test_shapes_are_those_of_the_unet(model):
+    layers = [module for name, module in models.on_meta(model).named_modules() if name.endswith("attn1")]
+    assert {(layer.heads, layer.inner_dim // layer.heads) for layer in layers} == set(cases.MODELS[model].values())

@@ -1,0 +1,270 @@
+"""What is said of a model as ToDo or DaTo is applied: the shapes' count against the real one, and the log's lines."""
+
+import logging
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from todo_attn import DaToConfig, ToDoConfig, apply_dato, apply_todo, logs, remove_dato, remove_todo, schedule
+from todo_attn.compare_settings import CompareSettings
+from todo_attn.diffusers import advice, gains, probes, timing
+from todo_attn.diffusers.architectures import CONFIGS, Architecture
+from todo_attn.diffusers.cost import count_work
+from todo_attn.roofline import Rates, Work
+
+SIZE = (12, 17)
+CPU_RATES = Rates(attention=125e9, other=203e9, launch=2e-5)
+
+
+@pytest.fixture(scope="module")
+def shells():
+    with torch.device("meta"):
+        return {name: UNet2DConditionModel.from_config(config) for name, config in CONFIGS.items()}
+
+
+def real(unet, config, batch=1):
+    """As counted while the UNet runs."""
+    return count_work(unet, *SIZE, [config], batch=batch, pixels_per_latent=1)
+
+
+def runs_gain(works, kinds):
+    dense, of_kind = works
+    return dense.full.operations * len(kinds) / sum(of_kind.of(kind).operations for kind in kinds)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "small"])
+@pytest.mark.parametrize("factor", [2, {"finest": 3}], ids=str)
+def test_shapes_tell_what_todo_costs(make_unet, kind, factor):
+    unet, config = make_unet(kind), ToDoConfig(factor=factor)
+    dense, todo = (works.full for works in real(unet, config, batch=2))
+    for counted, shape in ((dense, None), (todo, config)):
+        work = advice.call_work(unet, SIZE, shape, batch=2)
+        assert (work.attention, work.other) == (counted.attention, counted.other)
+
+
+def test_shapes_tell_where_a_level_only_cross_attends(unet):
+    """As in the upscaler of Stable Diffusion 2."""
+    changed = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    unet = UNet2DConditionModel(**changed | {"only_cross_attention": (True, False, False), "num_class_embeds": 3})
+    dense = real(unet, ToDoConfig())[0].full
+    work = advice.call_work(unet, SIZE)
+    assert (work.attention, work.other) == (dense.attention, dense.other)
+
+
+def test_shapes_tell_self_attention(unet):
+    """What a factor takes away of it grows with its products, and projections of keys and values."""
+    work = advice.self_attention_work(unet, SIZE)
+    modules = advice.operations_by_module(unet, SIZE)
+    own = {name: n for name, n in modules.items() if ".attn1" in name}
+    assert work.operations == sum(own.values())
+    assert work.attention == sum(n for name, n in own.items() if name.endswith(".attn1"))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        DaToConfig(cache_schedule="10"),
+        DaToConfig(prune_ratio=0.6, patch=(3, 2), cache_schedule="1021"),
+        DaToConfig(cache_schedule="12", todo=ToDoConfig(max_kv_tokens=20)),
+        DaToConfig(),
+    ],
+    ids=["default", "patch", "todo", "no-cache"],
+)
+def test_shapes_tell_what_dato_costs(make_unet, kind, config):
+    unet = make_unet(kind)
+    kinds = "2" + (config.cache_schedule or "")
+    assert advice._gain_of_dato(unet, SIZE, config, kinds) == pytest.approx(runs_gain(real(unet, config), kinds))
+
+
+def test_a_ratio_per_call(unet):
+    config = DaToConfig(prune_ratio=(0.4, 0.0, 0.2), cache_schedule="21")
+    works = {ratio: real(unet, DaToConfig(prune_ratio=ratio))[1] for ratio in config.prune_ratio}
+    total = works[0.4].full.operations + works[0.0].full.operations + works[0.2].shallow.operations
+    dense = real(unet, DaToConfig())[0].full.operations
+    assert advice._gain_of_dato(unet, SIZE, config, "221") == pytest.approx(3 * dense / total)
+
+
+def said(caplog):
+    return [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "todo_attn"]
+
+
+def test_todo_says_what_it_saves_in_one_line(shells, caplog):
+    caplog.set_level(logging.INFO, "todo_attn")
+    apply_todo(shells["sd15"])
+    ((level, text),) = said(caplog)
+    remove_todo(shells["sd15"])
+    assert level == "INFO"
+    assert "1.00 at 64 x 64 latents, 1.39 at 128 x 128, 3.10 at 256 x 256" in text
+    assert "will not help" not in text and "counted, not timed" in text
+
+
+def test_todo_says_where_it_would_never_help(shells, caplog):
+    caplog.set_level(logging.INFO, "todo_attn")
+    apply_todo(shells["sdxl"], ToDoConfig(max_kv_tokens=10**6))
+    remove_todo(shells["sdxl"])
+    assert "this will not help" in caplog.text
+
+
+def test_a_pipelines_sizes_are_pixels(pipe, caplog):
+    caplog.set_level(logging.INFO, "todo_attn")
+    apply_todo(pipe)
+    ((_, text),) = said(caplog)
+    assert "1.00 at 32 x 32 pixels, " in text
+
+
+def test_dato_says_what_a_run_saves(shells, caplog):
+    caplog.set_level(logging.INFO, "todo_attn")
+    apply_dato(shells["sd15"], DaToConfig.preset("coco"))
+    remove_dato(shells["sd15"])
+    ((level, text),) = said(caplog)
+    assert level == "INFO"
+    assert "a run of 51 calls (5 full, 21 shallow, 25 reused) than dense, 8.50 at 64 x 64 latents" in text
+
+
+def test_dato_that_does_nothing_warns(unet, caplog):
+    apply_dato(unet, DaToConfig(prune_ratio=0, cache_schedule="22"))
+    ((level, text),) = said(caplog)
+    assert level == "WARNING" and "this will not help" in text
+    apply_dato(unet, DaToConfig(prune_ratio=(0.0, 0.1)))
+    assert len(said(caplog)) == 1
+
+
+def test_without_the_level_nothing_is_counted(unet, monkeypatch, caplog):
+    monkeypatch.setattr(advice, "operations_by_module", None)
+    apply_todo(unet)
+    apply_dato(unet, DaToConfig())
+    assert not said(caplog)
+
+
+def test_a_model_that_does_not_say_its_size(make_controlnet, caplog):
+    caplog.set_level(logging.INFO, "todo_attn")
+    apply_todo(make_controlnet())
+    assert not said(caplog)
+
+
+# doctor --model
+
+
+@pytest.fixture
+def advise(monkeypatch):
+    """advise(model, height=..., ...) -> what is found, on a machine of ``CPU_RATES`` or of ``rates``."""
+
+    def advise(model, rates=CPU_RATES, measured=False, **settings):
+        monkeypatch.setattr(gains, "measure_rates", lambda *args: rates)
+        settings = CompareSettings(**{"methods": "dense,todo,dato,todo+dato", "steps": 50, "device": "cpu", **settings})
+        found = gains.build_advice(model, settings, measured=measured)
+        return found, {row["method"]: row for row in found["methods"]}
+
+    return advise
+
+
+def known(name):
+    return Architecture(name, CONFIGS[name])
+
+
+def test_stable_diffusion_at_512(advise):
+    found, rows = advise(known("sd15"), methods="dense,todo")
+    assert (found["height"], found["width"], found["calls"]) == (512, 512, 51)
+    todo = rows["todo"]
+    assert todo["predicted_gain"] == todo["operations_gain"] == pytest.approx(1, abs=0.001)
+    assert not todo["helps"] and todo["verdict"].startswith(
+        "this will not help here: nothing is downsampled, no level having more than max_kv_tokens=4096 tokens"
+    )
+    _, rows = advise(known("sd15"), methods="dense,todo", max_kv_tokens=1024)
+    assert rows["todo"]["helps"] and rows["todo"]["predicted_gain"] > 1.1
+
+
+@pytest.mark.parametrize(("size", "cap", "measured"), [(1024, 4096, 1.614), (1024, 1024, 2.047), (2048, 4096, 3.707)])
+def test_the_prediction_is_near_what_was_measured(advise, size, cap, measured):
+    """On two cores of an EPYC (benchmarks/results), with the rates that its dense call at 1024 x 1024 tells."""
+    _, rows = advise(known("sd15"), methods="dense,todo", height=size, width=size, max_kv_tokens=cap)
+    assert rows["todo"]["predicted_gain"] == pytest.approx(measured, rel=0.1)
+
+
+def test_sdxl_at_its_normal_size(advise):
+    found, rows = advise(known("sdxl"), methods="dense,todo")
+    assert (found["height"], found["width"]) == (1024, 1024)
+    assert not rows["todo"]["helps"] and "nothing is downsampled" in rows["todo"]["verdict"]
+
+
+def tiny(unet):
+    return Architecture("tiny", unet.config, pixels_per_latent=8)
+
+
+def test_a_small_share_is_said(advise, unet):
+    _, rows = advise(tiny(unet), Rates(1e15, 1e9), height=128, width=128, methods="dense,todo", factor="2")
+    assert not rows["todo"]["helps"]
+    assert "this will not help here: self-attention takes only " in rows["todo"]["verdict"]
+
+
+def test_a_machine_that_cannot_start_operations_fast_enough(advise, unet):
+    rates = Rates(1e15, 1e15, launch=1e-3, overlaps=True)
+    _, rows = advise(tiny(unet), rates, height=256, width=256, methods="dense,todo", factor="2")
+    assert not rows["todo"]["helps"]
+    assert "starting the operations one by one takes longer than computing them" in rows["todo"]["verdict"]
+
+
+def test_pruning_next_to_nothing(advise, unet, tmp_path):
+    schedule.save(schedule.Schedule(name="full", digits="2"), tmp_path / "full.json")
+    settings = {"schedule": str(tmp_path / "full.json"), "prune_ratio": 0.01, "height": 128, "width": 128}
+    _, rows = advise(tiny(unet), **settings, methods="dense,dato")
+    assert not rows["dato"]["helps"]
+    assert "this will not help here: what it leaves out is only " in rows["dato"]["verdict"]
+
+
+def test_measured(advise, unet, tmp_path, caplog):
+    unet.save_pretrained(tmp_path / "unet")
+    model = Architecture(str(tmp_path), unet.config, pixels_per_latent=8)
+    found, rows = advise(model, measured=True, height=128, width=128)
+    assert found["dense"]["measured_seconds"] > 0
+    for row in rows.values():
+        assert row["measured_gain"] == pytest.approx(found["dense"]["measured_seconds"] / row["measured_seconds"])
+        assert "x measured" in row["verdict"]
+        # A clock may say anything of what changes nothing.
+        assert row["helps"] == (row["measured_gain"] >= 1.05 and row["operations_gain"] > 1)
+    # ToDo at its default cap changes nothing here, and that is no warning: it is the answer.
+    assert not said(caplog)
+
+
+def test_measured_once_where_it_takes_long(advise, unet, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_LONG", 0)
+    unet.save_pretrained(tmp_path / "unet")
+    model = Architecture(str(tmp_path), unet.config, pixels_per_latent=8)
+    calls = []
+    medians = timing._Calls.medians
+    monkeypatch.setattr(
+        timing._Calls, "medians", lambda self, warmup: calls.append(self.seconds) or medians(self, warmup)
+    )
+    _, rows = advise(model, measured=True, height=128, width=128)
+    assert [{kind: len(times) for kind, times in each.items()} for each in calls] == [
+        {"2": 1},
+        {"2": 1},
+        {"2": 1, "1": 1, "0": 1},
+        {"2": 1, "1": 1, "0": 1},
+    ]
+    assert rows["dato"]["measured_gain"] > 0
+
+
+def test_rates_of_this_machine(monkeypatch):
+    monkeypatch.setattr(probes, "_SECONDS", 0)
+    monkeypatch.setattr(probes, "_CPU_SIDE", 8)
+    state = torch.get_rng_state()
+    rates = probes.measure_rates(torch.device("cpu"), torch.float32, heads=2, head_dim=8, batch=1)
+    assert rates.attention > 1e6 and rates.other > 1e6 and 1e-7 < rates.launch < 1 and not rates.overlaps
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_few_launches_are_counted(unet):
+    """Each attention is one, and so is each convolution; views are none."""
+    dense = real(unet, ToDoConfig())[0].full
+    modules = [m for m in unet.modules() if not list(m.children())]
+    assert 0.5 * len(modules) < dense.launches < 4 * len(modules)
+    assert dense == Work(dense.attention, dense.other, dense.launches)
+
+
+def test_silence_ends():
+    with logs.silent():
+        assert logs.logger.disabled
+    assert not logs.logger.disabled

@@ -1,0 +1,255 @@
+"""What is timed: the shapes that Stable Diffusion's UNets give, the most telling ones first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from todo_attn.config import ToDoConfig
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BENCHMARKS = ("attention", "gather", "scatter", "recover", "match_tokens", "plan_pruning")
+SIZES = (512, 768, 1024, 1536, 2048, 4096)
+# (heads, head dim) of each level's self-attention; a level is the side in latent pixels that a token stands for.
+MODELS: dict[str, dict[int, tuple[int, int]]] = {
+    "sd15": {1: (8, 40), 2: (8, 80), 4: (8, 160), 8: (8, 160)},
+    "sdxl": {2: (10, 64), 4: (20, 64)},
+}
+PIXELS_PER_LATENT = 8
+PRUNE_RATIO, PATCH = 0.4, (2, 2)  # DaTo's
+
+
+class Peers(NamedTuple):
+    """Which sides an attention is timed against, and which other forms of ours are timed as well."""
+
+    peers: tuple[str, ...]
+    forms: tuple[str, ...] = ()
+    best_only: bool = False  # of the peers only the fastest gets a row
+
+
+SDPA = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn")
+PEERS = {
+    "all": Peers((*SDPA, "dense", "flex", "sage", "published"), ("todo-packed", "todo-coarse")),
+    "sdpa": Peers(SDPA, ("todo-packed",)),
+    "dense": Peers((*SDPA, "dense")),
+    "best": Peers(SDPA, best_only=True),
+}
+_NEEDS_FACTOR = {"dense", "published", "todo-coarse"}  # at factor 1 the same as SDPA, or as ToDo
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op.
+
+    Args:
+        benchmark: one of :data:`BENCHMARKS`.
+        model: a key of :data:`MODELS`.
+        height, width: of the picture, in pixels; multiples of 8.
+        level: a key of ``MODELS[model]``.
+        batch: pictures, twice that under guidance.
+        dtype: a key of :data:`DTYPES`.
+        peers: a key of :data:`PEERS`; "attention" only.
+        residual: whether one is added; "recover" only.
+        max_kv_tokens: ToDo's cap; the factor is the smallest that keeps it.
+    """
+
+    benchmark: str
+    model: str
+    height: int
+    width: int
+    level: int
+    batch: int
+    dtype: str
+    peers: str = "all"
+    residual: bool = False
+    max_kv_tokens: int = ToDoConfig.max_kv_tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width in tokens; a level's convolution rounds an odd side up."""
+        height, width = (-(-side // (PIXELS_PER_LATENT * self.level)) for side in (self.height, self.width))
+        return height, width
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def heads(self) -> int:
+        return MODELS[self.model][self.level][0]
+
+    @property
+    def head_dim(self) -> int:
+        return MODELS[self.model][self.level][1]
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def factor(self) -> tuple[int, int]:
+        return ToDoConfig(max_kv_tokens=self.max_kv_tokens).factor_for(self.grid, self.level)
+
+    @property
+    def coarse(self) -> tuple[int, int]:
+        return self.grid[0] // self.factor[0], self.grid[1] // self.factor[1]
+
+    @property
+    def keys(self) -> int:
+        return math.prod(self.coarse)
+
+    @property
+    def bases(self) -> int:
+        return (self.grid[0] // PATCH[0]) * (self.grid[1] // PATCH[1])
+
+    @property
+    def pruned(self) -> int:
+        return math.floor(PRUNE_RATIO * self.tokens)
+
+    @property
+    def kept(self) -> int:
+        return self.tokens - self.pruned
+
+    @property
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Of an attention: the peers and the forms of ours that say something at this shape."""
+        chosen = PEERS[self.peers]
+        drop = _NEEDS_FACTOR if self.factor == (1, 1) else set()
+        peers, forms = (tuple(name for name in names if name not in drop) for names in (chosen.peers, chosen.forms))
+        return peers, forms
+
+    @property
+    def rows(self) -> int:
+        """How many rows it gives."""
+        if self.benchmark == "attention":
+            return 1 if PEERS[self.peers].best_only else sum(map(len, self.sides))
+        return {"recover": 3, "plan_pruning": 1}.get(self.benchmark, 2)
+
+    def describe(self) -> dict[str, Any]:
+        """As it stands in the rows."""
+        shape = {name: getattr(self, name) for name in ("model", "height", "width", "level", "batch", "dtype")}
+        shape |= {"grid": list(self.grid), "tokens": self.tokens}
+        if self.benchmark == "attention":
+            factor = list(self.factor)
+            return shape | {"heads": self.heads, "head_dim": self.head_dim, "factor": factor, "keys": self.keys}
+        shape |= {"channels": self.channels}
+        if self.benchmark == "recover":
+            shape |= {"residual": self.residual}
+        if self.benchmark == "match_tokens":
+            return shape | {"queries": self.tokens - self.bases, "keys": self.bases}
+        return shape | {"kept": self.kept}
+
+
+def plan(device: torch.device) -> list[Case]:
+    """At most 60 rows, the shapes with a target first; on a CPU a few that take about a minute."""
+    return _on_cpu() if device.type == "cpu" else _on_gpu()
+
+
+def _on_gpu() -> list[Case]:
+    finest = Case("attention", "sd15", 2048, 2048, 1, 2, "fp16")
+    xl = replace(finest, model="sdxl", level=2)
+    moving = replace(finest, benchmark="gather", batch=8)  # more than 100 MB read and written
+    match = Case("match_tokens", "sd15", 512, 512, 1, 2, "fp16")
+    large = replace(match, height=1024, width=1024)
+    best = replace(finest, peers="best")
+    best_xl = replace(xl, peers="best")
+    return [
+        finest,
+        replace(finest, level=2, peers="sdpa"),
+        replace(finest, level=4, peers="sdpa"),
+        xl,
+        replace(xl, level=4, peers="sdpa"),
+        moving,
+        replace(moving, benchmark="scatter"),
+        replace(moving, benchmark="recover"),
+        replace(moving, benchmark="recover", residual=True),
+        match,
+        large,
+        replace(match, benchmark="plan_pruning"),
+        replace(large, benchmark="plan_pruning"),
+        replace(best, height=1024, width=1024),
+        replace(best, height=1536, width=1536),
+        replace(best, dtype="bf16"),
+        replace(best, height=1152),
+        replace(best, height=4096, width=4096),
+        replace(best_xl, dtype="bf16"),
+        replace(best_xl, height=1152),
+        replace(best_xl, height=1024, width=1024),
+        replace(best_xl, height=4096, width=4096),
+        replace(best_xl, level=4, height=4096, width=4096),
+        replace(best, height=768, width=768),
+        replace(best, height=512, width=512),
+        replace(best, batch=1),
+        replace(best, batch=8),
+    ]
+
+
+def _on_cpu() -> list[Case]:
+    finest = Case("attention", "sd15", 768, 768, 1, 1, "fp32")
+    moving = replace(finest, benchmark="gather", batch=2)
+    match = Case("match_tokens", "sd15", 512, 512, 1, 1, "fp32")
+    return [
+        finest,
+        replace(finest, height=576, width=1024, peers="best"),
+        moving,
+        replace(moving, benchmark="scatter"),
+        replace(moving, benchmark="recover"),
+        replace(moving, benchmark="recover", residual=True),
+        match,
+        replace(match, benchmark="plan_pruning"),
+    ]
+
+
+def full(device: torch.device) -> list[Case]:
+    """Every size, 1:1 and 16:9, batch and half dtype of every level, against every peer; those of :func:`plan` first.
+
+    Token ops at the model's finest level, the only one that DaTo prunes.
+    """
+    telling = plan(device)
+    done = {replace(case, peers="all") for case in telling if case.peers == "all"}
+    return [*telling, *(case for case in _every() if case not in done)]
+
+
+def _every() -> Iterator[Case]:
+    for size, wide, batch, dtype, model in product(SIZES, (False, True), (2, 1, 8), ("fp16", "bf16"), MODELS):
+        height = size * 9 // 16 if wide else size
+        for level in MODELS[model]:
+            yield Case("attention", model, height, size, level, batch, dtype)
+        for benchmark in BENCHMARKS[1:]:
+            case = Case(benchmark, model, height, size, min(MODELS[model]), batch, dtype)
+            yield case
+            if benchmark == "recover":
+                yield replace(case, residual=True)
+
+
+def short(model: str, height: int, width: int, batch: int, dtype: str) -> list[Case]:
+    """A picture's self-attentions where ToDo acts, and DaTo's ops at its finest level.
+
+    Raises:
+        ValueError: ``model``, ``height``, ``width`` or ``dtype`` is not one there is.
+    """
+    check(model, dtype, [("height", height), ("width", width)])
+    levels = MODELS[model]
+    attention = [Case("attention", model, height, width, level, batch, dtype, "dense") for level in levels]
+    finest = replace(attention[0], benchmark="gather", peers="all")
+    moving = [finest, replace(finest, benchmark="recover", residual=True)]
+    return [*(case for case in attention if case.factor != (1, 1)), *moving, replace(finest, benchmark="match_tokens")]
+
+
+def check(model: str, dtype: str, sides: Sequence[tuple[str, int]]) -> None:
+    """Whether there is such a model, dtype and size.
+
+    Raises:
+        ValueError: not so, naming the argument, what it must be and what it was.
+    """
+    for name, value, known in (("model", model, MODELS), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
+    for name, side in sides:
+        if side < 64 or side % PIXELS_PER_LATENT:
+            raise ValueError(f"{name} must be a multiple of {PIXELS_PER_LATENT} pixels, at least 64, got {side}")

@@ -1,0 +1,92 @@
+"""Runs the cases of :mod:`.cases`: each side checked, then timed alone on the device, then a row per pair.
+
+Every peer's row has ours (``contender``) against it (``baseline``). The rivals are the peers that do the same job on
+the same inputs; the fastest of them in this run has ``best_of`` in its part of the row, the median seconds of each, so
+the rows with ``best_of`` are what a claim may rest on. Where ours has other forms (its kernel without the packing),
+they are set against that rival. ``peak_gib`` is what a side's calls took beyond the inputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from . import attention, harness, machine, matching, tokens
+from .cases import PEERS, Case
+from .harness import Measured, Meter, Rounds, Side
+from .trial import Trial, rates
+
+Row = dict[str, Any]
+_SAMPLE_CALLS = 4  # on a GPU a sample has at least so many
+_TRIALS: dict[str, Callable[[Case, torch.device], Trial]] = {
+    "attention": attention.trial,
+    "gather": tokens.trial,
+    "scatter": tokens.trial,
+    "recover": tokens.trial,
+    "match_tokens": matching.trial,
+    "plan_pruning": matching.trial,
+}
+
+
+def rounds_for(device: torch.device) -> Rounds:
+    """What a case is worth: on a GPU at most 20 rounds in 6 s, on a CPU 3."""
+    return Rounds(warmup=1, rounds=3, seconds=6) if device.type == "cpu" else Rounds(warmup=3, rounds=20, seconds=6)
+
+
+def run(cases: Iterable[Case], device: torch.device, rounds: Rounds) -> Iterator[list[Row]]:
+    """The rows of each case as soon as it is measured; what fails, memory included, fails alone."""
+    about = machine.describe(device)
+    for case in cases:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a backend that cannot run warns at every call; its row says so once
+            rows = measure(case, device, rounds, about)
+        yield rows
+
+
+def measure(case: Case, device: torch.device, rounds: Rounds, about: dict[str, Any]) -> list[Row]:
+    """The rows of one case; ``about`` is the machine's description."""
+    with torch.no_grad():
+        try:
+            trial = _TRIALS[case.benchmark](case, device)
+        except Exception as error:  # most likely of memory: a side's own ends that side
+            return _no_inputs(case, about, error)
+        calls = -(-_SAMPLE_CALLS // len(trial.inputs)) if device.type == "cuda" else 1
+        meter = Meter(device, calls, trial.inputs, alone=True)
+        label = f"{case.benchmark} {case.width}x{case.height}"
+        results = harness.measure([*trial.peers, *trial.ours], meter, rounds, label=label)
+        for result in results:
+            if result.error is None:
+                result.side.info.update(rates(result.side.info, _median(result)))
+        if results[len(trial.peers)].error is None:
+            with suppress(RuntimeError):  # of a device that a later side has broken
+                call = trial.ours[0].build()
+                trial.ours[0].info["sm_mhz"] = machine.sm_mhz(device, lambda: call(trial.inputs[0]))
+    return _rows(case, trial, results, about)
+
+
+def _rows(case: Case, trial: Trial, results: list[Measured], about: dict[str, Any]) -> list[Row]:
+    peers, (main, *forms) = results[: len(trial.peers)], results[len(trial.peers) :]
+    rivals = [peer for peer in peers if peer.side.name in trial.rivals]
+    best = min(rivals, key=_median)
+    if best.error is None:
+        medians = {rival.side.name: None if rival.error else _median(rival) for rival in rivals}
+        best.side.info["best_of"] = medians
+        if case.benchmark == "attention" and PEERS[case.peers].best_only:
+            peers = [best]
+    pairs = [(peer, main) for peer in peers] + [(best, form) for form in forms]
+    where = case.describe()
+    return [row for pair in pairs for row in harness.compare(case.benchmark, where, about, pair)]
+
+
+def _median(result: Measured) -> float:
+    return float("inf") if result.error else harness.quantiles(result.seconds)["p50"]
+
+
+def _no_inputs(case: Case, about: dict[str, Any], error: Exception) -> list[Row]:
+    reason = f"no inputs: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    sides = [Measured(Side(name, lambda: lambda: None), error=reason) for name in ("any peer", "todo")]
+    return harness.compare(case.benchmark, case.describe(), about, sides)

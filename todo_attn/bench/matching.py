@@ -1,0 +1,216 @@
+"""``match_tokens`` and ``plan_pruning`` against the published arithmetic, which holds all N x N similarities.
+
+The oracle is exact to float64 and judges choices by their similarity, since rounding alone sets near ties apart: a
+match may be worse than the best by a rounding of the side's own arithmetic (fp32 for ours, the tensors' dtype for the
+peers). Of ``match_tokens`` 16 queries are checked, spread from the first to the last; of ``plan_pruning`` every pruned
+token. Both in the first and last of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from todo_attn import ops, reference
+
+from .cases import DTYPES, PATCH, PRUNE_RATIO, Case
+from .harness import Side
+from .trial import Trial, ends, once, rotation, spread, work, wrong
+
+_QUERIES = 16
+_ROWS = 1024  # similarities that the oracle of a plan computes at a time
+_OURS = 1e-5
+Choice = tuple[torch.Tensor, torch.Tensor]
+
+
+class Inputs(NamedTuple):
+    """One set: tokens (B, N, C), their scores (B, N), the bases that these give (B, Nb), and the others."""
+
+    number: int
+    x: torch.Tensor
+    score: torch.Tensor
+    others: torch.Tensor
+    bases: torch.Tensor
+
+
+def trial(case: Case, device: torch.device) -> Trial:
+    """Ours, the published arithmetic and, for ``match_tokens``, torch ops on the pairs that matter alone."""
+
+    def make(number: int, generator: torch.Generator) -> Inputs:
+        shape = (case.batch, case.tokens, case.channels)
+        x = torch.randn(shape, generator=generator, device=device, dtype=DTYPES[case.dtype])
+        score = torch.randn(shape[:2], generator=generator, device=device)
+        bases = ops.select_base_tokens(score, case.grid, PATCH)
+        return Inputs(number, x, score, _others(bases, case.tokens), bases)
+
+    inputs = rotation(make, device)
+    match = case.benchmark == "match_tokens"
+    oracle = once(partial(_match_oracle if match else _plan_oracle, inputs[-1], case))
+    calls = _match_calls() if match else _plan_calls(case)
+    check = _check_match if match else _check_plan
+
+    def side(name: str) -> Side:
+        allowed = _OURS if name == "todo" else max(_OURS, 4 * torch.finfo(DTYPES[case.dtype]).eps)
+        return Side(name, lambda: calls[name], _work(case), lambda out: check(oracle(), out, allowed))
+
+    peers = [name for name in calls if name != "todo"]
+    return Trial(inputs, [side("todo")], [side(name) for name in peers], peers)
+
+
+def _others(bases: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The tokens that are no bases, ascending."""
+    flag = torch.zeros((bases.shape[0], tokens), dtype=torch.int8, device=bases.device).scatter_(1, bases, 1)
+    return flag.argsort(dim=1, stable=True)[:, : tokens - bases.shape[1]]
+
+
+def _work(case: Case) -> dict[str, Any]:
+    """Products of the pairs that decide something; tokens read, choices written."""
+    pairs = (case.tokens - case.bases) * case.bases
+    if case.benchmark == "plan_pruning":
+        pairs += case.pruned * case.kept
+    size = case.channels * DTYPES[case.dtype].itemsize
+    return work(case.batch * case.tokens * (size + 8), 2 * case.batch * pairs * case.channels)
+
+
+# The sides.
+
+
+def _match_calls() -> dict[str, Callable[[Inputs], Choice]]:
+    def published(x: Inputs) -> Choice:
+        return _best(_take(_all_similarities(x.x), x.others, x.bases))
+
+    def blocks(x: Inputs) -> Choice:
+        unit = _unit(x.x)
+        queries, keys = (unit.gather(1, i.unsqueeze(-1).expand(-1, -1, unit.shape[2])) for i in (x.others, x.bases))
+        return _best(queries @ keys.mT)
+
+    return {"todo": lambda x: ops.match_tokens(x.x, x.others, x.bases), "published": published, "torch-pairs": blocks}
+
+
+def _plan_calls(case: Case) -> dict[str, Callable[[Inputs], Choice]]:
+    def ours(x: Inputs) -> Choice:
+        return ops.plan_pruning(x.x, x.score, case.grid, PRUNE_RATIO, PATCH)
+
+    return {"todo": ours, "published": partial(_published_plan, case=case)}
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """As published: in the dtype of the tokens, their lengths too."""
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def _all_similarities(x: torch.Tensor) -> torch.Tensor:
+    unit = _unit(x)
+    return unit @ unit.mT
+
+
+def _take(similarity: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Those rows and columns of each matrix."""
+    similarity = similarity.gather(1, rows.unsqueeze(-1).expand(-1, -1, similarity.shape[2]))
+    return similarity.gather(2, columns.unsqueeze(1).expand(-1, rows.shape[1], -1))
+
+
+def _best(similarity: torch.Tensor) -> Choice:
+    best, position = similarity.max(-1)
+    return position, best
+
+
+def _published_plan(x: Inputs, case: Case) -> Choice:
+    """DaTo as published: bases by score, then the rest of the choice from all N x N similarities."""
+    (height, width), (ph, pw) = case.grid, PATCH
+    down, across = height // ph, width // pw
+    image = x.score.unflatten(1, case.grid)[:, : down * ph, : across * pw]
+    offset = image.unflatten(2, (across, pw)).unflatten(1, (down, ph)).transpose(2, 3).flatten(3).argmax(-1)
+    row = torch.arange(down, device=offset.device)[:, None] * ph + offset // pw
+    column = torch.arange(across, device=offset.device) * pw + offset % pw
+    bases = (row * width + column).flatten(1)
+    similarity = _all_similarities(x.x)
+    others = _others(bases, case.tokens)
+    _, best = _best(_take(similarity, others, bases))
+    gone = others.gather(1, best.argsort(dim=1, descending=True)[:, : case.pruned])
+    kept = _others(gone, case.tokens)
+    position, _ = _best(_take(similarity, gone, kept))
+    own = torch.arange(case.kept, device=kept.device).expand_as(kept)
+    source = torch.empty_like(x.score, dtype=torch.int64).scatter_(1, kept, own).scatter_(1, gone, position)
+    return kept, source
+
+
+# The checks.
+
+
+class _Match(NamedTuple):
+    """Of the sampled queries: where they are, the best similarity, and unit tokens to judge another by."""
+
+    sample: torch.Tensor
+    best: torch.Tensor  # (b, S) float64
+    query: torch.Tensor  # (b, S, C) float64
+    key: torch.Tensor  # (b, K, C) float64
+
+
+def _match_oracle(x: Inputs, case: Case) -> _Match:
+    tokens, others, bases = (ends(t) for t in (x.x, x.others, x.bases))
+    sample = spread(others.shape[1], _QUERIES, tokens.device)
+    _, best = reference.match_tokens(tokens.double(), others[:, sample], bases)
+    unit = F.normalize(tokens.double(), dim=-1)
+    return _Match(sample, best.double(), _rows(unit, others[:, sample]), _rows(unit, bases))
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return reference.gather_tokens(x, index)
+
+
+def _check_match(right: _Match, out: Choice, allowed: float) -> None:
+    position, similarity = (ends(t)[:, right.sample] for t in out)
+    if position.shape != right.best.shape or position.min() < 0 or position.max() >= right.key.shape[1]:
+        raise wrong("positions that are none")
+    chosen = (right.query * _rows(right.key, position)).sum(-1)
+    for what, value in (("a match", chosen), ("a similarity", similarity.double())):
+        error = (value - right.best).abs().max().item()
+        if not error <= allowed:
+            raise wrong(f"{what} is off by {error:.2g}")
+
+
+class _Plan(NamedTuple):
+    """Unit tokens (b, N, C) in float64, the bases, and each other token's similarity to its best (-inf for a base)."""
+
+    unit: torch.Tensor
+    bases: torch.Tensor
+    to_base: torch.Tensor
+    kept: int
+
+
+def _plan_oracle(x: Inputs, case: Case) -> _Plan:
+    unit = F.normalize(ends(x.x).double(), dim=-1)
+    bases = reference.select_base_tokens(ends(x.score), case.grid, PATCH)
+    to_base = _best_similarity(unit, _rows(unit, bases)).scatter_(1, bases, -torch.inf)
+    return _Plan(unit, bases, to_base, case.kept)
+
+
+def _best_similarity(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return torch.cat([(rows @ key.mT).amax(-1) for rows in query.split(_ROWS, dim=1)], dim=1)
+
+
+def _check_plan(right: _Plan, out: Choice, allowed: float) -> None:
+    kept, source = (ends(t) for t in out)
+    tokens = right.unit.shape[1]
+    if kept.shape[1] != right.kept or source.shape[1] != tokens or (kept.diff(dim=1) <= 0).any():
+        raise wrong(f"must keep {right.kept} tokens in ascending order")
+    if kept.min() < 0 or kept.max() >= tokens or source.min() < 0 or source.max() >= right.kept:
+        raise wrong("tokens or positions that are none")
+    is_kept = torch.zeros_like(source, dtype=torch.bool).scatter_(1, kept, True)
+    if not is_kept.gather(1, right.bases).all():
+        raise wrong("a base is pruned")
+    if not torch.equal(source.gather(1, kept), torch.arange(right.kept, device=kept.device).expand_as(kept)):
+        raise wrong("a kept token is not filled in from itself")
+    pruned = right.to_base.masked_fill(is_kept, torch.inf)
+    stays = right.to_base.masked_fill(~is_kept, -torch.inf)
+    if (late := (stays.amax(1) - pruned.amin(1)).max().item()) > allowed:
+        raise wrong(f"a token is pruned before one whose similarity is higher by {late:.2g}")
+    keys = _rows(right.unit, kept)
+    chosen = (right.unit * _rows(keys, source)).sum(-1)
+    if (error := (_best_similarity(right.unit, keys) - chosen).max().item()) > allowed:
+        raise wrong(f"a source is off by {error:.2g}")

@@ -1,0 +1,140 @@
+"""``gather``, ``scatter`` and ``recover`` against the torch ops they replace and a copy of as many bytes.
+
+The oracle is :mod:`todo_attn.reference` on the same tensors: every bit of every side must be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from todo_attn import ops, reference
+
+from .cases import DTYPES, Case
+from .harness import Side
+from .trial import Trial, once, rotation, work, wrong
+
+
+class Inputs(NamedTuple):
+    """One set of DaTo's tokens: all N of a picture, and the K of them that stay."""
+
+    number: int
+    tokens: torch.Tensor  # (B, N, C)
+    stay: torch.Tensor  # (B, K, C)
+    kept: torch.Tensor  # (B, K): where they stand, ascending
+    pruned: torch.Tensor  # (B, N - K): where the others stand
+    match: torch.Tensor  # (B, N - K): which of those that stay each is filled in from
+    source: torch.Tensor  # (B, N): the same for every token; of one that stays itself
+
+
+def trial(case: Case, device: torch.device) -> Trial:
+    """Ours, the torch ops, for ``recover`` the published ones too, and the copy."""
+    inputs = rotation(partial(_make, case, device), device)
+    ours, peers = _SIDES[case.benchmark]
+    moved = _bytes(case)
+    right = once(lambda: _run_oracle(case, inputs[-1]))
+    originals = [_random_bytes(moved // 2, device) for _ in inputs]
+
+    def side(name: str, call: Callable[[Inputs, bool], torch.Tensor]) -> Side:
+        return Side(name, lambda: lambda x: call(x, case.residual), work(moved), lambda out: _check(out, right()))
+
+    copy = Side(
+        "copy",
+        lambda: lambda x: originals[x.number].clone(),
+        work(moved),
+        lambda out: _check(out, originals[-1]),
+    )
+    named = [side(name, call) for name, call in peers.items()]
+    return Trial(inputs, [side("todo", ours)], [*named, copy], tuple(peers))
+
+
+def _make(case: Case, device: torch.device, number: int, generator: torch.Generator) -> Inputs:
+    batch, count = case.batch, case.tokens
+    tokens = torch.randn((batch, count, case.channels), generator=generator, device=device, dtype=DTYPES[case.dtype])
+    order = torch.rand((batch, count), generator=generator, device=device).argsort(1)
+    kept, pruned = order[:, : case.kept].sort(1).values, order[:, case.kept :].sort(1).values
+    match = torch.randint(case.kept, pruned.shape, generator=generator, device=device)
+    own = torch.arange(case.kept, device=device).expand(batch, -1)
+    source = torch.empty_like(order).scatter_(1, kept, own).scatter_(1, pruned, match)
+    # Not the kept tokens themselves: putting those back would change nothing.
+    stay = torch.randn((batch, case.kept, case.channels), generator=generator, device=device, dtype=tokens.dtype)
+    return Inputs(number, tokens, stay, kept, pruned, match, source)
+
+
+def _random_bytes(count: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(256, (count,), dtype=torch.uint8, device=device)
+
+
+def _bytes(case: Case) -> int:
+    """Read and written, each token once; indices are int64."""
+    size = case.channels * DTYPES[case.dtype].itemsize
+    tokens, indices = {
+        "gather": (2 * case.kept, case.kept),
+        "scatter": (2 * case.tokens, case.kept),
+        "recover": (case.kept + case.tokens + case.residual * case.tokens, case.tokens),
+    }[case.benchmark]
+    return case.batch * (tokens * size + indices * 8)
+
+
+def _run_oracle(case: Case, x: Inputs) -> torch.Tensor:
+    if case.benchmark == "gather":
+        return reference.gather_tokens(x.tokens, x.kept)
+    if case.benchmark == "scatter":
+        return reference.scatter_tokens(x.tokens, x.kept, x.stay)
+    return reference.recover_tokens(x.stay, x.source, x.tokens if case.residual else None)
+
+
+def _check(out: torch.Tensor, right: torch.Tensor) -> None:
+    if out.shape != right.shape or not torch.equal(out, right):
+        raise wrong("not the same to the last bit")
+
+
+# The sides: each takes one set of inputs, and whether the whole picture's tokens are to be added.
+
+
+def _wide(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return index.unsqueeze(-1).expand(-1, -1, x.shape[2])
+
+
+def _gather(x: Inputs, residual: bool) -> torch.Tensor:
+    return ops.gather_tokens(x.tokens, x.kept)
+
+
+def _torch_gather(x: Inputs, residual: bool) -> torch.Tensor:
+    return x.tokens.gather(1, _wide(x.kept, x.tokens))
+
+
+def _scatter(x: Inputs, residual: bool) -> torch.Tensor:
+    return ops.scatter_tokens(x.tokens, x.kept, x.stay)
+
+
+def _torch_scatter(x: Inputs, residual: bool) -> torch.Tensor:
+    return x.tokens.scatter(1, _wide(x.kept, x.tokens), x.stay)
+
+
+def _recover(x: Inputs, residual: bool) -> torch.Tensor:
+    return ops.recover_tokens(x.stay, x.source, x.tokens if residual else None)
+
+
+def _torch_recover(x: Inputs, residual: bool) -> torch.Tensor:
+    out = x.stay.gather(1, _wide(x.source, x.stay))
+    return out + x.tokens if residual else out
+
+
+def _published_recover(x: Inputs, residual: bool) -> torch.Tensor:
+    """DaTo as published: those that stay go to their places, the others are taken from them and go to theirs."""
+    out = torch.empty_like(x.tokens)
+    out.scatter_(1, _wide(x.kept, out), x.stay)
+    out.scatter_(1, _wide(x.pruned, out), x.stay.gather(1, _wide(x.match, out)))
+    return out + x.tokens if residual else out
+
+
+_Call = Callable[[Inputs, bool], torch.Tensor]
+_SIDES: dict[str, tuple[_Call, dict[str, _Call]]] = {
+    "gather": (_gather, {"torch": _torch_gather}),
+    "scatter": (_scatter, {"torch": _torch_scatter}),
+    "recover": (_recover, {"torch": _torch_recover, "published": _published_recover}),
+}

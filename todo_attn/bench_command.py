@@ -1,0 +1,69 @@
+"""What ``todo-attn bench`` does: the kernel benchmark's short form for the machine at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .bench import cases, kernels, machine, report
+
+_SHORT = {str(dtype).removeprefix("torch."): name for name, dtype in cases.DTYPES.items()}
+
+
+def bench(
+    device: str,
+    dtype: str,
+    model: str,
+    height: int | None,
+    width: int | None,
+    show: Callable[[list[dict[str, Any]]], None],
+) -> dict[str, Any]:
+    """Time a picture's self-attentions under ToDo, and DaTo's ops at its finest level, against their peers.
+
+    Args:
+        device: "auto" (a GPU where torch sees one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (fp16 on CUDA, else fp32), fp32, fp16, bf16, or torch's name of one of these.
+        model: "sd15" or "sdxl".
+        height, width: in pixels; with one of them a square, with none 2048 on a GPU and 768 on a CPU.
+        show: is given the rows of each case as soon as they are measured.
+
+    Returns:
+        ``rows``, as :func:`todo_attn.bench.harness.compare` makes them, and ``notes``, sentences: where ToDo does
+        nothing, and where it is not the faster one.
+
+    Raises:
+        ValueError: an argument that does not fit, naming it; nothing has been timed then.
+    """
+    where = _device(device)
+    gpu = where.type == "cuda"
+    if height is None:
+        height = width if width is not None else 2048 if gpu else 768
+    if width is None:
+        width = height
+    dtype = ("fp16" if gpu else "fp32") if dtype == "auto" else _SHORT.get(dtype, dtype)
+    chosen = cases.short(model, height, width, batch=2 if gpu else 1, dtype=dtype)
+    rows = []
+    for new in kernels.run(chosen, where, kernels.rounds_for(where)):
+        show(new)
+        rows += new
+    notes = report.slower(rows)
+    if not any(case.benchmark == "attention" for case in chosen):
+        size = f"{width}x{height}"
+        notes.insert(0, f"ToDo changes nothing at {size}: no self-attention of {model} has more than 4096 keys there")
+    return {"rows": rows, "notes": notes, "machine": machine.describe(where)}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one that torch sees, of {torch.cuda.device_count()} GPUs, got {name}")
+    return device

@@ -1,0 +1,119 @@
+"""How long a call takes, predicted: operations counted, and what a machine does of them in a second. Plain arithmetic.
+
+Attention and everything else run at rates of their own, often several times apart, so they are kept apart; and nothing
+ends before its operations have been started one by one, which is what limits a small model on a fast GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+WORTH = 1.05  # a smaller gain is no reason to change anything
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call computes. Operations are two for a multiplication with its addition.
+
+    Args:
+        attention: operations of attention's two products, queries with keys and scores with values.
+        other: operations of all other products: convolutions, linear layers (attention's own projections too), the
+            search for similar tokens.
+        launches: how many operations on tensors are started, of any kind but views.
+    """
+
+    attention: int = 0
+    other: int = 0
+    launches: int = 0
+
+    @property
+    def operations(self) -> int:
+        """Of both kinds."""
+        return self.attention + self.other
+
+    def __add__(self, more: Work) -> Work:
+        return Work(self.attention + more.attention, self.other + more.other, self.launches + more.launches)
+
+    def __sub__(self, less: Work) -> Work:
+        return Work(self.attention - less.attention, self.other - less.other, self.launches - less.launches)
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.attention * times, self.other * times, self.launches * times)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does, as found by running it.
+
+    Args:
+        attention, other: operations a second in each part of :class:`Work`. What is done once per element (norms,
+            activations) is not counted as work: it makes ``other`` smaller than the machine's peak.
+        launch: seconds that starting one operation takes.
+        overlaps: whether the next operations are started while the device works, as on a GPU.
+    """
+
+    attention: float
+    other: float
+    launch: float = 0.0
+    overlaps: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("attention", "other"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0 operations a second, got {getattr(self, name)!r}")
+        if not self.launch >= 0:
+            raise ValueError(f"launch must be at least 0 seconds, got {self.launch!r}")
+
+    def computing(self, work: Work) -> float:
+        """Seconds of the operations themselves."""
+        return work.attention / self.attention + work.other / self.other
+
+    def starting(self, work: Work) -> float:
+        """Seconds of starting them."""
+        return work.launches * self.launch
+
+    def seconds(self, work: Work) -> float:
+        """Of one call."""
+        parts = self.computing(work), self.starting(work)
+        return max(parts) if self.overlaps else sum(parts)
+
+    def to_dict(self) -> dict[str, float | bool]:
+        """Plain data."""
+        return asdict(self)
+
+
+def gain(dense: Sequence[float], other: Sequence[float]) -> float:
+    """How many times shorter (or fewer) ``other`` is than ``dense``, each summed over the calls of a run.
+
+    Raises:
+        ValueError: one of them sums to 0.
+    """
+    if not (sum(dense) and sum(other)):
+        raise ValueError(f"dense and other must sum to more than 0, got {sum(dense)} and {sum(other)}")
+    return sum(dense) / sum(other)
+
+
+def rates_from_share(work: Work, self_attention: Work, seconds: float, share: float) -> Rates:
+    """The two rates that explain a measured call of which self-attention took ``share``.
+
+    Args:
+        work: of the whole call.
+        self_attention: of its self-attentions, projections included.
+        seconds: the call took.
+        share: of ``seconds`` that was self-attention, projections included.
+
+    Raises:
+        ValueError: no positive rates do so.
+    """
+    # share * seconds = sa.attention / A + sa.other / O; the rest likewise: two linear equations in 1/A and 1/O.
+    rest = work - self_attention
+    inside, outside = share * seconds, (1 - share) * seconds
+    determinant = self_attention.attention * rest.other - self_attention.other * rest.attention
+    if not determinant > 0:
+        raise ValueError(f"self_attention must have more products of scores than the rest of work, got {work}")
+    per_attention = (inside * rest.other - outside * self_attention.other) / determinant
+    per_other = (outside * self_attention.attention - inside * rest.attention) / determinant
+    if not (per_attention > 0 and per_other > 0):
+        raise ValueError(f"share must be one that rates above 0 give, got {share!r}")
+    return Rates(1 / per_attention, 1 / per_other)
