@@ -97,6 +97,17 @@ def test_a_wrong_ratio_among_several_is_named(ratios, bad):
         DaToConfig(prune_ratio=ratios)
 
 
+# The most is on the grid with the largest edge past its only whole patch: (2 * height - 1) x (2 * width - 1) tokens.
+@pytest.mark.parametrize(("patch", "most"), [((1, 1), 0), ((1, 2), 2 / 3), ((2, 2), 8 / 9), ((3, 2), 14 / 15)])
+def test_a_ratio_that_no_grid_allows(patch, most):
+    assert DaToConfig(prune_ratio=most, patch=patch).prune_ratio == most
+    grids = [(h, w) for h in range(1, 9) for w in range(1, 9) if h >= patch[0] and w >= patch[1]]
+    assert max(1 - (h // patch[0]) * (w // patch[1]) / (h * w) for h, w in grids) == pytest.approx(most)
+    for ratio in (most + 0.01, (0.0, most + 0.01)):
+        with pytest.raises(ValueError, match=rf"^prune_ratio must be at most {most:.6g}.*\({patch[0]}, {patch[1]}\)"):
+            DaToConfig(prune_ratio=ratio, patch=patch)
+
+
 def test_no_ratios_at_all():
     with pytest.raises(ValueError, match=r"^prune_ratio must have a number for each call, got none"):
         DaToConfig(prune_ratio=())

@@ -22,7 +22,8 @@ class DaToConfig:
         prune_ratio: the share of the tokens, at least 0 and below 1, that leaves the self-attentions of the model's
             finest level; or one such number per call of the UNet (made to fit a run of another length, each call then
             taking that of the nearest moment). At most 1 - 1 / (patch height * width) on a grid that the patch
-            divides, which :func:`todo_attn.ops.plan_pruning` checks.
+            divides, and more on others, whose edges hold no base token: :func:`todo_attn.ops.plan_pruning` checks
+            that at the call. What no grid allows is refused here.
         cache_schedule: a digit per call of the UNet after the first, which is always full: "2" full, "1" shallow, "0"
             the output before once more (:mod:`todo_attn.schedule`). None computes every call in full.
         patch: (height, width) in tokens of the patches, each of which keeps one base token.
@@ -54,6 +55,7 @@ class DaToConfig:
         if self.cache_schedule is not None:
             schedule.check_digits(self.cache_schedule, "cache_schedule")
         object.__setattr__(self, "patch", _checked_patch(self.patch))
+        _check_room(self.prune_ratio, self.patch)
         for name in ("noise_weight", "dynamics_weight"):
             value = getattr(self, name)
             if not is_number(value) or value < 0:
@@ -162,6 +164,18 @@ def _checked_patch(value: object) -> tuple[int, int]:
         raise ValueError(f"patch must be a pair of integers of at least 1 (height, width), got {value!r}")
     height, width = value
     return height, width
+
+
+def _check_room(ratio: float | tuple[float, ...], patch: tuple[int, int]) -> None:
+    """No grid leaves more to prune than one with a single whole patch and as much past it as holds no other."""
+    tokens = (2 * patch[0] - 1) * (2 * patch[1] - 1)
+    most = (tokens - 1) / tokens
+    highest = max(ratio) if isinstance(ratio, tuple) else ratio
+    if highest > most:
+        raise ValueError(
+            f"prune_ratio must be at most {most:.6g}, the most that any grid leaves beside the base tokens of patches "
+            f"of {patch}, got {highest!r}"
+        )
 
 
 def _check_calls(calls: object) -> None:

@@ -63,7 +63,7 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
         config = ToDoConfig()
     if not isinstance(config, ToDoConfig):
         raise ValueError(f"config must be a ToDoConfig or None, got {type(config).__name__}")
-    models, controlnets = _models(pipe_or_model)
+    models, controlnets = models_of(pipe_or_model)
     for model in models:
         _check_levels(config, model)
     for model in (*models, *controlnets):
@@ -88,7 +88,7 @@ def remove_todo(pipe_or_model: Any) -> None:
     Raises:
         ValueError: ``pipe_or_model`` is neither a pipeline with a ``unet`` nor a model.
     """
-    models, controlnets = _models(pipe_or_model)
+    models, controlnets = models_of(pipe_or_model)
     for model in (*models, *controlnets):
         for module in model.modules():
             if isinstance(module, Attention) and isinstance(module.processor, ToDoProcessor):
@@ -98,7 +98,7 @@ def remove_todo(pipe_or_model: Any) -> None:
         detach_all(model)
 
 
-def _models(pipe_or_model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
+def models_of(pipe_or_model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
     """The models to act on, each once: those that must have self-attention, and a pipeline's ControlNets, which may."""
     if isinstance(pipe_or_model, nn.Module):
         return list(dict.fromkeys(_flatten(pipe_or_model))), []

@@ -6,7 +6,7 @@ import pytest
 import tomesd
 import torch
 from DeepCache import DeepCacheSDHelper
-from diffusers import UNet2DModel
+from diffusers import MultiControlNetModel, UNet2DModel
 
 from todo_attn import ToDoConfig, ToDoProcessor, apply_todo
 from todo_attn.dato_config import DaToConfig
@@ -104,6 +104,26 @@ def test_todo_is_there_already(unet, calls, put):
     with pytest.raises(ValueError, match="config must not have todo="):
         apply_dato(unet, DaToConfig(todo=TODO))
     assert torch.equal(calls(unet, 1)[0], expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: [net], lambda net: MultiControlNetModel([net])])
+def test_todo_is_on_a_controlnet_already(pipe, make_controlnet, wrap):
+    """Which it would replace too."""
+    controlnet = make_controlnet()
+    pipe.controlnet = wrap(controlnet)
+    apply_todo(controlnet, TODO)
+    before = state(pipe.unet), state(controlnet)
+    with pytest.raises(ValueError, match=r"config must not have todo=.*ControlNetModel"):
+        apply_dato(pipe, DaToConfig(todo=ToDoConfig(factor=3)))
+    assert (state(pipe.unet), state(controlnet)) == before
+    apply_dato(pipe.unet, DaToConfig(todo=TODO))  # of a UNet alone it does not
+    before = state(pipe.unet), state(controlnet)
+    with pytest.raises(ValueError, match=r"config must not have todo=.*ControlNetModel"):
+        apply_dato(pipe, DaToConfig(todo=ToDoConfig(factor=3)))
+    assert (state(pipe.unet), state(controlnet)) == before
+    remove_dato(pipe)
+    assert state(controlnet) == before[1]
+    apply_dato(pipe, DaToConfig())
 
 
 def test_a_todo_that_does_not_fit(unet, calls):

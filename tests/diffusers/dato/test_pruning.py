@@ -193,6 +193,30 @@ def test_only_the_finest_level_is_pruned(any_unet, inputs):
         assert finest // 4 in seen
 
 
+DOWN = {
+    "padded on both sides": ({}, (5, 4)),
+    "padded on one": ({"downsample_padding": 0}, (4, 3)),
+    "pooled": ({"down_block_types": ["ResnetDownsampleBlock2D", *["CrossAttnDownBlock2D"] * 2]}, (4, 3)),
+}
+
+
+@pytest.mark.parametrize("how", DOWN)
+def test_the_grid_that_an_odd_image_has_at_level_2(make_unet, inputs, how):
+    """Tokens are scored before the UNet halves the image, by its own rounding."""
+    options, grid = DOWN[how]
+    unet, seen = make_unet("sdxl"), []
+    unet = type(unet).from_config({**unet.config, **options, "_use_default_values": []}).eval()
+    unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[1])
+    )
+    given = inputs(unet, (9, 7))
+    with torch.no_grad():
+        unet(given.sample, 900, **given.kwargs)
+        apply_dato(unet, DaToConfig(prune_ratio=0.5))
+        unet(given.sample, 900, **given.kwargs)
+    assert seen == [math.prod(grid), math.prod(grid) - math.prod(grid) // 2]
+
+
 def test_a_ratio_for_each_call(make_unet, inputs):
     ratios = (0.0, 0.25, 0.5, 0.75)
     unet, seen = make_unet("small"), []

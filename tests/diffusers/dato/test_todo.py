@@ -1,5 +1,6 @@
 """DaTo with ToDo: the kept queries read the coarse grid's keys, whichever came first."""
 
+import copy
 import math
 
 import pytest
@@ -132,12 +133,40 @@ def test_todo_of_the_configuration_goes_with_it(pipe, make_controlnet, calls):
     dense = calls(pipe.unet, 1)[0]
     pipe.controlnet = make_controlnet()
     apply_dato(pipe, DaToConfig(todo=TODO))
-    assert isinstance(next(iter(pipe.controlnet.attn_processors.values())), ToDoProcessor)
+    assert has_todo(pipe.controlnet)
     apply_dato(pipe, DaToConfig(todo=ToDoConfig(factor=3)))  # replaces
     apply_dato(pipe, DaToConfig(prune_ratio=0.0))
     assert torch.equal(calls(pipe.unet, 1)[0], dense)
     apply_dato(pipe, DaToConfig(todo=TODO))
     remove_dato(pipe.unet)
     for model in (pipe.unet, pipe.controlnet):
-        assert not any(isinstance(p, ToDoProcessor) for p in model.attn_processors.values())
+        assert not has_todo(model)
     assert torch.equal(calls(pipe.unet, 1)[0], dense)
+
+
+def has_todo(model):
+    return any(isinstance(processor, ToDoProcessor) for processor in model.attn_processors.values())
+
+
+@pytest.mark.parametrize("forget", [False, True], ids=["the pipeline is there", "the pipeline is gone"])
+def test_todo_on_controlnets_goes_with_the_configuration_it_came_with(pipe, make_controlnet, forget):
+    """Whether the UNet or the pipeline is given the next time."""
+    unet, controlnet = pipe.unet, make_controlnet()
+    nexts = [
+        (False, lambda: apply_dato(unet, DaToConfig(todo=ToDoConfig(factor=3)))),
+        (False, lambda: apply_dato(unet, DaToConfig())),
+        (False, lambda: remove_dato(unet)),
+        (True, lambda: apply_dato(pipe, DaToConfig(todo=ToDoConfig(factor=3)))),
+    ]
+    for stays, following in nexts:
+        shell = copy.copy(pipe)
+        shell.controlnet = pipe.controlnet = controlnet
+        apply_dato(shell, DaToConfig(todo=TODO))
+        assert has_todo(controlnet)
+        if forget:
+            del shell
+        following()
+        assert has_todo(controlnet) == stays
+    remove_dato(unet)
+    assert not has_todo(controlnet)
+    assert not has_todo(unet)

@@ -2,53 +2,90 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from ...dato_config import DaToConfig
-from ...schedule import REUSE
-from ..apply import apply_todo, remove_todo, unwrap
+from ...schedule import FULL, REUSE, SHALLOW
+from ..advice import log_dato
+from ..apply import apply_todo, models_of, remove_todo, unwrap
 from ..levels import transformers_by_level
 from ..patches import has_deepcache, has_todo
 from . import cache
-from .pruning import TransformerPruning
+from .pruning import TransformerPruning, grid_at
 from .run import Run
+
+_Args: TypeAlias = tuple[Any, ...]
+_Kwargs: TypeAlias = dict[str, Any]
 
 # Under this name a UNet has its DaToState.
 ATTRIBUTE = "_todo_attn_dato"
 
 
 class DaToState:
-    """On a UNet under DaTo: its run, and what to take off again."""
+    """On a UNet under DaTo: its run, and what to take off again.
 
-    def __init__(self, unet: UNet2DConditionModel, run: Run) -> None:
+    ``todo`` are the models that its configuration's ToDo was put on: a pipeline's ControlNets are among them.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, run: Run, todo: list[nn.Module]) -> None:
         self.run = run
+        self._todo = [weakref.ref(model) for model in todo]
         transformers = transformers_by_level(unet)
-        finest = min(level for level, _ in transformers)
-        self._pruning = [TransformerPruning(t, run) for level, t in transformers if level == finest]
+        self._finest = min(level for level, _ in transformers)
+        shallow = {module for part in cache.computed_in_shallow(unet) for module in part.modules()}
+        self._pruning = [
+            TransformerPruning(t, run, kinds=(FULL, SHALLOW) if t in shallow else (FULL,))
+            for level, t in transformers
+            if level == self._finest
+        ]
+        self._cache = [] if run.config.cache_schedule is None else cache.attach(unet, run)
         self._handles = [
             unet.register_forward_pre_hook(self._before, with_kwargs=True),
             unet.register_forward_hook(self._after),
         ]
 
-    def detach(self) -> None:
+    def detach(self, unet: UNet2DConditionModel) -> None:
+        if self._cache:
+            cache.detach(unet)
         for handle in self._handles:
             handle.remove()
         for pruning in self._pruning:
             pruning.detach()
 
-    # Which call this is changes at every one: torch.compile would compile anew each time if it saw that. It sees the
-    # kind.
-    @torch.compiler.disable(reason="DaTo decides here how much of the UNet a call computes")
-    def _before(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        self.run.begin(sample, args[1] if len(args) > 1 else kwargs["timestep"])
+    @property
+    def todo(self) -> list[nn.Module]:
+        """Those of them that are there still."""
+        return [model for model in (ref() for ref in self._todo) if model is not None]
 
+    # Hooks of the UNet itself stay outside of its graphs, where it is torch.compile(unet) that is called. Everything
+    # that differs from call to call is decided here; the graphs see the kind of call, and tensors.
+    @torch.compiler.disable(reason="DaTo decides here how much of the UNet a call computes")
+    def _before(self, unet: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        self.run.begin(sample, timestep)
+        grid = grid_at(unet, self._finest, sample.shape[-2:])
+        for pruning in self._pruning:
+            pruning.begin(sample, grid)
+        # As the UNet itself would, but in a graph a number is a constant, and a CPU tensor keeps CUDA graphs out.
+        real = torch.float32 if sample.device.type in ("mps", "npu") else torch.float64
+        dtype = real if isinstance(timestep, float) else None
+        timestep = torch.as_tensor(timestep, dtype=dtype, device=sample.device)
+        if len(args) > 1:
+            return (args[0], timestep, *args[2:]), kwargs
+        return args, {**kwargs, "timestep": timestep}
+
+    # What is kept is copied here: inside of a CUDA graph a copy, too, lies where the next call writes.
     @torch.compiler.disable(reason="DaTo keeps the output here")
-    def _after(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _after(self, unet: nn.Module, args: _Args, output: Any) -> Any:
+        if self.run.kind == FULL:
+            for hook in self._cache:
+                hook.keep()
         sample = self.run.end(output[0])
         if self.run.kind != REUSE:
             return None
@@ -68,7 +105,9 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
 
     Works at every height and width, with guidance on or off, and together with LoRA, IP-Adapter, ControlNet,
     T2I-Adapter, FreeU, offloading and :func:`todo_attn.apply_todo`, whichever comes first. Applied again it replaces.
-    Remove it before a deep copy of the UNet, whose blocks would be the original's.
+    Remove it before a deep copy of the UNet, whose blocks would be the original's. The UNet or its repeated blocks may
+    be compiled before or after, with ``fullgraph=True`` or without: a run compiles one graph of the UNet for each kind
+    of call, at most three.
 
     It counts on one call of the UNet a timestep for a batch of images, which pipelines that work in tiles or views do
     not keep to. Of a UNet alone every even batch is taken for the two halves of guidance: without guidance set
@@ -80,8 +119,8 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
 
     Raises:
         ValueError: ``pipe_or_unet`` is neither, or has no self-attention; ``config`` is no ``DaToConfig``, or names a
-            ``todo`` where ToDo is there already; DeepCache or tomesd has patched the UNet, or group offloading
-            is on it together with a schedule. Nothing has been changed then.
+            ``todo`` where ToDo is already, on the UNet or on a ControlNet of the pipeline; DeepCache or tomesd has
+            patched the UNet, or group offloading is on it together with a schedule. Nothing has been changed then.
     """
     config = DaToConfig() if config is None else config
     if not isinstance(config, DaToConfig):
@@ -92,21 +131,23 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     if config.cache_schedule is not None:
         _check_group_offloading(unet)
     previous: DaToState | None = getattr(unet, ATTRIBUTE, None)
-    with_todo = previous.run if previous is not None and previous.run.config.todo is not None else None
-    if config.todo is not None and with_todo is None and has_todo(unet):
-        raise ValueError(
-            "config must not have todo= where ToDo is on the UNet already, which it would replace: "
-            "remove_todo first, or leave todo=None to combine with what is there"
-        )
+    with_todo = [] if previous is None else previous.todo
+    models = [] if config.todo is None else [model for part in models_of(pipe_or_unet) for model in part]
+    for model in models:
+        if model not in with_todo and has_todo(model):
+            raise ValueError(
+                f"config must not have todo= where ToDo is on the {type(model).__name__} already, which it would "
+                "replace: remove_todo first, or leave todo=None to combine with what is there"
+            )
     if config.todo is not None:  # first, because it may refuse; it replaces what an earlier apply_dato put there
         apply_todo(pipe_or_unet, config.todo)
-    elif with_todo is not None:
-        remove_todo(with_todo.pipe or pipe_or_unet)
+    for model in with_todo:
+        if model not in models:
+            remove_todo(model)
     if previous is not None:
         _take_off(unet, previous)
-    run = Run(config, pipe)
-    setattr(unet, ATTRIBUTE, DaToState(unet, run))
-    cache.attach(unet, run)
+    setattr(unet, ATTRIBUTE, DaToState(unet, Run(config, pipe), models))
+    log_dato(pipe_or_unet, unet, config)
 
 
 def remove_dato(pipe_or_unet: Any) -> None:
@@ -120,8 +161,8 @@ def remove_dato(pipe_or_unet: Any) -> None:
     if state is None:
         return
     _take_off(unet, state)
-    if state.run.config.todo is not None:
-        remove_todo(state.run.pipe or pipe_or_unet)  # with a pipeline it came to the ControlNets too
+    for model in state.todo:
+        remove_todo(model)
 
 
 def reset_dato(pipe_or_unet: Any) -> None:
@@ -137,8 +178,7 @@ def reset_dato(pipe_or_unet: Any) -> None:
 
 
 def _take_off(unet: UNet2DConditionModel, state: DaToState) -> None:
-    cache.detach(unet)
-    state.detach()
+    state.detach(unet)
     delattr(unet, ATTRIBUTE)
 
 

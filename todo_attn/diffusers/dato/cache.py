@@ -27,7 +27,8 @@ class SkipHook(ModelHook):
         super().__init__()
         self.run = run
         self.skipped_in = skipped_in
-        self._like: Any = None
+        self._seen: Any = ()  # what the module returned in a full call, as _Like or tuples of it
+        self._like: Any = ()  # the same as tensors of one element, expanded
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.run.kind in self.skipped_in:
@@ -38,7 +39,15 @@ class SkipHook(ModelHook):
         return output
 
     def remember(self, output: Any) -> None:
-        self._like = _map(_Like, output if isinstance(output, torch.Tensor) else tuple(output))
+        outputs = output if isinstance(output, torch.Tensor) else tuple(output)
+        self._seen = _map(lambda tensor: _Like(tuple(tensor.shape), tensor.dtype, tensor.device), outputs)
+
+    def keep(self) -> None:
+        """After a full call, outside of any graph: what the next calls stand in for.
+
+        A tensor, because a graph takes every size of it, where it would be compiled anew for numbers.
+        """
+        self._like = _map(_Like.tensor, self._seen)
 
     def stand_in(self) -> Any:
         return _map(_zeros, self._like)
@@ -52,26 +61,41 @@ class HiddenHook(SkipHook):
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         self.run.hidden = hidden.detach().clone()  # FreeU writes into what a block returned
 
+    def keep(self) -> None:
+        super().keep()
+        assert self.run.hidden is not None
+        self.run.hidden = self.run.hidden.clone()  # a CUDA graph's own copy is overwritten by its next call
+
     def stand_in(self) -> Any:
         assert self.run.hidden is not None
         hidden = self.run.hidden.clone()
-        return hidden if isinstance(self._like, _Like) else (hidden,)
+        return (hidden,) if isinstance(self._like, tuple) else hidden
 
 
 class _Like:
     """The shape, dtype and device of a tensor that is not kept."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+    # Given their values and not the tensor, which would leave a compiled UNet together with an object made of it.
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 def _map(function: Any, tree: Any) -> Any:
     return tuple(_map(function, part) for part in tree) if isinstance(tree, tuple) else function(tree)
 
 
-def _zeros(like: _Like) -> torch.Tensor:
+def _zeros(like: torch.Tensor) -> torch.Tensor:
     # Memory of its own, because a T2I-Adapter adds to it in place.
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
+def computed_in_shallow(unet: Any) -> list[nn.Module]:
+    """The parts of the blocks that a shallow call computes: the last resnet, and its attention where it has one."""
+    last = unet.up_blocks[-1]
+    return [last.resnets[-1], *getattr(last, "attentions", ())[-1:]]
 
 
 def hooks_for(unet: Any, run: Run) -> list[tuple[nn.Module, SkipHook]]:
@@ -89,11 +113,13 @@ def hooks_for(unet: Any, run: Run) -> list[tuple[nn.Module, SkipHook]]:
     ]
 
 
-def attach(unet: Any, run: Run) -> None:
-    """Hook the blocks of ``unet``."""
-    for module, hook in hooks_for(unet, run):
+def attach(unet: Any, run: Run) -> list[SkipHook]:
+    """Hook the blocks of ``unet``. Each hook that is returned is to :meth:`~SkipHook.keep` after a full call."""
+    hooks = hooks_for(unet, run)
+    for module, hook in hooks:
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, NAME)
     _forget_registries(unet)
+    return [hook for _, hook in hooks]
 
 
 def detach(unet: nn.Module) -> None:

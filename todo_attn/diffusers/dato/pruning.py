@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ... import ops
-from ...ops.pruning import plan_from_bases
+from ...ops.pruning import check_ratio, plan_from_bases
 from ..grid import adopt_from_call_stack
 from ..processor import ToDoProcessor
 from ..state import ATTRIBUTE, AttentionState, Plan
@@ -27,6 +28,21 @@ class Pruned(NamedTuple):
     source: torch.Tensor
 
 
+def grid_at(unet: Any, level: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The grid of tokens at ``level`` (latent pixels a side of a token) for latents of ``size``, (height, width)."""
+    height, width = size
+    reached = 1
+    for block in unet.down_blocks:
+        if reached == level:
+            break
+        for downsampler in getattr(block, "downsamplers", None) or ():
+            # A convolution padded on both sides rounds up; one padded on one side, and pooling, round down.
+            up = isinstance(downsampler, Downsample2D) and downsampler.use_conv and downsampler.padding > 0
+            height, width = (height + up) // 2, (width + up) // 2
+            reached *= 2
+    return height, width
+
+
 class TransformerPruning:
     """On a Transformer2DModel: each of its blocks chooses its tokens from its own input.
 
@@ -34,9 +50,12 @@ class TransformerPruning:
     offloading is on it stays as it is, and sees fewer tokens.
     """
 
-    def __init__(self, transformer: Transformer2DModel, run: Run) -> None:
+    def __init__(self, transformer: Transformer2DModel, run: Run, kinds: tuple[str, ...]) -> None:
+        """``kinds`` are those of the calls that compute ``transformer``."""
         self.run = run
         self.grid = (0, 0)
+        self._kinds = kinds
+        self._blocks: list[BlockPruning] = []
         self._handles: list[RemovableHandle] = [
             transformer.register_forward_pre_hook(self._measure, with_kwargs=True),
         ]
@@ -44,12 +63,35 @@ class TransformerPruning:
         for block in blocks:
             self._attach(block)
 
+    @torch.no_grad()
+    def begin(self, sample: torch.Tensor, grid: tuple[int, int]) -> None:
+        """Before a call of the UNet on ``sample``: the scores of each block's tokens, an image's ``grid`` of them.
+
+        A score follows from noise and from the outputs before, not from what the block is given. So it is made here,
+        outside of any graph: a graph draws nothing from a generator of ours, and would be another one where there is
+        no difference of outputs to take.
+        """
+        for block in self._blocks:
+            block.score = self._score(sample, grid) if self.run.kind in self._kinds else None
+
+    def _score(self, sample: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
+        """(B, N) fp32; None where nothing is pruned."""
+        run, batch, tokens = self.run, sample.shape[0], grid[0] * grid[1]
+        bases = (grid[0] // run.config.patch[0]) * (grid[1] // run.config.patch[1])
+        # A grid without a whole patch has no base token to prune towards.
+        if bases == 0 or check_ratio(run.ratio, tokens, bases) == 0:
+            return None
+        paired = run.guidance_pairs(batch)
+        score = run.score(batch // 2 if paired else batch, grid, sample.device)
+        return torch.cat((score, score)) if paired else score
+
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
 
     def _attach(self, block: Any) -> None:
         state = BlockPruning(self)
+        self._blocks.append(state)
         self._handles += [
             block.register_forward_pre_hook(state.choose, with_kwargs=True),
             block.register_forward_hook(state.forget, always_call=True),
@@ -75,6 +117,7 @@ class BlockPruning:
 
     def __init__(self, transformer: TransformerPruning) -> None:
         self.transformer = transformer
+        self.score: torch.Tensor | None = None  # (B, N), of the running call
         self.pruned: Pruned | None = None
         self._entered = False
 
@@ -82,18 +125,13 @@ class BlockPruning:
     def choose(self, block: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         """Before the block: similarity is of its input, before the first norm."""
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        run, (height, width) = self.transformer.run, self.transformer.grid
-        patch, ratio = run.config.patch, run.ratio
+        run, grid, score = self.transformer.run, self.transformer.grid, self.score
         self.pruned, self._entered = None, False
-        batch, tokens, _ = hidden_states.shape
-        # A grid without a whole patch has no base token to prune towards.
-        if tokens != height * width or height < patch[0] or width < patch[1] or int(ratio * tokens) == 0:
+        if score is None or hidden_states.shape[:2] != score.shape:  # other tokens than the UNet's are left alone
             return
-        paired = run.guidance_pairs(batch)
-        score = run.score(batch // 2 if paired else batch, (height, width), hidden_states.device)
-        bases = ops.select_base_tokens(score, (height, width), patch)
-        bases = torch.cat((bases, bases)) if paired else bases
-        self.pruned = Pruned(*plan_from_bases(hidden_states, bases, ratio))
+        # Offloading may bring the block to another device than the UNet was called on.
+        bases = ops.select_base_tokens(score.to(hidden_states.device), grid, run.config.patch)
+        self.pruned = Pruned(*plan_from_bases(hidden_states, bases, run.ratio))
 
     def forget(self, block: nn.Module, args: _Args, output: Any) -> None:
         self.pruned = None

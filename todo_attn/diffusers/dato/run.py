@@ -37,6 +37,7 @@ class Run:
     def reset(self) -> None:
         """The next call starts a run."""
         self.kind = FULL
+        self.ratio = 0.0  # the share of tokens that the call prunes
         self.call = -1  # the running or last one, from 0
         self.hidden: torch.Tensor | None = None  # what a shallow call starts from
         self._running = False
@@ -49,7 +50,7 @@ class Run:
         self._generators.clear()
 
     def begin(self, sample: torch.Tensor, timestep: Any) -> None:
-        """Before a call of the UNet: decide its ``kind``."""
+        """Before a call of the UNet: decide its ``kind`` and ``ratio``."""
         inputs = (sample.shape, sample.dtype, sample.device)
         # Both are asked, because both remember what they saw.
         new_run = self._starts_run(timestep)
@@ -60,6 +61,7 @@ class Run:
             self._digits = self._schedule()
         self.call += 1
         self.kind = self._next_kind()
+        self.ratio = self.config.ratio_for(self.call, self._calls)
         self._pooled = {}
         self._running = True
 
@@ -71,18 +73,13 @@ class Run:
             self._before = None  # the same twice tells nothing
             return self._output.clone()
         self._before = self._output
-        self._output = output.detach().clone()  # a scheduler may write into its own
+        self._output = output.detach().clone()  # a scheduler may write into it, and so does a CUDA graph
         return output
 
     @property
     def pipe(self) -> Any | None:
         """The pipeline whose scheduler is asked, where there is one still."""
         return None if self._pipe is None else self._pipe()
-
-    @property
-    def ratio(self) -> float:
-        """The share of tokens that this call prunes."""
-        return self.config.ratio_for(self.call, self._calls)
 
     def guidance_pairs(self, batch: int) -> bool:
         """Whether the batch is two halves of the same images, without and with their prompts."""
@@ -97,7 +94,8 @@ class Run:
         The difference of the last two outputs, and noise; noise alone where there is no difference.
         """
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.config.seed)
+            where = "cpu" if device.type == "meta" else device
+            self._generators[device] = torch.Generator(where).manual_seed(self.config.seed)
         noise = torch.randn((batch, grid[0] * grid[1]), generator=self._generators[device], device=device)
         if self._output is None or self._before is None:
             return noise
