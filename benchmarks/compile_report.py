@@ -25,17 +25,28 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import sass
-from todo_attn.kernels import attention, launch, pack
+from todo_attn.kernels import attention, launch, match, pack
 from todo_attn.modes import MODES
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (8, 24, 40, 64, 80, 96, 128, 160, 256)
+CHANNELS = (20, 320, 1280)
 DTYPES = ("fp16", "bf16", "fp32")
+KERNELS = ("attention", "pack", "match", "rows")
+
+# Arguments by name, over all kernels: pointers to the dtype of the variant, to other types, and fp32 scalars.
+_POINTERS = ("query", "key", "value", "out", "packed_key", "packed_value", "x", "packed")
+_TYPES = {
+    **dict.fromkeys(("index", "position"), "*i64"),
+    **dict.fromkeys(("reciprocal", "query_reciprocal", "key_reciprocal", "similarity"), "*fp32"),
+    **dict.fromkeys(("log2_scale", "log2_power", "scale_y", "scale_x", "sign"), "fp32"),
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel to compile: ``mode`` is that of the packing kernel, or "tail" for an attention with a masked tile."""
+    """One kernel to compile. ``mode`` is that of the packing kernel, or "tail" for an attention whose keys end inside a
+    tile; ``head_dim`` is the number of channels for the match kernel and the one that packs its rows."""
 
     kernel: str
     arch: int
@@ -48,8 +59,8 @@ class Variant:
         return f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}-{self.mode}"
 
 
-def variants(arches: list[int], dtypes: list[str], head_dims: list[int]) -> Iterator[Variant]:
-    """Both kernels at every mode; a masked last tile is a second attention kernel where there is no ones column."""
+def variants(arches: list[int], dtypes: list[str], head_dims: list[int], channels: list[int]) -> Iterator[Variant]:
+    """Every kernel at every mode; keys that end inside a tile need another attention where there is no ones column."""
     for arch in arches:
         for dtype in dtypes:
             for head_dim in head_dims:
@@ -58,44 +69,56 @@ def variants(arches: list[int], dtypes: list[str], head_dims: list[int]) -> Iter
                     yield Variant("attention", arch, dtype, head_dim, "tail")
                 for mode in MODES:
                     yield Variant("pack", arch, dtype, head_dim, mode)
+            for count in channels:
+                yield Variant("match", arch, dtype, count, "plain")
+                yield Variant("rows", arch, dtype, count, "plain")
 
 
-def source(variant: Variant) -> tuple[ASTSource, dict[str, object], launch.Settings]:
-    """The kernel as it is launched on contiguous (B, N, H, D) tensors."""
-    tile = launch.tiles(variant.head_dim)
-    run = launch.settings(divmod(variant.arch, 10), variant.head_dim, half=variant.dtype != "fp32")
+def source(variant: Variant) -> tuple[ASTSource, dict[str, object], launch.Settings | None]:
+    """The kernel as it is launched on contiguous tensors, what the compiler is told, and its tile of scores."""
+    capability, half = divmod(variant.arch, 10), variant.dtype != "fp32"
+    tile = launch.tiles(variant.head_dim) if variant.kernel in ("attention", "pack") else None
+    run = None
     types: dict[str, str] = {}
+    kernel: Any
+    constants: dict[str, Any]
     if variant.kernel == "attention":
-        kernel = attention.attention_kernel
+        assert tile is not None
+        run = launch.settings(capability, variant.head_dim, half)
+        kernel, options = attention.attention_kernel, run.options
         constants = attention.constants(variant.head_dim, tile, run, tail=variant.mode == "tail")
         for name, columns in zip(("key_a", "key_b", "value_a", "value_b"), (*tile.k, *tile.v), strict=True):
             types[name] = f"tensordesc<{variant.dtype}[{run.block_n}, {columns or max(tile.k)}]>"
-        options = run.options
-    else:
-        kernel = pack.pack_kernel
+    elif variant.kernel == "pack":
+        assert tile is not None
         window = 2 if variant.mode == "mean" else 1
+        kernel, options = pack.pack_kernel, pack.OPTIONS
         constants = pack.constants(variant.head_dim, tile, variant.mode, window, window)
-        options = pack.OPTIONS
-    constants |= {name: 1 for name in kernel.arg_names if name.startswith("stride") and name.endswith("d")}
-    pointers = ("query", "key", "value", "out", "packed_key", "packed_value")
-    floats = ("log2_scale", "scale_y", "scale_x", "sign")
+    elif variant.kernel == "match":
+        run = launch.match_settings(capability, half)
+        kernel, options = match.match_kernel, run.options
+        constants = match.match_constants(variant.head_dim, half, run)
+    else:
+        kernel, options = match.rows_kernel, match.OPTIONS
+        constants = match.rows_constants(variant.head_dim, half, rescale=variant.dtype != "fp16")
+    names = kernel.arg_names
+    innermost = ("stride_qd", "stride_kd", "stride_vd", "stride_od", "stride_xc", "stride_ik")
+    constants = constants | {name: 1 for name in names if name in innermost}
     attributes = {}
-    for i, name in enumerate(kernel.arg_names):
+    for i, name in enumerate(names):
         if name in constants:
             types[name] = "constexpr"
-        elif name in pointers:
+        elif name in _POINTERS:
             types[name] = f"*{variant.dtype}"
-        elif name in floats:
-            types[name] = "fp32"
         else:
-            types.setdefault(name, "i32")
-        if name in pointers or name == "rows" or (types[name] == "i32" and name.startswith("stride")):
+            types.setdefault(name, _TYPES.get(name, "i32"))
+        whole = name.endswith("rows") or name.startswith("stride")
+        if types[name].startswith("*") or (whole and types[name] == "i32"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    index = {name: i for i, name in enumerate(kernel.arg_names)}
     ast = ASTSource(
         kernel,
-        signature={name: types[name] for name in kernel.arg_names},
-        constexprs={(index[name],): value for name, value in constants.items()},
+        signature={name: types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attributes,
     )
     return ast, options, run
@@ -106,16 +129,18 @@ def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
     ast, options, run = source(variant)
     compiled = triton.compile(ast, target=GPUTarget("cuda", variant.arch, 32), options=options)
     row: dict[str, Any] = {**asdict(variant), **options}
-    if variant.kernel == "attention":
+    if run is not None:
         row |= {"block_m": run.block_m, "block_n": run.block_n}
     with TemporaryDirectory() as folder:
         cubin = (dump or Path(folder)) / f"{variant.name}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         row |= {**asdict(sass.usage(cubin)), "shared": compiled.metadata.shared}
-        if variant.kernel == "attention" and variant.arch == 90 and variant.dtype != "fp32":
+        if run is not None and variant.arch == 90 and variant.dtype != "fp32":
             row |= sass.clocks_per_score(cubin, run.block_m, run.block_n, run.num_warps)
         if dump and variant.kernel == "attention":
             cubin.with_suffix(".json").write_text(json.dumps(row, indent=1) + "\n")
+        elif dump:
+            cubin.unlink()
     return row
 
 
@@ -123,9 +148,10 @@ def main(
     arch: Annotated[list[int] | None, typer.Option(help="Compute capability, as 90; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16 or fp32; repeatable.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="Head dim; repeatable.")] = None,
-    kernel: Annotated[str, typer.Option(help="attention, pack or all.")] = "all",
+    channels: Annotated[list[int] | None, typer.Option(help="Channels of the match kernel; repeatable.")] = None,
+    kernel: Annotated[str, typer.Option(help=f"{', '.join(KERNELS)} or all.")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    dump: Annotated[Path | None, typer.Option(help="Write the cubins there, with a row beside each.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write each attention kernel there, its row beside it.")] = None,
     jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
 ) -> None:
     """Registers, spills, shared memory and clocks per score of every kernel; the GPUs need not be here."""
@@ -136,13 +162,21 @@ def main(
     for value in head_dim or ():
         if value % 8 or not 8 <= value <= 256:
             raise typer.BadParameter(f"--head-dim must be a multiple of 8 from 8 to 256, got {value}")
-    if kernel not in ("attention", "pack", "all"):
-        raise typer.BadParameter(f"--kernel must be attention, pack or all, got {kernel!r}")
+    for value in channels or ():
+        if value < 1:
+            raise typer.BadParameter(f"--channels must be at least 1, got {value}")
+    if kernel not in (*KERNELS, "all"):
+        raise typer.BadParameter(f"--kernel must be one of {', '.join(KERNELS)} or all, got {kernel!r}")
     if dump:
         dump.mkdir(parents=True, exist_ok=True)
     todo = [
         v
-        for v in variants(arch or list(ARCHITECTURES), dtype or list(DTYPES), head_dim or list(HEAD_DIMS))
+        for v in variants(
+            arch or list(ARCHITECTURES),
+            dtype or list(DTYPES),
+            head_dim or list(HEAD_DIMS),
+            channels or list(CHANNELS),
+        )
         if kernel in ("all", v.kernel)
     ]
     with ProcessPoolExecutor(jobs) as pool:

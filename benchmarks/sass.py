@@ -19,6 +19,7 @@ import triton
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FMA = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2")
+_WGMMA = ("HGMMA", "UTCHMMA", "UTCQMMA")
 _SPECIAL = ("MUFU", "F2F", "I2F", "F2I", "FRND")
 _ALU = (
     "FMNMX", "F2FP", "LOP3", "IADD", "SEL", "FSEL", "ISETP", "FSETP", "PRMT", "SHF", "LEA", "VIADD", "VIMNMX", "IMNMX",
@@ -28,12 +29,16 @@ _ALU = (
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers per thread, stack in bytes, spilled loads and stores (instructions) and matrix instructions."""
+    """Registers per thread, stack in bytes, and how many instructions spill or multiply matrices.
+
+    ``wgmma``: those that read shared memory by themselves (Hopper and later). ``mma``: of any kind.
+    """
 
     registers: int
     stack: int
     spills: int
     wgmma: int
+    mma: int
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -66,7 +71,8 @@ def usage(cubin: Path) -> Usage:
         registers=int(found[1]),
         stack=int(found[2]),
         spills=sum(n.split(".")[0] in ("LDL", "STL") for n in names),
-        wgmma=sum(n.startswith(("HGMMA", "UTCHMMA", "UTCQMMA")) for n in names),
+        wgmma=sum(n.startswith(_WGMMA) for n in names),
+        mma=sum(n.startswith(("HMMA", *_WGMMA)) for n in names),
     )
 
 

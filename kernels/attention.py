@@ -1,9 +1,10 @@
 """Flash-style attention over the packed coarse keys and values (see ``pack.py``).
 
-Numerics: Q is never scaled in its own dtype (a rounded scaled Q breaks the error bound from a logit spread of 2 nats);
-the running maximum is subtracted from the raw fp32 product and the difference scaled, so no exponent is ever above 0
-and rows with extreme logits stay finite. Where V has spare columns, one of them holds ones and its product with P is
-the softmax's sum; elsewhere P is summed in fp32.
+Numerics: Q is never scaled in its own dtype (a rounded scaled Q breaks the error bound from a logit spread of 2 nats).
+Scale, log2(e) and the running maximum go into one fused multiply-add of the fp32 product, ``s * slope - shift``. It
+rounds once, and ``shift`` is rounded before it is used, everywhere the same: it is a factor common to a row's output
+and to its sum, whatever its error. Where V has spare columns, one of them holds ones and its product with P is the
+softmax's sum; elsewhere P is summed in fp32.
 """
 
 from __future__ import annotations
@@ -15,10 +16,68 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .exp2 import exp2_mixed
 from .launch import Settings, Tiles, settings, tiles
 from .pack import pack
 
 LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _weights(s, shift, log2_scale, log2_power, STEEP: tl.constexpr, POLYNOMIAL: tl.constexpr):
+    """A tile of products (M, N) -> P (M, N), the new shift (M,), the factor (M,) that takes older sums to it."""
+    top = tl.max(s, 1)
+    if STEEP:  # s * log2_scale may leave fp32: slower, and the shift is the maximum of the bare product
+        higher = tl.maximum(shift, top)
+        shrink = tl.exp2((shift - higher) * log2_scale)
+        x = (s - higher[:, None]) * log2_scale
+    else:
+        # A shift is rounded by half a unit in the last place, and that is how far x may be above 0: up to 8 below 2^28.
+        # From there on P would not fit fp16, but there the next lower s weighs at most 2^-16 of the top one, and a
+        # steeper slope changes nothing: the next power of two, whose products are exact.
+        slope = tl.where(tl.abs(top * log2_scale) < 268435456.0, log2_scale, log2_power)
+        higher = tl.maximum(shift, top * slope)
+        shrink = tl.exp2(shift - higher)
+        x = tl.fma(s, tl.broadcast_to(slope[:, None], s.shape), tl.broadcast_to(-higher[:, None], s.shape))
+    return exp2_mixed(x) if POLYNOMIAL else tl.exp2(x), higher, shrink
+
+
+@triton.jit
+def _attend(
+    q_a,  # [BLOCK_M, K_A]
+    q_b,  # [BLOCK_M, K_B], where TWO_K
+    k_a,  # [K_A, BLOCK_N]
+    k_b,
+    v_a,  # [BLOCK_N, V_A]
+    v_b,  # [BLOCK_N, V_B], where TWO_V
+    live,  # how many of the tile's keys count, where MASK
+    log2_scale,
+    log2_power,
+    shift,
+    total,
+    acc_a,
+    acc_b,
+    TWO_K: tl.constexpr,
+    TWO_V: tl.constexpr,
+    ONES: tl.constexpr,
+    MASK: tl.constexpr,
+    STEEP: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+):
+    """Take in one tile of keys: the shift, sum and outputs after it."""
+    s = tl.dot(q_a, k_a, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if TWO_K:
+        s = tl.dot(q_b, k_b, s, input_precision="ieee")
+    p, shift, shrink = _weights(s, shift, log2_scale, log2_power, STEEP, POLYNOMIAL)
+    if not ONES:
+        if MASK:
+            p = tl.where(tl.arange(0, p.shape[1])[None, :] < live, p, 0.0)
+        total = total * shrink + tl.sum(p, 1)
+    p = p.to(v_a.dtype)
+    acc_a = tl.dot(p, v_a, acc_a * shrink[:, None], input_precision="ieee")
+    if TWO_V:
+        acc_b = tl.dot(p, v_b, acc_b * shrink[:, None], input_precision="ieee")
+    return shift, total, acc_a, acc_b
 
 
 @triton.jit
@@ -28,6 +87,8 @@ def attention_kernel(
     key_b,  # the same, box [BLOCK_N, K_B]
     value_a,  # descriptor of (B*H*rows, v_columns), box [BLOCK_N, V_A]
     value_b,  # the same, box [BLOCK_N, V_B]
+    packed_key,  # what the descriptors are of
+    packed_value,
     out,  # (B, N, H, D), any strides
     stride_qb,
     stride_qn,
@@ -42,15 +103,18 @@ def attention_kernel(
     keys,
     rows,
     log2_scale,  # |scale| * log2(e); a negative scale has turned the sign of the packed keys
+    log2_power,  # the power of two at or above log2_scale
     HEAD_DIM: tl.constexpr,
     K_A: tl.constexpr,
     K_B: tl.constexpr,
     V_A: tl.constexpr,
     V_B: tl.constexpr,
     ONES: tl.constexpr,
-    TAIL: tl.constexpr,  # the last tile repeats a key, and there is no ones column to leave it out of the sum
+    TAIL: tl.constexpr,  # the last tile repeats a key, and no ones column leaves the copies out of the sum
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEEP: tl.constexpr,  # log2_scale is above 1
+    POLYNOMIAL: tl.constexpr,  # one exp2 in eight by polynomial: fp16 and bf16 only
 ):
     blocks = tl.cdiv(tokens, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -63,32 +127,43 @@ def attention_kernel(
     query += b * stride_qb + h * stride_qh + token * stride_qn
     offs_a = tl.arange(0, K_A)[None, :].to(tl.int64)
     q_a = tl.load(query + offs_a * stride_qd, mask=live & (offs_a < HEAD_DIM), other=0.0)  # [BLOCK_M, K_A]
+    q_b = q_a
     if K_B > 0:
         offs_b = K_A + tl.arange(0, K_B)[None, :].to(tl.int64)
         q_b = tl.load(query + offs_b * stride_qd, mask=live & (offs_b < HEAD_DIM), other=0.0)  # [BLOCK_M, K_B]
-    maximum = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # finite: with a scale of 0, -inf would make NaN
+    shift = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)  # finite: with a scale of 0, -inf would make NaN
     total = tl.zeros([BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, V_A], tl.float32)
-    if V_B > 0:
-        acc_b = tl.zeros([BLOCK_M, V_B], tl.float32)
+    acc_b = tl.zeros([BLOCK_M, V_B if V_B > 0 else 1], tl.float32)
 
-    for start in range(0, rows, BLOCK_N):
+    whole = rows - BLOCK_N if TAIL else rows
+    if TAIL:
+        # First, so that the loop below needs no mask; a loop of one trip, so that the two share their shared memory;
+        # through pointers, so that it waits for no barrier.
+        tl.assume(whole < rows)
+        for start in tl.range(whole, rows, BLOCK_N, num_stages=1):
+            last = bh.to(tl.int64) * rows + start + tl.arange(0, BLOCK_N)
+            key = packed_key + last[None, :] * (K_A + K_B)
+            k_a = tl.load(key + tl.arange(0, K_A)[:, None])
+            k_b = tl.load(key + K_A + tl.arange(0, K_B)[:, None]) if K_B > 0 else k_a
+            value = packed_value + last[:, None] * (V_A + V_B)
+            v_a = tl.load(value + tl.arange(0, V_A)[None, :])
+            v_b = tl.load(value + V_A + tl.arange(0, V_B)[None, :]) if V_B > 0 else v_a
+            shift, total, acc_a, acc_b = _attend(
+                q_a, q_b, k_a, k_b, v_a, v_b, keys - start, log2_scale, log2_power, shift, total,
+                acc_a, acc_b, K_B > 0, V_B > 0, ONES, True, STEEP, POLYNOMIAL,
+            )  # fmt: skip
+
+    for start in range(0, whole, BLOCK_N):
         row = bh * rows + start
-        s = tl.dot(q_a, key_a.load([row, 0]).T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if K_B > 0:
-            s = tl.dot(q_b, key_b.load([row, K_A]).T, s, input_precision="ieee")
-        higher = tl.maximum(maximum, tl.max(s, 1))
-        shrink = tl.exp2((maximum - higher) * log2_scale)
-        maximum = higher
-        p = tl.exp2((s - maximum[:, None]) * log2_scale)
-        if not ONES:
-            if TAIL:
-                p = tl.where(start + tl.arange(0, BLOCK_N)[None, :] < keys, p, 0.0)
-            total = total * shrink + tl.sum(p, 1)
-        p = p.to(value_a.dtype)
-        acc_a = tl.dot(p, value_a.load([row, 0]), acc_a * shrink[:, None], input_precision="ieee")
-        if V_B > 0:
-            acc_b = tl.dot(p, value_b.load([row, V_A]), acc_b * shrink[:, None], input_precision="ieee")
+        k_a = key_a.load([row, 0]).T
+        k_b = key_b.load([row, K_A]).T if K_B > 0 else k_a
+        v_a = value_a.load([row, 0])
+        v_b = value_b.load([row, V_A]) if V_B > 0 else v_a
+        shift, total, acc_a, acc_b = _attend(
+            q_a, q_b, k_a, k_b, v_a, v_b, BLOCK_N, log2_scale, log2_power, shift, total,
+            acc_a, acc_b, K_B > 0, V_B > 0, ONES, False, STEEP, POLYNOMIAL,
+        )  # fmt: skip
 
     offs_a = tl.arange(0, V_A)[None, :].to(tl.int64)
     offs_b = V_A + tl.arange(0, V_B)[None, :].to(tl.int64) if V_B > 0 else offs_a
@@ -103,7 +178,7 @@ def attention_kernel(
         tl.store(out + offs_b * stride_od, (acc_b / total[:, None]).to(dtype), mask=live & (offs_b < HEAD_DIM))
 
 
-def constants(head_dim: int, tile: Tiles, run: Settings, tail: bool) -> dict[str, object]:
+def constants(head_dim: int, tile: Tiles, run: Settings, tail: bool, steep: bool = False) -> dict[str, object]:
     """The compile-time arguments of :func:`attention_kernel`."""
     return {
         "HEAD_DIM": head_dim,
@@ -115,6 +190,8 @@ def constants(head_dim: int, tile: Tiles, run: Settings, tail: bool) -> dict[str
         "TAIL": tail and not tile.ones,
         "BLOCK_M": run.block_m,
         "BLOCK_N": run.block_n,
+        "STEEP": steep,
+        "POLYNOMIAL": run.polynomial,
     }
 
 
@@ -142,6 +219,7 @@ def attention(
     coarse = (grid[0] // factor[0], grid[1] // factor[1])
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, run.block_n) * run.block_n
+    log2_scale = abs(scale) * LOG2_E
 
     with torch.cuda.device_of(query):
         packed_key, packed_value = pack(key, value, grid, coarse, mode, scale < 0, rows, tile)
@@ -155,6 +233,8 @@ def attention(
             box(packed_key, tile.k[1] or tile.k[0]),
             box(packed_value, tile.v[0]),
             box(packed_value, tile.v[1] or tile.v[0]),
+            packed_key,
+            packed_value,
             out,
             *query.stride(),
             *out.stride(),
@@ -162,8 +242,9 @@ def attention(
             tokens,
             keys,
             rows,
-            abs(scale) * LOG2_E,
-            **constants(head_dim, tile, run, tail=rows > keys),
+            log2_scale,
+            2.0 ** math.ceil(math.log2(log2_scale)) if log2_scale else 0.0,
+            **constants(head_dim, tile, run, tail=rows > keys, steep=log2_scale > 1),
             **run.options,
         )
     return out

@@ -44,12 +44,16 @@ def tiles(head_dim: int) -> Tiles:
 
 @dataclass(frozen=True)
 class Settings:
-    """Queries and keys per tile, warps per program, depth of the software pipeline."""
+    """Queries and keys per tile, warps per program, depth of the software pipeline.
+
+    ``polynomial``: one exp2 in eight by polynomial, where exp2 holds the loop back and results are fp16 or bf16.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    polynomial: bool = False
 
     @property
     def options(self) -> dict[str, object]:
@@ -57,38 +61,40 @@ class Settings:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILER}
 
 
-# (columns of a K tile, settings): the first row whose columns suffice is taken. "default" is safe on any GPU from
+# (columns of a K tile, settings): the first row whose columns suffice is taken. The default is safe on any GPU from
 # compute capability 8.0 on: it fits 99 KB of shared memory and does not spill up to a head dim of 128.
-_HALF: dict[str, list[tuple[int, Settings]]] = {
-    "hopper": [
-        (160, Settings(128, 128, 8, 2)),
-        (256, Settings(128, 64, 8, 2)),
-    ],
-    "default": [
-        (80, Settings(128, 64, 8, 2)),
-        (160, Settings(128, 32, 8, 2)),
-        (256, Settings(64, 32, 8, 2)),
-    ],
-}
+_DEFAULT = [
+    (80, Settings(128, 64, 8, 2)),
+    (160, Settings(128, 32, 8, 2)),
+    (256, Settings(64, 32, 8, 2)),
+]
+_HOPPER = [
+    (64, Settings(128, 256, 8, 2, polynomial=True)),
+    (160, Settings(128, 128, 8, 2)),
+    (256, Settings(128, 64, 8, 2)),
+]
+_BLACKWELL = [(64, Settings(128, 128, 8, 2)), *_DEFAULT]
+_HALF = {90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}
 # Exact fp32 products run on the FMA units, operands in registers.
 _FP32: list[tuple[int, Settings]] = [(96, Settings(32, 16, 4, 1)), (256, Settings(16, 16, 8, 1))]
-_ARCHITECTURE = {90: "hopper"}
 
 
 def settings(capability: tuple[int, int], head_dim: int, half: bool) -> Settings:
     """The settings for compute capability (major, minor); an untuned GPU gets the default row."""
-    architecture = _ARCHITECTURE.get(capability[0] * 10 + capability[1], "default")
+    table = _HALF.get(capability[0] * 10 + capability[1], _DEFAULT) if half else _FP32
     columns = tiles(head_dim).k_columns
-    return next(row for limit, row in (_HALF[architecture] if half else _FP32) if columns <= limit)
+    return next(row for limit, row in table if columns <= limit)
 
 
 # Queries and keys per tile of the match kernel. Both operands stream through shared memory in pieces of 128 bytes of
 # channels, so any channel count fits. First fp16 and bf16, then fp32 (exact products, operands in registers).
-_MATCH_HALF = {"hopper": Settings(128, 128, 8, 4), "default": Settings(128, 64, 8, 3)}
+_MATCH_HOPPER = Settings(128, 128, 8, 4)
+_MATCH_HALF = Settings(128, 64, 8, 3)
 _MATCH_FP32 = Settings(32, 32, 4, 2)
 
 
 def match_settings(capability: tuple[int, int], half: bool) -> Settings:
     """The match kernel's settings for compute capability (major, minor)."""
-    architecture = _ARCHITECTURE.get(capability[0] * 10 + capability[1], "default")
-    return _MATCH_HALF[architecture] if half else _MATCH_FP32
+    if not half:
+        return _MATCH_FP32
+    return _MATCH_HOPPER if capability == (9, 0) else _MATCH_HALF

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from todo_attn import ops, reference
+from todo_attn.kernels import launch
 
 HALF_ON_GPU = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,11 +98,117 @@ def test_extreme_rows_stay_finite(head_dim):
         assert out.abs().max() <= value.abs().max() * (1 + 1e-5)
 
 
-def test_sink_and_flat_rows():
-    query, key, value = inputs(40, torch.float16, (16, 16))
+@pytest.fixture
+def hopper(monkeypatch):
+    """Hopper's settings in the interpreter, which takes those of any GPU: larger tiles, and the polynomial exp2."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(
+            "todo_attn.kernels.attention.settings", lambda _, head_dim, half: launch.settings((9, 0), head_dim, half)
+        )
+
+
+def sink(query, key):
     key[:, 0] *= 20
-    check(query, key, value, (16, 16))
-    check(torch.zeros_like(query), key, value, (16, 16))
+
+
+def flat(query, key):
+    query.zero_()
+
+
+def smooth(query, key):
+    """Neighbours are alike: waves along the tokens, longer from channel to channel."""
+    for t in (query, key):
+        token = torch.arange(t.shape[1], device=t.device)[:, None, None]
+        channel = torch.arange(1, t.shape[3] + 1, device=t.device)
+        t.copy_(2 * torch.sin(token / (3 * channel)) + 0.1 * t)
+
+
+def one_key_above(query, key):
+    """One key 13 to 19 bits above the mean of the others, which together still count."""
+    head_dim = query.shape[-1]
+    query[..., 0], key[..., 0] = 8.0, 0.0
+    bits = torch.linspace(13, 19, query.shape[0] * query.shape[2], device=query.device).view(query.shape[0], -1)
+    key[:, key.shape[1] // 3, :, 0] = bits * 0.6931 * head_dim**0.5 / 8.0
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 160])
+@pytest.mark.parametrize("shape", [sink, flat, smooth, one_key_above], ids=lambda f: f.__name__)
+def test_rows_of_every_shape(shape, head_dim, hopper):
+    """The last tile ends early: 17 * 19 = 323 keys."""
+    for dtype in HALF_ON_GPU:
+        query, key, value = inputs(head_dim, dtype, (17, 19), tokens=40, batch=1)
+        shape(query, key)
+        check(query, key, value, (17, 19))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "spread"),
+    [(40, 1e-3), (40, 30.0), (64, 1e-3), (64, 30.0), (8, 1.0), (56, 1.0), (80, 30.0), (128, 1.0), (160, 1e-3)],
+)
+def test_settings_of_hopper(head_dim, spread, hopper):
+    for dtype in HALF_ON_GPU:
+        check(*inputs(head_dim, dtype, (17, 19), tokens=40, batch=1, spread=spread), (17, 19))
+
+
+@pytest.mark.parametrize("falling", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bits", [20, 25, 27, 28, 29, 33])
+def test_logits_whose_rounding_is_many_bits(bits, sign, falling, hopper):
+    """Logits near 2^bits, whose neighbours in fp32 lie apart by 2^(bits-23), and which fp32 products give exactly.
+
+    From 2^28 on the kernel takes another slope, and from a scale of 0.69 on (33 bits) another formula. The result is
+    right to fp16's own rounding."""
+    grid, head_dim = (17, 19), 40
+    step = torch.arange(323).flip(0) if falling else torch.arange(323)
+    query, key = torch.zeros(1, 16, 1, head_dim), torch.zeros(1, 323, 1, head_dim)
+    query[..., 0] = 2.0**15 + 2048.0 * torch.arange(16)[:, None]  # shifts that round otherwise from row to row
+    key[..., 0] = sign * 2.0**15  # 2^30 and more, plus 128 for each step
+    query[..., 1], key[..., 1] = 128.0, (step // 9)[:, None]
+    query[:, 12:, :, 0] = 0.0  # and rows with small logits
+    value = torch.randn(1, 323, 1, head_dim)
+    arguments = [t.to(torch.float16).to(DEVICE) for t in (query, key, value)]
+    scale = 2.0 ** (bits - 30) * 0.6932
+    actual = ops.downsampled_attention(*arguments, grid, scale=scale, backend="triton")
+    exact = reference.downsampled_attention(*(t.double() for t in arguments), grid, scale=scale)
+    torch.testing.assert_close(actual.double(), exact, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("falling", [False, True])
+def test_logits_that_cross_to_another_slope(sign, falling, hopper):
+    """Tiles whose maxima lie on both sides of 2^28, either way round: the largest key alone counts."""
+    size = torch.linspace(1, 120, 323) * sign
+    size = size.flip(0) if falling else size
+    query, key = torch.zeros(1, 8, 1, 40), torch.zeros(1, 323, 1, 40)
+    query[..., 0], key[..., 0] = 2.0**15, (size * 512)[:, None]  # up to 2^31, times 0.23
+    value = torch.randn(1, 323, 1, 40).to(torch.float16).to(DEVICE)
+    query, key = (t.to(torch.float16).to(DEVICE) for t in (query, key))
+    assert (key[..., 0].double() * 2.0**15 * 0.228).abs().aminmax().min < 2.0**28
+    out = ops.downsampled_attention(query, key, value, (17, 19), backend="triton")
+    assert torch.equal(out, value[:, key[0, :, 0, 0].argmax()][:, None].expand_as(out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", [None, -3.0])
+def test_largest_inputs(dtype, scale, hopper):
+    """As large as fp16 goes, or as fp32 products go; times a scale of 3 those end above fp32."""
+    query, key, value = inputs(40, torch.float32, (9, 9), tokens=20, batch=1)
+    largest = 6e4 if dtype == torch.float16 else (3e38 / torch.einsum("bnhd,bmhd->bhnm", query, key).abs().max()) ** 0.5
+    if dtype == torch.float16:
+        query, key = query / query.abs().max(), key / key.abs().max()
+    query, key, value = (query * largest).to(dtype), (key * largest).to(dtype), value.to(dtype)
+    best = torch.einsum("bnhd,bmhd->bhnm", query.double(), key.double() * (1 if scale is None else -1)).argmax(-1)
+    expected = value.transpose(1, 2).gather(2, best[..., None].expand(-1, -1, -1, 40)).transpose(1, 2)
+    out = ops.downsampled_attention(query, key, value, (9, 9), scale=scale, backend="triton")
+    torch.testing.assert_close(out, expected)
+
+
+def test_nan_in_one_key_shows(hopper):
+    """As in torch's own attention, wherever in the tile the key lies."""
+    for place in range(9):
+        query, key, value = inputs(40, torch.float16, (3, 3), tokens=3, batch=1, heads=1)
+        key[:, place, :, 3] = float("nan")
+        assert not torch.isfinite(ops.downsampled_attention(query, key, value, (3, 3), backend="triton")).any()
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
