@@ -25,7 +25,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0"
-HEADERS = ["csrc/rows.h", "csrc/ops.h", "csrc/launch.h", "csrc/grid.h"]
+HEADERS = ["csrc/rows.h", "csrc/ops.h", "csrc/match.h", "csrc/launch.h", "csrc/grid.h"]
 # Nothing newer than torch 2.10's stable ABI and Python 3.10's limited API is used: one build serves all later ones.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 PYTHON_TAG = "cp310"
@@ -89,11 +89,15 @@ def extensions():
         "optional": True,  # a failed build is a warning
     }
     flags = ["-O3", "-g0", "-std=c++17"]
-    # fp16 sums need the conversions of 2013's processors; todo_attn/ops/libraries.py asks whether they are there.
-    cpu_flags = [*flags, "-mavx2", "-mf16c"] if platform.machine() in ("x86_64", "AMD64") else flags
+    # fp16 sums and products of rows want what processors have since 2013; todo_attn/ops/libraries.py asks for it.
+    cpu_flags = [*flags, "-mavx2", "-mfma", "-mf16c"] if platform.machine() in ("x86_64", "AMD64") else flags
     built = [
         Extension(
-            "todo_attn._C_cpu", ["csrc/tokens_cpu.cpp"], extra_compile_args=cpu_flags, define_macros=MACROS, **common
+            "todo_attn._C_cpu",
+            ["csrc/tokens_cpu.cpp", "csrc/match_cpu.cpp"],
+            extra_compile_args=cpu_flags,
+            define_macros=MACROS,
+            **common,
         )
     ]
     nvcc = find_nvcc()

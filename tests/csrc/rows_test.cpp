@@ -1,5 +1,6 @@
 // The jobs of csrc/rows.h over random shapes, strides, alignments and indices against loops over single elements; each
 // run both as the CPU library does and by the CUDA kernel itself, whose grid is walked here one thread after another.
+// And csrc/match.h, on whole numbers, whose products are exact: the first of the largest, ties and all.
 // Buffers end where their tensor ends, so that the sanitizers see every byte too far.
 //
 //   rows_test CASES SEED     prints how many cases of each job ran; 1 and the case where one differs
@@ -21,6 +22,7 @@ struct Triple {
 static Triple gridDim, blockDim, blockIdx, threadIdx;
 
 #include "../../csrc/grid.h"
+#include "../../csrc/match.h"
 #include "../../csrc/rows.h"
 
 using namespace todo_attn;
@@ -257,11 +259,39 @@ void select() {
   });
 }
 
+static void match() {
+  const int64_t queries = from_to(1, 60), keys = from_to(1, 70), channels = from_to(1, 40), count = panels_of(keys);
+  const std::unique_ptr<float[]> query(new float[queries * channels]), key(new float[keys * channels]);
+  for (int64_t i = 0; i < queries * channels; ++i) query[i] = static_cast<float>(from_to(-2, 2));
+  for (int64_t i = 0; i < keys * channels; ++i) key[i] = static_cast<float>(from_to(-1, 1));
+  const std::unique_ptr<Floats[]> panels(new Floats[count * 2 * channels]);
+  for (int64_t i = 0; i < count; ++i) pack_panel(panels.get() + i * 2 * channels, key.get(), keys, channels, i);
+  const std::unique_ptr<int64_t[]> position(new int64_t[queries]);
+  for (int64_t begin = 0; begin < queries; begin += kTile * kTiles) {
+    const int64_t end = std::min(begin + kTile * kTiles, queries);
+    match_queries(position.get(), query.get(), begin, end, panels.get(), keys, channels);
+  }
+  for (int64_t q = 0; q < queries; ++q) {
+    int64_t best = 0;
+    double highest = -1e9;
+    for (int64_t k = 0; k < keys; ++k) {
+      double product = 0;
+      for (int64_t c = 0; c < channels; ++c) product += double(query[q * channels + c]) * key[k * channels + c];
+      if (product > highest) highest = product, best = k;
+    }
+    if (position[q] != best) {
+      std::printf("match differs: keys %ld channels %ld\n", long(keys), long(channels));
+      std::exit(1);
+    }
+  }
+}
+
 int main(int count, char** arguments) {
   const long cases = count > 1 ? std::atol(arguments[1]) : 1000;
   generator.seed(count > 2 ? std::atol(arguments[2]) : 0);
   for (long i = 0; i < cases; ++i) {
     gather_and_scatter(int64_t{2} << i % 3);
+    match();
     switch (i % 4) {
       case 0:
         recover<float>(), select<float>();

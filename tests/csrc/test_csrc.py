@@ -37,18 +37,18 @@ def rows_test(tmp_path_factory):
     # As setup.py compiles the CPU library, where this processor can run it.
     x86 = platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     sanitizers = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags = ["-std=c++17", "-O1", *sanitizers, *(["-mavx2", "-mf16c"] if x86 else []), *WARNINGS, *INCLUDE]
+    flags = ["-std=c++17", "-O1", *sanitizers, *(["-mavx2", "-mfma", "-mf16c"] if x86 else []), *WARNINGS, *INCLUDE]
     run(CXX, *flags, Path(__file__).with_name("rows_test.cpp"), "-o", program)
     return program
 
 
 def test_every_job_and_the_kernel_under_sanitizers(rows_test):
-    """Each case draws shapes, strides, alignments and indices for a gather, a scatter, a recover and a selection."""
+    """Each case draws shapes, strides, alignments and indices for every job."""
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # leak detection needs ptrace
     assert run(rows_test, 10000, 0, env=environment) == "10000 cases\n"
 
 
-@pytest.mark.parametrize("source", ["tokens_cpu.cpp", "tokens_cuda.cpp"])
+@pytest.mark.parametrize("source", ["tokens_cpu.cpp", "match_cpu.cpp", "tokens_cuda.cpp"])
 def test_no_warnings_on_the_host(source):
     macros = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
     run(CXX, "-fsyntax-only", "-std=c++17", *macros, *WARNINGS, *INCLUDE, CSRC / source)

@@ -229,9 +229,11 @@ def test_they_can_be_turned_off():
         "print(libraries.why_not('cpu'), libraries.why_not('cuda'))\n"
         "print(torch._C._dispatch_has_kernel_for_dispatch_key('todo_attn::gather_tokens', 'CPU'))\n"
         "print(torch.ops.todo_attn.gather_tokens(torch.ones(1, 4, 1), torch.tensor([[2]])).item())\n"
+        "from todo_attn.ops import match_tokens\n"
+        "print(match_tokens(torch.eye(4)[None], torch.tensor([[2]]), torch.tensor([[1, 2]]))[0].item())\n"
     )
     off = "TODO_ATTN_LIBRARIES=0 is set"
-    assert run(code, TODO_ATTN_LIBRARIES="0").splitlines() == [f"{off} {off}", "False", "1.0"]
+    assert run(code, TODO_ATTN_LIBRARIES="0").splitlines() == [f"{off} {off}", "False", "1.0", "1"]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from todo_attn import reference
-from todo_attn.ops import backends, matching
+from todo_attn.ops import backends, libraries, matching
 from todo_attn.ops.matching import match_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -13,6 +13,10 @@ GAP = 1e-6  # decisions closer than this in float64 are free
 TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 CASES = [("torch", d) for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
 CASES += [("triton", d) for d in TRITON_DTYPES]
+BACKENDS = ["torch", "triton"]
+if DEVICE == "cpu" and libraries.why_not("cpu") is None:
+    CASES += [("compiled", d) for d in (torch.float32, torch.float16, torch.bfloat16)]
+    BACKENDS.append("compiled")
 # batch, N, C, Q, K: odd ones, one of each, more than a tile of both, the channels of Stable Diffusion
 SIZES = [(2, 37, 5, 21, 13), (1, 1, 1, 1, 1), (2, 300, 70, 150, 140), (1, 90, 320, 33, 65), (3, 50, 16, 7, 1)]
 
@@ -55,7 +59,7 @@ def test_sizes_dtypes_and_index_types(backend, dtype, size):
     check(backend, x, indices(batch, tokens, queries, torch.int32), indices(batch, tokens, keys))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
     x = torch.randn(9, 60, 2, device=DEVICE).permute(2, 1, 0)[:, ::2, 1:]
     query_index = indices(30, 30, 2).t()
@@ -63,7 +67,7 @@ def test_any_strides(backend):
     check(backend, x[:1].expand(2, -1, -1), query_index, indices(1, 30, 9).expand(2, -1))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_go_to_the_lowest_position(backend):
     """Every key several times, inside a tile and in others; the same tokens also stand at several places of x."""
     distinct = torch.randn(1, 10, 24, device=DEVICE)
@@ -81,7 +85,7 @@ def test_ties_go_to_the_lowest_position(backend):
 
 @pytest.mark.parametrize("channels", [1, 7, 320])
 @pytest.mark.parametrize("keys", [3, 13, 50])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_keys_tie_at_every_size(backend, keys, channels):
     """Small products are computed in other ways than large ones."""
     x = torch.cat([torch.randn(1, 5, channels), torch.randn(1, 1, channels).expand(1, keys, -1)], 1).to(DEVICE)
@@ -112,8 +116,8 @@ def test_squares_outside_of_fp32(backend, dtype, size):
 
 
 @pytest.mark.parametrize(
-    "backend", ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
-)  # NaN stops the interpreter
+    "backend", [b for b in BACKENDS if b != "triton" or DEVICE == "cuda"]
+)  # it stops the interpreter
 def test_nan_stays_in_range(backend):
     x = torch.randn(1, 10, 6, device=DEVICE)
     x[0, 4] = float("nan")
@@ -121,11 +125,46 @@ def test_nan_stays_in_range(backend):
     assert ((position >= 0) & (position < 5)).all()
 
 
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs the CPU library")
+def test_many_more_keys_than_a_block_of_the_cache_holds():
+    """And more queries than a task has; threads share them out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        x = torch.randn(2, 3000, 320)
+        check("compiled", x, indices(2, 3000, 131), indices(2, 3000, 2500))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs the CPU library")
+def test_keys_that_rounding_alone_sets_apart_tie_in_the_library():
+    x = torch.randn(1, 1, 320) * (1 + torch.arange(200)[None, :, None] / 3)
+    position, _ = match("compiled", x, torch.arange(200)[None], torch.arange(200)[None])
+    assert (position == 0).all()
+
+
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs the CPU library")
+@pytest.mark.parametrize(
+    ("query", "key", "name"),
+    [
+        (torch.ones(1, 2, 3).double(), torch.ones(1, 2, 3), "query"),
+        (torch.ones(1, 3, 2).mT, torch.ones(1, 2, 3), "query"),
+        (torch.ones(1, 2, 3), torch.ones(2, 3), "key"),
+        (torch.ones(1, 2, 3), torch.ones(1, 2, 4), "key"),
+        (torch.ones(1, 2, 3), torch.ones(1, 0, 3), "key"),
+    ],
+)
+def test_the_library_refuses_what_it_cannot_take(query, key, name):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        torch.ops.todo_attn.match_rows(query, key)
+
+
 def test_blocks_of_queries_and_memory(monkeypatch):
     """Equal to one block, and no tensor has more elements than the limit or the rows themselves."""
     x = torch.randn(2, 400, 8)
     query_index, key_index = torch.randint(0, 400, (2, 301)), torch.randint(0, 400, (2, 350))
-    whole = match_tokens(x, query_index, key_index)
+    whole = matching._match_in_blocks(x, query_index, key_index)
     monkeypatch.setattr(matching, "_SCORES", 2 * 350 * 7)
     largest = 0
 
@@ -144,7 +183,7 @@ def test_blocks_of_queries_and_memory(monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
     x = torch.randn(2, 6, 4, device=DEVICE)
     for b, keys in ((2, 3), (2, 0), (0, 3)):
@@ -172,7 +211,7 @@ def test_gradient_is_that_of_the_oracle():
         torch.testing.assert_close(grad.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     x = torch.randn(2, 12, 5, device=DEVICE, requires_grad=True)
     arguments = (x, indices(2, 12, 6), indices(2, 12, 4, torch.int32))

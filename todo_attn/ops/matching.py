@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from . import backends, checks
+from . import backends, checks, libraries
 from .precision import exact
 from .tokens import gather_op
 
@@ -72,6 +72,16 @@ def _match_in_blocks(
     return position, similarity
 
 
+def _match_compiled(
+    x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the CPU library, which stores no score at all (csrc/match.h)."""
+    query, _ = _normalise(_rows(x, query_index))
+    key, _ = _normalise(_rows(x, key_index))
+    position = torch.ops.todo_attn.match_rows(query, key)
+    return position, (query * _rows(key, position)).sum(-1)
+
+
 @torch.library.custom_op("todo_attn::match_tokens", mutates_args=())
 def _forward(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, backend: str
@@ -84,6 +94,8 @@ def _forward(
         from todo_attn.kernels.match import match
 
         position, similarity = match(x, query_index, key_index)
+    elif backend == "compiled":
+        position, similarity = _match_compiled(x, query_index, key_index)
     else:
         position, similarity = _match_in_blocks(x, query_index, key_index)
     return similarity, position  # the differentiable one first: opcheck adds outputs up in the type of the first
@@ -130,6 +142,14 @@ def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
+def _backend(x: torch.Tensor) -> str:
+    """ "triton", "compiled" or "torch": the fastest that takes ``x``."""
+    chosen = backends.choose("auto", x.device, x.dtype)
+    if chosen == "torch" and x.device.type == "cpu" and x.dtype != torch.float64 and libraries.why_not("cpu") is None:
+        return "compiled"
+    return chosen
+
+
 def match_tokens(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,5 +180,5 @@ def match_tokens(
     checks.index("key_index", key_index, "B, K", "x", x)
     if key_index.shape[1] == 0 and query_index.shape[1] > 0:
         raise ValueError(f"key_index must name at least one key for the queries, got shape {tuple(key_index.shape)}")
-    similarity, position = _forward(x, query_index, key_index, backends.choose("auto", x.device, x.dtype))
+    similarity, position = _forward(x, query_index, key_index, _backend(x))
     return position, similarity
