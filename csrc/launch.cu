@@ -44,6 +44,8 @@ void launch(const Job& job, int64_t batches, int64_t rows, void* stream) {
 
 template void launch(const Gather&, int64_t, int64_t, void*);
 template void launch(const Scatter&, int64_t, int64_t, void*);
+template void launch(const Place&, int64_t, int64_t, void*);
+template void launch(const Replace&, int64_t, int64_t, void*);
 template void launch(const RecoverAdd<float>&, int64_t, int64_t, void*);
 template void launch(const RecoverAdd<double>&, int64_t, int64_t, void*);
 template void launch(const RecoverAdd<c10::Half>&, int64_t, int64_t, void*);

@@ -15,8 +15,8 @@ constexpr int kTile = 6;        // queries: 6 x 16 sums, a row of a panel and a 
 constexpr int64_t kTiles = 8;   // that read a block of panels while it is in the cache nearby
 constexpr int64_t kPart = 64;   // channels summed on their own: a long sum rounds less in parts
 constexpr int64_t kBlockBytes = 1 << 17;
-// Products that rounding alone may set apart are ties, which the lower position wins. What is kept is never further than
-// this below the largest one so far; two such steps are the ties that todo_attn/ops/matching.py promises.
+// Products that rounding alone may set apart are ties, which the lower position wins. What is kept is never further
+// than this below the largest one so far; two such steps are the ties that todo_attn/ops/matching.py promises.
 constexpr float kTie = 0x1p-22f;
 
 typedef float Floats __attribute__((vector_size(32)));

@@ -153,9 +153,17 @@ void scatter_rows(const Tensor& x, const Index& numbers, const Tensor& source) {
 template <class Device>
 Tensor scatter_tokens(const Tensor& x, const Tensor& index, const Tensor& source) {
   const Index numbers = check_scatter<Device>(x, index, source);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  torch::stable::copy_(out, x);
-  scatter_rows<Device>(out, numbers, source);
+  const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2), width = width_of(x);
+  const typename Device::Guard guard(x.get_device_index());
+  Tensor out = torch::stable::new_empty(x, {batch, tokens, channels});
+  if (out.numel() == 0) return out;
+  Tensor place = torch::stable::new_empty(x, {batch, tokens}, ScalarType::Long);
+  torch::stable::zero_(place);
+  int64_t* places = static_cast<int64_t*>(place.mutable_data_ptr());
+  const int64_t rows = index.size(1);
+  if (rows != 0) Device::run(Place{places, numbers, tokens}, batch, rows, 8, x.get_device_index());
+  const Replace job{mutable_rows_of(out), rows_of(x), rows_of(source), places, tokens, {channels, width}};
+  Device::run(job, batch, tokens, channels * width, x.get_device_index());
   return out;
 }
 

@@ -150,6 +150,36 @@ struct Scatter {
   }
 };
 
+// place[b, index[b, k]] = k + 1, place adjacent and 0 elsewhere: for each token, which row takes its place.
+struct Place {
+  static constexpr int kLanes = 1;
+  int64_t* place;
+  Index index;
+  int64_t tokens;
+
+  TODO_ATTN_ROW void operator()(int64_t batch, int64_t row, int /*lane*/, int /*lanes*/) const {
+    const int64_t token = index.at(batch, row);
+    if (usable(token, tokens)) place[batch * tokens + token] = row + 1;
+  }
+};
+
+// out[b, n] = source[b, place[b, n] - 1] where that is above 0, else x[b, n]: each row of out is written once.
+struct Replace {
+  static constexpr int kLanes = 8;
+  Rows<char> out;
+  Rows<const char> x, source;
+  const int64_t* place;
+  int64_t tokens;
+  RowCopy copy;
+
+  TODO_ATTN_ROW void operator()(int64_t batch, int64_t token, int lane, int lanes) const {
+    const int64_t row = place[batch * tokens + token] - 1;
+    const Rows<const char>& rows = row < 0 ? x : source;
+    const char* from = rows.at(batch, row < 0 ? token : row);
+    copy(out.at(batch, token), out.channel_stride, from, rows.channel_stride, lane, lanes);
+  }
+};
+
 // The type a sum is computed in before it is rounded, once, to T.
 template <class T>
 struct WideOf {

@@ -176,6 +176,24 @@ static void gather_and_scatter(int64_t width) {
           if (const int64_t t = index.at(b, r); t >= 0 && t < tokens)
             std::memcpy(x.at(b, t, c), source.at(b, r, c), width);
   });
+  // The same into another tensor, in two jobs.
+  const Tensor place({batch, tokens, 1}, 8, true, false), out({batch, tokens, channels}, width, true, false);
+  int64_t* places = reinterpret_cast<int64_t*>(place.data());
+  std::fill(places, places + batch * tokens, 0);
+  compare("place", Place{places, index.index(), tokens}, batch, rows, place.memory.get(), place.bytes, [&] {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t r = 0; r < rows; ++r)
+        if (const int64_t t = index.at(b, r); t >= 0 && t < tokens) places[b * tokens + t] = r + 1;
+  });
+  const Replace replace{out.rows(), x.const_rows(), source.const_rows(), places, tokens, {channels, width}};
+  compare("replace", replace, batch, tokens, out.memory.get(), out.bytes, [&] {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t row = places[b * tokens + t] - 1;
+          std::memcpy(out.at(b, t, c), row < 0 ? x.at(b, t, c) : source.at(b, row, c), width);
+        }
+  });
 }
 
 template <class T>
