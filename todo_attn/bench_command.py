@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .bench import cases, kernels, machine, report
+from .compare_settings import resolved_device
 
 _SHORT = {str(dtype).removeprefix("torch."): name for name, dtype in cases.DTYPES.items()}
 
@@ -36,7 +37,7 @@ def bench(
     Raises:
         ValueError: an argument that does not fit, naming it; nothing has been timed then.
     """
-    where = _device(device)
+    where = torch.device(resolved_device(device, mps=False))
     gpu = where.type == "cuda"
     if height is None:
         height = width if width is not None else 2048 if gpu else 768
@@ -53,17 +54,3 @@ def bench(
         size = f"{width}x{height}"
         notes.insert(0, f"ToDo changes nothing at {size}: no self-attention of {model} has more than 4096 keys there")
     return {"rows": rows, "notes": notes, "machine": machine.describe(where)}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be one that torch sees, of {torch.cuda.device_count()} GPUs, got {name}")
-    return device

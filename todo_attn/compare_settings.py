@@ -105,7 +105,7 @@ class CompareSettings(MethodOptions):
             raise SettingError("guidance", f"must be a number of at least 0, got {self.guidance}")
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise SettingError("scheduler", f"must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
-        fill("device", _resolved_device(self.device))
+        fill("device", resolved_device(self.device))
         fill("dtype", _resolved_dtype(self.dtype, self.device))
         super().__post_init__()
 
@@ -148,13 +148,19 @@ def check_size(name: str, size: int | None, multiple: int) -> None:
         raise SettingError(name, f"must be a multiple of {multiple} and at least {MIN_SIZE}, got {size}")
 
 
-def _resolved_device(device: str) -> str:
+def resolved_device(device: str, mps: bool = True) -> str:
+    """The torch device that ``device`` names: "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        SettingError: it names none that is present, or mps without ``mps``.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    known = "auto, cpu, cuda, cuda:N or mps" if mps else "auto, cpu, cuda or cuda:N"
     try:
         parsed = torch.device(device)
     except RuntimeError:
-        raise SettingError("device", f"must be auto, cpu, cuda, cuda:N or mps, got {device!r}") from None
+        raise SettingError("device", f"must be {known}, got {device!r}") from None
     if parsed.type == "cpu":
         return "cpu"
     if parsed.type == "cuda":
@@ -162,9 +168,9 @@ def _resolved_device(device: str) -> str:
         if (parsed.index or 0) < count:
             return device
         raise SettingError("device", f"must be one that torch sees, which has {count} CUDA devices, got {device!r}")
-    if parsed.type == "mps" and torch.backends.mps.is_available():
+    if mps and parsed.type == "mps" and torch.backends.mps.is_available():
         return device
-    raise SettingError("device", f"must be auto, cpu, cuda, cuda:N or mps, and present, got {device!r}")
+    raise SettingError("device", f"must be {known}, and present, got {device!r}")
 
 
 def _resolved_dtype(dtype: str, device: str) -> str:

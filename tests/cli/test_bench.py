@@ -62,8 +62,9 @@ def test_a_picture_of_which_only_one_side_is_given_is_square(monkeypatch):
         (["--width", 0], "--height must be a multiple of 8 pixels, at least 64, got 0"),
         (["--model", "sd3"], "--model must be one of sd15, sdxl, got sd3"),
         (["--dtype", "int8"], "--dtype must be one of fp32, fp16, bf16, got int8"),
-        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got tpu"),
-        (["--device", "cuda:99"], "--device must be one that torch sees, of"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "mps"], "--device must be auto, cpu, cuda or cuda:N, and present, got 'mps'"),
+        (["--device", "cuda:99"], "--device must be one that torch sees, which has"),
     ],
 )
 def test_what_there_is_not_is_refused_in_one_line(run, arguments, message):
@@ -71,3 +72,16 @@ def test_what_there_is_not_is_refused_in_one_line(run, arguments, message):
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith(f"todo-attn: error: {message}")
     assert ran.err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_added_to_is_refused_before_anything_is_timed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "run", None)
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path, "--out must be a file that can be written"),
+        (tmp_path / "file" / "rows", "--out "),
+    ):
+        ran = run("bench", "--device", "cpu", "--height", 64, "--out", out)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.startswith(f"todo-attn: error: {message}") and ran.err.count("\n") == 1
+    assert (tmp_path / "file").read_bytes() == b""
