@@ -219,7 +219,11 @@ def attention(
     coarse = (grid[0] // factor[0], grid[1] // factor[1])
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, run.block_n) * run.block_n
-    log2_scale = abs(scale) * LOG2_E
+    # As fp32 can hold it: infinity times a difference of 0 would be NaN, and what is below its normal numbers is 0.
+    fp32 = torch.finfo(torch.float32)
+    log2_scale = min(abs(scale) * LOG2_E, fp32.max)
+    if log2_scale < fp32.tiny:
+        log2_scale = 0.0
 
     with torch.cuda.device_of(query):
         packed_key, packed_value = pack(key, value, grid, coarse, mode, scale < 0, rows, tile)
@@ -243,7 +247,7 @@ def attention(
             keys,
             rows,
             log2_scale,
-            2.0 ** math.ceil(math.log2(log2_scale)) if log2_scale else 0.0,
+            2.0 ** min(127, math.ceil(math.log2(log2_scale))) if log2_scale else 0.0,
             **constants(head_dim, tile, run, tail=rows > keys, steep=log2_scale > 1),
             **run.options,
         )

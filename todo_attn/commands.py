@@ -212,12 +212,23 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"--out must be a folder that can be written, got {str(out)!r}: {error.strerror}") from error
 
 
+def _check_appendable(out: Path) -> None:
+    """Refuse a file that cannot be made or added to, without leaving anything behind."""
+    if not out.exists():
+        _check_writable(out.parent)
+        return
+    try:
+        out.open("a").close()
+    except OSError as error:
+        raise UserError(f"--out must be a file that can be written, got {str(out)!r}: {error.strerror}") from error
+
+
 _DOCTOR_HELP = """Say what is installed, run each op against its oracle, and exit with 1 if something is broken.
 
 What is not installed (a GPU, Triton, diffusers) is said and is no error: the rest works without it.
 
-With `--model`, or a size, say instead what ToDo and DaTo would gain there on this machine: predicted from the
-operations that they leave out, and with `--measure` timed; or that they will not help there, and why.
+With `--model`, a size or another of its options, say instead what ToDo and DaTo would gain there on this machine:
+predicted from the operations that they leave out, and with `--measure` timed; or that they will not help, and why.
 
 **Examples**
 
@@ -229,6 +240,7 @@ operations that they leave out, and with `--measure` timed; or that they will no
 
 @app.command("doctor", help=_DOCTOR_HELP)
 def doctor_command(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(help="sd15, sdxl, a folder saved by diffusers, or a Hub id.", show_default="the shipped pipeline"),
@@ -246,7 +258,8 @@ def doctor_command(
     measure: Annotated[bool, typer.Option("--measure", help="Time the UNet as well: seconds to minutes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    if model is None and height is None and width is None and not measure:
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    if not any(source and source.name == "COMMANDLINE" for name, source in sources.items() if name != "as_json"):
         _examine(as_json)
         return
     try:
@@ -320,11 +333,13 @@ def bench_command(
 
     notes = Console(stderr=True)
     if out is not None:
-        _check_writable(out.parent)
+        _check_appendable(out)
     try:
         timed = bench(device, dtype, model, height, width, lambda rows: harness.append(out, rows) if out else None)
     except ValueError as error:  # its first word is the option
         raise UserError(f"--{error}") from error
+    except OSError as error:
+        raise UserError(f"--out cannot be written: {error}", 1) from error
     print(json.dumps(timed, indent=2, allow_nan=False) if as_json else report.table(timed["rows"]))
     console = notes if as_json else Console()
     for note in timed["notes"]:

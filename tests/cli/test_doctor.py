@@ -170,3 +170,18 @@ def test_bad_input_is_one_line(run, sd_folder, arguments, message):
     assert ran.code == 2 and ran.out == ""
     line, end = ran.err.split("\n")
     assert end == "" and line.startswith(f"todo-attn: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--steps", "0", "--steps must be at least 1, got 0"),
+        ("--device", "tpu", "--device must be auto, cpu"),
+        ("--prune-ratio", "2", "--prune-ratio "),
+    ],
+)
+def test_no_option_is_passed_over(run, option, value, message):
+    """Each is about the gain, so it asks for that, of the shipped pipeline."""
+    ran = run("doctor", option, value)
+    assert ran.code == 2 and ran.out == ""
+    assert ran.err.startswith(f"todo-attn: error: {message}")

@@ -4,9 +4,19 @@ import logging
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel
 
-from todo_attn import DaToConfig, ToDoConfig, apply_dato, apply_todo, logs, remove_dato, remove_todo, schedule
+from todo_attn import (
+    DaToConfig,
+    ToDoConfig,
+    ToDoProcessor,
+    apply_dato,
+    apply_todo,
+    logs,
+    remove_dato,
+    remove_todo,
+    schedule,
+)
 from todo_attn.compare_settings import CompareSettings
 from todo_attn.diffusers import advice, gains, probes, timing
 from todo_attn.diffusers.architectures import CONFIGS, Architecture
@@ -142,6 +152,24 @@ def test_a_model_that_does_not_say_its_size(make_controlnet, caplog):
     caplog.set_level(logging.INFO, "todo_attn")
     apply_todo(make_controlnet())
     assert not said(caplog)
+
+
+def test_of_a_video_model_nothing_is_said(caplog):
+    """Its frames are in no layer's shape; and what is said must never keep ToDo from being applied."""
+    video = UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    caplog.set_level(logging.INFO, "todo_attn")
+    apply_todo(video)
+    assert not said(caplog)
+    assert any(isinstance(module, ToDoProcessor) for module in video.attn_processors.values())
 
 
 # doctor --model

@@ -396,3 +396,13 @@ def test_backward_stays_wide_under_autocast():
     exact = torch.autograd.grad(reference.downsampled_attention(*tensors, (4, 5), 2).sum(), tensors)
     for actual, expected in zip(grads, exact, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-40, 1e38, -3e38, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_scales_at_the_ends_of_fp32_and_beyond(dtype, scale, hopper):
+    """Small ones make the mean of the values, large ones take the best key's."""
+    query, key, value = inputs(40, dtype, (3, 3), tokens=5, batch=1)
+    out = ops.downsampled_attention(query, key, value, (3, 3), scale=scale, backend="triton")
+    exact = reference.downsampled_attention(*(t.double() for t in (query, key, value)), (3, 3), scale=scale)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)

@@ -9,7 +9,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -153,8 +152,8 @@ def test_more_than_2_to_31_elements(device):
     assert torch.equal(compiled.recover_tokens(x, index, rows), rows + rows)
 
 
-@pytest.mark.skipif(psutil.virtual_memory().available < 10 * 2**30, reason="needs 4.3 GB, and some more")
-def test_an_output_of_more_than_2_to_31_elements(device):
+def test_an_output_of_more_than_2_to_31_elements(device, needs_memory):
+    needs_memory(10)  # 4.3, and some more
     channels, rows = 2**16, 2**15 + 1
     x = torch.randn(1, 2, channels, device=device).half()
     index = torch.zeros(1, rows, dtype=torch.int32, device=device)

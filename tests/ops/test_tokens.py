@@ -1,6 +1,5 @@
 """Moving tokens, against plain indexing: bit-equal whatever the dtype, strides, index type and size."""
 
-import psutil
 import pytest
 import torch
 
@@ -284,11 +283,10 @@ def test_in_place_without_gradients_on():
 
 
 @pytest.mark.parametrize("path", ["fallback", "op"])
-def test_above_two_to_the_31_elements(path):
+def test_above_two_to_the_31_elements(path, needs_memory):
+    needs_memory(6)
     torch.use_deterministic_algorithms(False)  # memory that nobody touches stays unmapped
     tokens, channels = 2**20 + 1, 2048
-    if psutil.virtual_memory().available < 6 << 30:
-        pytest.skip("needs 6 GB of free memory")
     x = torch.empty(1, tokens, channels, dtype=torch.float16)
     ends = torch.tensor([[tokens - 1, 0, tokens // 2]])
     source = torch.randn(1, 3, channels).half()
@@ -297,3 +295,16 @@ def test_above_two_to_the_31_elements(path):
     assert torch.equal(OPS["gather"][path](x, ends), source)
     residual = torch.randn(1, 3, channels).half()
     assert torch.equal(OPS["recover"][path](x, ends, residual), source + residual)
+
+
+@paths
+def test_whatever_torchs_default_device_is(path):
+    """An op makes what it needs where its arguments are."""
+    x, source, index = torch.randn(2, 5, 3), torch.randn(2, 2, 3), torch.tensor([[0, 4], [3, 1]])
+    back = torch.tensor([[0, 1, 1, 0, 1]] * 2)
+    with torch.device("meta"):
+        scattered, recovered = OPS["scatter"][path](x, index, source), OPS["recover"][path](source, back, None)
+        bases = OPS["select"][path](x[..., 0], (5, 1), (2, 1))
+    same_bits(scattered, reference.scatter_tokens(x, index, source))
+    same_bits(recovered, reference.recover_tokens(source, back))
+    assert torch.equal(bases, reference.select_base_tokens(x[..., 0], (5, 1), (2, 1)))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from diffusers.models import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -182,8 +183,11 @@ def _tokens(latents: Grid, level: int) -> int:
 
 
 def _sizes(pipe_or_model: Any, model: Any) -> dict[Grid, str]:
-    """Latents at the model's normal size, twice and four times that, each with a name; none where it does not say."""
-    sample = getattr(getattr(model, "config", None), "sample_size", None)
+    """Latents at the model's normal size, twice and four times that, each with a name; none where it does not say.
+
+    Nor where shapes do not tell: a video's model works on frames, too, and has attentions outside of its blocks.
+    """
+    sample = model.config.sample_size if isinstance(model, UNet2DConditionModel) else None
     if sample is None:
         return {}
     height, width = (sample, sample) if isinstance(sample, int) else sample

@@ -20,7 +20,7 @@ def _put(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> None:
     """``x[b, index[b, k]] = source[b, k]``."""
     if x.device.type == "cpu":
         # There scatter_ passes over all of x. Elsewhere index_put_ would take negative indices.
-        x.index_put_((torch.arange(x.shape[0]).unsqueeze(1), index.long()), source)
+        x.index_put_((torch.arange(x.shape[0], device=x.device).unsqueeze(1), index.long()), source)
     else:
         x.scatter_(1, _rows(index, x.shape[2]), source)
 
