@@ -221,10 +221,14 @@ def _cases(rows: Iterable[Row]) -> list[Row]:
 
 
 def _contender(row: Row) -> str:
-    return _NAMES.get(row["contender"]["name"], row["contender"]["name"])
+    """ "DaTo, coco" of "dato-coco"; names that are not known stay."""
+    name = row["contender"]["name"]
+    kind, _, more = name.partition("-")
+    return _NAMES.get(name) or (f"{_METHODS[kind]}, {more}" if kind in _METHODS and more else name)
 
 
-_NAMES = {"todo": "ToDo, 4096 keys", "todo-kv1024": "ToDo, 1024 keys", "tome": "ToMe", "dato": "DaTo"}
+_NAMES = {"todo": "ToDo, 4096 keys", "todo-kv1024": "ToDo, 1024 keys", "tome": "ToMe"}
+_METHODS = {"todo": "ToDo", "dato": "DaTo", "todo+dato": "ToDo and DaTo", "deepcache": "DeepCache"}
 
 
 def _is_todo(row: Row) -> bool:

@@ -157,3 +157,15 @@ def test_the_line_is_the_model_of_time():
     assert plot_model.predicted_speedup("sd15", 1024, ToDoConfig(), rates) == rates.seconds(dense) / rates.seconds(todo)
     assert plot_model.predicted_speedup("sd15", 512, ToDoConfig(), rates) == 1
     assert isinstance(dense, Work) and todo.attention < dense.attention
+
+
+def test_names_in_the_legend():
+    named = {
+        "todo": "ToDo, 4096 keys",
+        "todo-paper": "ToDo, paper",
+        "dato-coco": "DaTo, coco",
+        "todo+dato-v1": "ToDo and DaTo, v1",
+        "deepcache-3": "DeepCache, 3",
+        "other": "other",
+    }
+    assert {name: plot._contender({"contender": {"name": name}}) for name in named} == named
