@@ -34,6 +34,12 @@ app = typer.Typer(
 
 # The methods whose gain doctor tells.
 _ADVISED = "dense,todo,dato,todo+dato"
+# Options that doctor and schedules share.
+_Architecture = Annotated[
+    str | None,
+    typer.Option(help="sd15, sdxl, a folder saved by diffusers, or a Hub id.", show_default="the shipped pipeline"),
+]
+_Side = Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")]
 # Options that are not called like the setting they give.
 _OPTIONS = {"model": "MODEL", "prompts": "--prompt", "seeds": "--seed"}
 
@@ -241,12 +247,9 @@ predicted from the operations that they leave out, and with `--measure` timed; o
 @app.command("doctor", help=_DOCTOR_HELP)
 def doctor_command(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Option(help="sd15, sdxl, a folder saved by diffusers, or a Hub id.", show_default="the shipped pipeline"),
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
+    model: _Architecture = None,
+    height: _Side = None,
+    width: _Side = None,
     max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto leaves.")] = 4096,
     schedule: Annotated[str, typer.Option(help="DaTo: the name of a published schedule, or a JSON file.")] = "coco",
     prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
@@ -348,12 +351,9 @@ def bench_command(
 
 @app.command("schedules")
 def schedules_command(
-    model: Annotated[
-        str | None,
-        typer.Option(help="sd15, sdxl, a folder saved by diffusers, or a Hub id.", show_default="the shipped pipeline"),
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
+    model: _Architecture = None,
+    height: _Side = None,
+    width: _Side = None,
     steps: Annotated[int, typer.Option(help="Of the scheduler; schedules are resampled to them.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:

@@ -205,19 +205,11 @@ def _try_processor() -> str | None:
     from diffusers import UNet2DConditionModel
 
     from . import ToDoConfig, apply_todo, remove_todo
+    from .diffusers.unets import SMALLEST
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), silent():
         torch.manual_seed(0)
-        unet: Any = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=8,
-            attention_head_dim=4,
-            norm_num_groups=8,
-        )
+        unet: Any = UNet2DConditionModel(**SMALLEST)
         inputs = torch.randn(1, 4, 8, 12), 10, torch.randn(1, 3, 8)
         before = unet(*inputs).sample
         apply_todo(unet, ToDoConfig(factor=1))

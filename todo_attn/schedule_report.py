@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import schedule
 from .compare_methods import SettingError
-from .compare_settings import SIZE_MULTIPLE, check_size
 from .dato_config import DaToConfig
 
 if TYPE_CHECKING:
@@ -16,23 +14,6 @@ if TYPE_CHECKING:
 
 _BATCH = 2  # a picture with guidance
 _KINDS = {"full": schedule.FULL, "shallow": schedule.SHALLOW, "reuse": schedule.REUSE}
-
-
-def chosen_size(architecture: Architecture, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels; None is what the UNet was trained for.
-
-    Raises:
-        SettingError: a size that does not fit, or None where the UNet does not say.
-    """
-    sides = architecture.size or (None, None)
-    sizes = []
-    for name, given, trained in zip(("height", "width"), (height, width), sides, strict=True):
-        size = trained if given is None else given
-        if size is None:
-            raise SettingError(name, "must be given: the model does not say its normal size")
-        check_size(name, size, math.lcm(SIZE_MULTIPLE, architecture.pixels_per_latent))
-        sizes.append(size)
-    return sizes[0], sizes[1]
 
 
 def build_listing(
@@ -53,6 +34,7 @@ def build_listing(
     Raises:
         SettingError: a size or number of steps that does not fit, or a UNet that cannot be counted.
     """
+    from .diffusers.architectures import chosen_size
     from .diffusers.cost import count_call, run_cost
 
     if steps < 1:

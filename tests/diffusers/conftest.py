@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
@@ -14,6 +15,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection
 from torch import nn
 
 _UNET = {
@@ -230,3 +233,32 @@ def hooks():
         )
 
     return count
+
+
+@pytest.fixture
+def make_ip_adapter():
+    """make_ip_adapter(unet): the state dict of an IP-Adapter for it, as load_ip_adapter takes it."""
+
+    def make_ip_adapter(unet):
+        torch.manual_seed(5)
+        weights, key = {}, 1
+        for name, module in unet.named_modules():
+            if name.endswith("attn2"):
+                processor = IPAdapterAttnProcessor2_0(hidden_size=module.inner_dim, cross_attention_dim=8)
+                weights[f"{key}.to_k_ip.weight"] = processor.to_k_ip[0].weight.detach() * 10
+                weights[f"{key}.to_v_ip.weight"] = processor.to_v_ip[0].weight.detach() * 10
+                key += 2
+        projection = ImageProjection(cross_attention_dim=8, image_embed_dim=6, num_image_text_embeds=4).state_dict()
+        names = {"image_embeds.weight": "proj.weight", "image_embeds.bias": "proj.bias"}
+        image_proj = {names.get(name, name): weight for name, weight in projection.items()}
+        return {"image_proj": image_proj, "ip_adapter": weights}
+
+    return make_ip_adapter
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """torch.compile with nothing compiled before, and nothing left after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

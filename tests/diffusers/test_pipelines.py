@@ -14,7 +14,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection
 from peft import LoraConfig, get_peft_model_state_dict
 
 from todo_attn import ToDoConfig, ToDoProcessor, apply_todo, remove_todo
@@ -153,21 +152,8 @@ def test_lora(pipe, generate, call, reference, lora, order):
 
 
 @pytest.fixture
-def ip_adapter(pipe):
-    """The state dict of an IP-Adapter for the pipeline's UNet, as load_ip_adapter takes it."""
-    torch.manual_seed(5)
-    weights, key = {}, 1
-    for name, module in pipe.unet.named_modules():
-        if name.endswith("attn2"):
-            processor = IPAdapterAttnProcessor2_0(hidden_size=module.inner_dim, cross_attention_dim=8)
-            weights[f"{key}.to_k_ip.weight"] = processor.to_k_ip[0].weight.detach() * 10
-            weights[f"{key}.to_v_ip.weight"] = processor.to_v_ip[0].weight.detach() * 10
-            key += 2
-    projection = ImageProjection(cross_attention_dim=8, image_embed_dim=6, num_image_text_embeds=4).state_dict()
-    names = {"image_embeds.weight": "proj.weight", "image_embeds.bias": "proj.bias"}
-    names |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
-    image_proj = {names[name]: weight for name, weight in projection.items()}
-    return {"image_proj": image_proj, "ip_adapter": weights}
+def ip_adapter(pipe, make_ip_adapter):
+    return make_ip_adapter(pipe.unet)
 
 
 def load(pipe, ip_adapter):

@@ -283,26 +283,16 @@ def test_opcheck(backend, mode):
     )
 
 
-def test_backward_never_holds_all_scores():
+def test_backward_never_holds_all_scores(watch_tensors):
     """The largest tensor of the backward stays far below N x M."""
     query, key, value = (t.requires_grad_() for t in inputs(8, torch.float32, (64, 64), tokens=8192, heads=1, batch=1))
     out = ops.downsampled_attention(query, key, value, (64, 64))
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            nonlocal largest
-            if isinstance(result, torch.Tensor):
-                largest = max(largest, result.numel())
-            return result
-
     from todo_attn.ops import attention
 
     arguments = (torch.ones_like(out), query, key, value, out)
-    with Watch(), torch.no_grad():
+    with watch_tensors() as watch, torch.no_grad():
         attention._backward._init_fn(*(t.detach() for t in arguments), [64, 64], [1, 1], "nearest", 0.3)
-    assert largest <= attention._BACKWARD_SCORES < 8192 * 4096
+    assert watch.largest <= attention._BACKWARD_SCORES < 8192 * 4096
 
 
 BAD = [

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from todo_attn import ops, reference
+from todo_attn.ops.pruning import without
 
 from .cases import DTYPES, PATCH, PRUNE_RATIO, Case
 from .harness import Side
@@ -45,7 +46,7 @@ def trial(case: Case, device: torch.device) -> Trial:
         x = torch.randn(shape, generator=generator, device=device, dtype=DTYPES[case.dtype])
         score = torch.randn(shape[:2], generator=generator, device=device)
         bases = ops.select_base_tokens(score, case.grid, PATCH)
-        return Inputs(number, x, score, _others(bases, case.tokens), bases)
+        return Inputs(number, x, score, without(case.tokens, bases), bases)
 
     inputs = rotation(make, device)
     match = case.benchmark == "match_tokens"
@@ -61,17 +62,11 @@ def trial(case: Case, device: torch.device) -> Trial:
     return Trial(inputs, [side("todo")], [side(name) for name in peers], peers)
 
 
-def _others(bases: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The tokens that are no bases, ascending."""
-    flag = torch.zeros((bases.shape[0], tokens), dtype=torch.int8, device=bases.device).scatter_(1, bases, 1)
-    return flag.argsort(dim=1, stable=True)[:, : tokens - bases.shape[1]]
-
-
 def _work(case: Case) -> dict[str, Any]:
     """Products of the pairs that decide something; tokens read, choices written."""
     pairs = (case.tokens - case.bases) * case.bases
     if case.benchmark == "plan_pruning":
-        pairs += case.pruned * case.kept
+        pairs += case.pruned * (case.kept - case.bases)  # the best base is known
     size = case.channels * DTYPES[case.dtype].itemsize
     return work(case.batch * case.tokens * (size + 8), 2 * case.batch * pairs * case.channels)
 
@@ -129,10 +124,10 @@ def _published_plan(x: Inputs, case: Case) -> Choice:
     column = torch.arange(across, device=offset.device) * pw + offset % pw
     bases = (row * width + column).flatten(1)
     similarity = _all_similarities(x.x)
-    others = _others(bases, case.tokens)
+    others = without(case.tokens, bases)
     _, best = _best(_take(similarity, others, bases))
     gone = others.gather(1, best.argsort(dim=1, descending=True)[:, : case.pruned])
-    kept = _others(gone, case.tokens)
+    kept = without(case.tokens, gone)
     position, _ = _best(_take(similarity, gone, kept))
     own = torch.arange(case.kept, device=kept.device).expand_as(kept)
     source = torch.empty_like(x.score, dtype=torch.int64).scatter_(1, kept, own).scatter_(1, gone, position)

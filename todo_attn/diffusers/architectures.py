@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 from diffusers.models import UNet2DConditionModel
+
+from ..compare_methods import SettingError
+from ..compare_settings import SIZE_MULTIPLE, check_size
 
 _SD15 = {
     "sample_size": 64,
@@ -90,3 +94,20 @@ def _pixels_per_latent(folder: str) -> int:
         return 2 ** (len(config["block_out_channels"]) - 1)
     except (OSError, KeyError, ValueError):
         return PIXELS_PER_LATENT
+
+
+def chosen_size(architecture: Architecture, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels; None is what the UNet was trained for.
+
+    Raises:
+        SettingError: a size that does not fit, or None where the UNet does not say.
+    """
+    sides = architecture.size or (None, None)
+    sizes = []
+    for name, given, trained in zip(("height", "width"), (height, width), sides, strict=True):
+        size = trained if given is None else given
+        if size is None:
+            raise SettingError(name, "must be given: the model does not say its normal size")
+        check_size(name, size, math.lcm(SIZE_MULTIPLE, architecture.pixels_per_latent))
+        sizes.append(size)
+    return sizes[0], sizes[1]

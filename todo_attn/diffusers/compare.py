@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..compare_settings import CompareSettings
+from ..logs import logger
 from ..peak_memory import watch_peak
 from .methods import BoundMethod, bind
 from .pipelines import check_pipeline, sized
@@ -146,7 +147,6 @@ def _told_once() -> Iterator[None]:
         told.add(message)
         return len(told) > before
 
-    logger = logging.getLogger("todo_attn")
     logger.addFilter(is_new)
     try:
         yield

@@ -14,10 +14,9 @@ from ..config import ToDoConfig
 from ..dato_config import DaToConfig
 from ..roofline import WORTH, Rates, Work, gain
 from ..schedule import FULL
-from ..schedule_report import chosen_size
 from ..versions import device_name
 from . import advice
-from .architectures import Architecture
+from .architectures import Architecture, chosen_size
 from .cost import CallWork, count_work
 from .levels import self_attentions, transformers_by_level
 from .probes import measure_rates

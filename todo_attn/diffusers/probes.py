@@ -13,22 +13,12 @@ from diffusers import UNet2DConditionModel
 from ..bench.harness import between, stamp
 from ..roofline import Rates
 from .cost import count_work
+from .unets import SMALLEST
 
 _SECONDS = 0.8  # of all rounds
 _MIN_ROUNDS = 3
 # Tokens along each side of the image that attention and convolution work on: on a GPU enough to fill it.
 _CPU_SIDE, _SIDE = 64, 128
-# As small as a UNet can be: its calls are all starting and no computing.
-_EMPTY_UNET: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (32, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 8,
-    "attention_head_dim": 4,
-    "norm_num_groups": 8,
-}
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, batch: int) -> Rates:
@@ -60,7 +50,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype, heads: int, head_dim
         F.linear(values * F.gelu(gate), narrow)
 
     with torch.random.fork_rng(devices=[]):
-        unet: Any = UNet2DConditionModel(**_EMPTY_UNET)
+        # All starting and no computing.
+        unet: Any = UNet2DConditionModel(**SMALLEST)
     torch.nn.Module.to(
         unet.eval(), device, dtype
     )  # diffusers' own warns of weights that must stay in float32: it has none

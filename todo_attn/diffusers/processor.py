@@ -15,8 +15,9 @@ from diffusers.utils import deprecate
 
 from .. import ops
 from ..config import ToDoConfig
+from ..logs import logger
 from .grid import adopt_from_call_stack
-from .state import ATTRIBUTE, AttentionState, Plan, logger
+from .state import ATTRIBUTE, AttentionState, Plan
 
 _DEFAULT_CONFIG = ToDoConfig()
 _DENSE = AttnProcessor2_0()

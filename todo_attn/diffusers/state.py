@@ -11,7 +11,6 @@ removed in any order beside both.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,11 +19,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import ToDoConfig
+from ..logs import logger
 
 _Args: TypeAlias = tuple[Any, ...]
 _Kwargs: TypeAlias = dict[str, Any]
 
-logger = logging.getLogger("todo_attn")
 
 # Under this name a model has its ModelState, a Transformer2DModel its TransformerState, an attn1 its AttentionState.
 # Under it, too, a plan travels in the cross_attention_kwargs from a Transformer2DModel to the attentions in its blocks.

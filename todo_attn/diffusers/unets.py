@@ -9,6 +9,18 @@ from typing import Any
 import torch
 from diffusers.models import UNet2DConditionModel
 
+# As small as a UNet with self-attention can be.
+SMALLEST: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 8,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+
 
 def on_meta(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """The UNet of ``config`` without memory for its weights."""

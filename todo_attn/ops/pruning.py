@@ -44,11 +44,11 @@ def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, ratio: float) -> tuple
     x = x.detach()
     bases = bases.long().sort(dim=1).values
     # Sizes are known throughout (sorts, never masks), so nothing waits for the device and everything traces.
-    others = _without(tokens, bases)
+    others = without(tokens, bases)
     base, similarity = match_tokens(x, others, bases)
     order = (similarity / _STEP).round().sort(dim=1, descending=True, stable=True).indices
     gone, stays = others.gather(1, order[:, :pruned]), others.gather(1, order[:, pruned:]).sort(dim=1).values
-    kept = _without(tokens, gone)
+    kept = without(tokens, gone)
     # The best among all that stay: the best base is known, so only the others are asked.
     source, base_similarity = (t.gather(1, order[:, :pruned]) for t in (bases.gather(1, base), similarity))
     if stays.shape[1]:
@@ -61,7 +61,7 @@ def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, ratio: float) -> tuple
     return kept.contiguous(), position.scatter(1, gone, position.gather(1, source))
 
 
-def _without(tokens: int, index: torch.Tensor) -> torch.Tensor:
+def without(tokens: int, index: torch.Tensor) -> torch.Tensor:
     """The token numbers from 0 to ``tokens`` - 1 that are not in ``index`` (B, K), ascending: (B, tokens - K)."""
     present = torch.zeros((index.shape[0], tokens), dtype=torch.int8, device=index.device).scatter_(1, index, 1)
     return present.sort(dim=1, stable=True).indices[:, : tokens - index.shape[1]]

@@ -8,8 +8,6 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import StableDiffusionControlNetPipeline
-from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection
 from peft import LoraConfig
 
 from todo_attn.dato_config import DaToConfig
@@ -141,20 +139,8 @@ def test_lora(make_unet, calls, first):
 
 
 @pytest.fixture
-def ip_adapter(unet):
-    """The state dict of an IP-Adapter for ``unet``, as load_ip_adapter takes it."""
-    torch.manual_seed(5)
-    weights, key = {}, 1
-    for name, module in unet.named_modules():
-        if name.endswith("attn2"):
-            processor = IPAdapterAttnProcessor2_0(hidden_size=module.inner_dim, cross_attention_dim=8)
-            weights[f"{key}.to_k_ip.weight"] = processor.to_k_ip[0].weight.detach() * 10
-            weights[f"{key}.to_v_ip.weight"] = processor.to_v_ip[0].weight.detach() * 10
-            key += 2
-    projection = ImageProjection(cross_attention_dim=8, image_embed_dim=6, num_image_text_embeds=4).state_dict()
-    names = {"image_embeds.weight": "proj.weight", "image_embeds.bias": "proj.bias"}
-    image_proj = {names.get(name, name): weight for name, weight in projection.items()}
-    return {"image_proj": image_proj, "ip_adapter": weights}
+def ip_adapter(unet, make_ip_adapter):
+    return make_ip_adapter(unet)
 
 
 @pytest.mark.parametrize("first", ["IP-Adapter", "DaTo"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from typing import Any
 
@@ -10,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ...dato_config import DaToConfig
+from ...logs import logger
 from ...schedule import FULL, REUSE
-
-logger = logging.getLogger("todo_attn")
 
 
 class Run:
