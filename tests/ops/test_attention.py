@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from todo_attn import ops, reference
 from todo_attn.kernels import launch
 
-HALF_ON_GPU = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
+HALF = [torch.float16, torch.bfloat16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("bf16_in_the_interpreter")
 HEAD_DIMS = [8, 24, 40, 64, 80, 96, 128, 160, 256]
 
 
@@ -47,7 +48,7 @@ def check(query, key, value, grid, factor=1, mode="nearest", scale=None, backend
     assert (actual.double() - exact).norm() <= max(2 * (peer - exact).norm(), floor)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF_ON_GPU], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(head_dim, dtype):
     """Keys end inside a tile (5 * 13 = 65) and queries inside a block."""
@@ -74,7 +75,7 @@ def test_torch_backend(dtype, mode):
 @pytest.mark.parametrize("head_dim", [40, 64])
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
 def test_logits_from_tiny_to_30x(head_dim, spread):
-    for dtype in (torch.float32, *HALF_ON_GPU):
+    for dtype in (torch.float32, *HALF):
         check(*inputs(head_dim, dtype, (12, 13), spread=spread), (12, 13), 1)
 
 
@@ -135,7 +136,7 @@ def one_key_above(query, key):
 @pytest.mark.parametrize("shape", [sink, flat, smooth, one_key_above], ids=lambda f: f.__name__)
 def test_rows_of_every_shape(shape, head_dim, hopper):
     """The last tile ends early: 17 * 19 = 323 keys."""
-    for dtype in HALF_ON_GPU:
+    for dtype in HALF:
         query, key, value = inputs(head_dim, dtype, (17, 19), tokens=40, batch=1)
         shape(query, key)
         check(query, key, value, (17, 19))
@@ -146,7 +147,7 @@ def test_rows_of_every_shape(shape, head_dim, hopper):
     [(40, 1e-3), (40, 30.0), (64, 1e-3), (64, 30.0), (8, 1.0), (56, 1.0), (80, 30.0), (128, 1.0), (160, 1e-3)],
 )
 def test_settings_of_hopper(head_dim, spread, hopper):
-    for dtype in HALF_ON_GPU:
+    for dtype in HALF:
         check(*inputs(head_dim, dtype, (17, 19), tokens=40, batch=1, spread=spread), (17, 19))
 
 

@@ -12,8 +12,9 @@ from todo_attn.ops import backends, matching
 from todo_attn.ops.matching import match_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("bf16_in_the_interpreter")
 GAP = 1e-6  # decisions closer than this in float64 are free
-TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [("torch", d) for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
 CASES += [("triton", d) for d in TRITON_DTYPES]
 BACKENDS = ["torch", "triton"]
