@@ -3,6 +3,7 @@
 python -m benchmarks.gpu --minutes 9 --out results --wheels wheels
 python -m benchmarks.gpu --minutes 9 --out results --dry-run       only says what it would do
 python -m benchmarks.gpu --minutes 2 --out results --device cpu    the same on small sizes, to try it without a GPU
+python -m benchmarks.gpu --minutes 5 --out results --tune          the attention kernel's other settings instead
 
 It runs in a checkout with torch, Triton and numpy; nothing has to be installed and nothing is, but for the wheels in
 --wheels (whatever the machine lacks of diffusers, pytest, typer, tabulate, tqdm and the peers tomesd, DeepCache and
@@ -11,7 +12,7 @@ sageattention), which go into a temporary folder. The compiled libraries todo_at
 Each step is a process of its own. It gets its share of the time left, is told to stop when that is over, and what it
 has measured by then stays: rows are written as they are measured.
 
-Under --out: summary.txt, kernels.jsonl, unet.jsonl, and a log of each part. A short table comes last.
+Under --out: summary.txt, kernels.jsonl, unet.jsonl, tune.jsonl, and a log of each part. A short table comes last.
 """
 
 # The standard library alone, until the wheels are in: they may be what typer and tabulate come from.
@@ -64,7 +65,7 @@ class Outcome:
     said: str
 
 
-def steps(device: str, out: Path, path: Sequence[str]) -> list[Step]:
+def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> list[Step]:
     """In this order; ``path`` is where the steps find their packages."""
     gpu = device == "cuda"
 
@@ -102,6 +103,13 @@ def steps(device: str, out: Path, path: Sequence[str]) -> list[Step]:
 
         return command
 
+    def settings(seconds: float) -> Command:
+        # A head dim takes about a minute: compiling each variant, its oracle, 6 s of rounds.
+        minutes = max(0.0, seconds - 60) / 60
+        return module("benchmarks.tune", "--device", device, "--out", out / "tune.jsonl", "--minutes", f"{minutes:.2f}")
+
+    if tune:
+        return [Step("every op against its oracle", "doctor.log", 1, doctor), Step("settings", "tune.log", 9, settings)]
     many = ["--calls", 50 if gpu else 4]
     others = ["tests/kernels", "tests/csrc", "tests/bench", *["tests/diffusers"] * has("diffusers")]
     return [
@@ -208,7 +216,7 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
     from todo_attn.bench import harness, report
 
     lines = [f"{outcome.seconds:5.0f} s  {outcome.name}: {outcome.said}" for outcome in outcomes]
-    files = [file for name in ("kernels", "unet") if (file := out / f"{name}.jsonl").exists()]
+    files = [file for name in ("kernels", "unet", "tune") if (file := out / f"{name}.jsonl").exists()]
     rows = [row for file in files for row in harness.read(file)]
     if rows:
         about = rows[0]["machine"]
@@ -225,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and logs")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes, to try it out")
+    parser.add_argument("--tune", action="store_true", help="the attention kernel's other settings, nothing else")
     parser.add_argument("--dry-run", action="store_true", help="print the steps, run none")
     given = parser.parse_args(arguments)
     if given.minutes * 60 <= _TABLE_SECONDS:
@@ -238,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = [str(folder / "site"), *sys.path]
         if given.dry_run:
             left = 60 * given.minutes - _TABLE_SECONDS
-            planned = steps(given.device, out, path)
+            planned = steps(given.device, out, path, given.tune)
             for i, step in enumerate(planned):
                 share = seconds_for(step, planned[i + 1 :], left)
                 left -= share
@@ -248,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem := install(given.wheels, folder / "site", folder / "pip.log"):
             print(problem, flush=True)
         seconds = 60 * given.minutes - _TABLE_SECONDS - (time.monotonic() - start)
-        planned = steps(given.device, out, path)
+        planned = steps(given.device, out, path, given.tune)
         outcomes = run_all(planned, seconds, out, environment_in(folder))
         sys.path.append(str(folder / "site"))
         try:

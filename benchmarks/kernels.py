@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,9 @@ import typer
 
 from benchmarks import RESULTS
 from todo_attn.bench import cases, harness, kernels, machine, report
+from todo_attn.bench.cases import Case
 from todo_attn.bench.harness import Rounds
+from todo_attn.bench.kernels import Row
 
 
 def main(
@@ -34,30 +37,43 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, no table.")] = False,
 ) -> None:
     """Time ours and its peers, alternating in one run."""
-    start = time.monotonic()
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"--device must be cpu or cuda, got {device}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda needs a GPU that torch sees")
+    where = chosen_device(device)
     if unknown := set(only or ()) - set(cases.BENCHMARKS):
         raise typer.BadParameter(f"--only must be among {', '.join(cases.BENCHMARKS)}, got {', '.join(unknown)}")
-    where = torch.device(device)
     if where.type == "cpu":
         machine.keep_freed_memory()
     chosen = [c for c in (cases.full(where) if full else cases.plan(where)) if not only or c.benchmark in only]
     often = kernels.rounds_for(where)
     often = Rounds(often.warmup, rounds or often.rounds, often.seconds)
     path = out or RESULTS / f"kernels-{machine.slug(where)}.jsonl"
-    rows = []
-    in_time = (case for case in chosen if time.monotonic() - start < 60 * minutes)
-    for done, new in enumerate(kernels.run(in_time, where, often), start=1):
-        harness.append(path, new)
-        rows += new
-        typer.echo(f"{done} of {len(chosen)}\n{report.table(new)}\n", err=True)
+    rows = collect(chosen, path, minutes, lambda some: kernels.run(some, where, often))
     typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
     for sentence in report.slower(rows):
         typer.echo(sentence, err=True)
+
+
+def chosen_device(name: str) -> torch.device:
+    """--device, if it can be used here."""
+    if name not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be cpu or cuda, got {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda needs a GPU that torch sees")
+    return torch.device(name)
+
+
+def collect(
+    chosen: Sequence[Case], path: Path, minutes: float, run: Callable[[Iterable[Case]], Iterable[list[Row]]]
+) -> list[Row]:
+    """Run the cases, none started after ``minutes``; each case's rows are shown and added to ``path`` at once."""
+    start = time.monotonic()
+    rows = []
+    in_time = (case for case in chosen if time.monotonic() - start < 60 * minutes)
+    for done, new in enumerate(run(in_time), start=1):
+        harness.append(path, new)
+        rows += new
+        typer.echo(f"{done} of {len(chosen)}\n{report.table(new)}\n", err=True)
     typer.echo(f"rows added to {path}", err=True)
+    return rows
 
 
 if __name__ == "__main__":

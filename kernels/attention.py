@@ -203,10 +203,13 @@ def attention(
     factor: tuple[int, int],
     mode: str,
     scale: float,
+    run: Settings | None = None,
+    tile: Tiles | None = None,
 ) -> torch.Tensor:
     """Launch both kernels: (B, N, H, D), (B, gh*gw, H, D), (B, gh*gw, H, D) -> (B, N, H, D), contiguous.
 
     The arguments were checked by ``todo_attn.ops``; head_dim is a multiple of 8 up to 256, dtype fp16, bf16 or fp32.
+    ``run`` and ``tile`` are for trying others than ``launch.py`` chooses.
     """
     batch, tokens, heads, head_dim = query.shape
     out = query.new_empty(query.shape)
@@ -214,8 +217,8 @@ def attention(
         return out
     # The interpreter runs on CPU tensors; it takes any settings.
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 0)
-    run = settings(capability, head_dim, half=query.dtype != torch.float32)
-    tile = tiles(head_dim)
+    run = run or settings(capability, head_dim, half=query.dtype != torch.float32)
+    tile = tile or tiles(head_dim)
     coarse = (grid[0] // factor[0], grid[1] // factor[1])
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, run.block_n) * run.block_n

@@ -114,6 +114,12 @@ def test_the_steps_of_a_gpu(tmp_path):
     assert "--methods dense,todo+dato --calls 50 --size 2048" in commands[6]
 
 
+def test_the_other_settings_in_place_of_the_benchmarks(tmp_path):
+    doctor, settings = (" ".join(s.command(300)) for s in gpu.steps("cuda", tmp_path, sys.path, tune=True))
+    assert doctor.endswith("todo_attn.cli doctor")
+    assert f"benchmarks.tune --device cuda --out {tmp_path / 'tune.jsonl'} --minutes 4.00" in settings
+
+
 def test_tests_run_without_what_a_bare_machine_lacks(tmp_path):
     """One file that needs more than pytest, torch and Triton would end the collection of all."""
     steps = {step.name: " ".join(step.command(9)) for step in gpu.steps("cuda", tmp_path, [])}
@@ -158,7 +164,7 @@ def test_all_of_it_with_steps_that_do_little(tmp_path, monkeypatch, capsys):
         python(f"import os; os.chdir({str(out)!r}); {write}", name="good", log="kernels.log"),
         python("print('no such module'); raise SystemExit(1)", name="bad", log="unet.log"),
     ]
-    monkeypatch.setattr(gpu, "steps", lambda device, out, path: steps)
+    monkeypatch.setattr(gpu, "steps", lambda device, out, path, tune: steps)
     assert gpu.main(["--device", "cpu", "--minutes", "1", "--out", str(out)]) == 1
     text = (out / "summary.txt").read_text()
     assert "good: done" in text and "bad: failed: no such module" in text

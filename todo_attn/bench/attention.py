@@ -8,7 +8,7 @@ function, and one that is only less exact must not leave the comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,8 +45,11 @@ class Inputs(NamedTuple):
     coarse_value: torch.Tensor
 
 
-def trial(case: Case, device: torch.device) -> Trial:
-    """The sides that ``case.peers`` names."""
+Call = Callable[[Inputs], torch.Tensor]
+
+
+def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None = None) -> Trial:
+    """The sides that ``case.peers`` names; given ``variants`` of ours, each of those against ours as it is."""
 
     def make(number: int, generator: torch.Generator) -> Inputs:
         shape = (case.batch, case.tokens, case.heads, case.head_dim)
@@ -59,7 +62,7 @@ def trial(case: Case, device: torch.device) -> Trial:
     inputs = rotation(make, device)
     peers, forms = case.sides
     oracles = {dense: once(partial(_oracle, inputs[-1], case, dense)) for dense in (False, True)}
-    build: dict[str, Callable[[], Callable[..., Any]]] = {
+    build: dict[str, Callable[[], Call]] = {
         "dense": lambda: lambda x: _torch_attention(x.query, x.key, x.value),
         "flex": partial(_flex, device),
         "sage": partial(_sage, inputs, case, device),
@@ -69,15 +72,21 @@ def trial(case: Case, device: torch.device) -> Trial:
         "todo-packed": partial(_packed, case, device),
     }
     build |= {name: partial(_sdpa, backend, device) for name, backend in _BACKENDS.items()}
+    ours = {"todo", *forms, *(variants or {})}
 
-    def side(name: str) -> Side:
+    def side(name: str, make: Callable[[], Call] | None = None) -> Side:
         keys = case.tokens if name == "dense" else case.keys
         info = _work(case, keys)
-        bound = _OURS if name.startswith("todo") else _QUANTISED if name == "sage" else _PEERS
-        return Side(name, build[name], info, partial(_check, oracles[name == "dense"], bound, info))
+        bound = _OURS if name in ours else _QUANTISED if name == "sage" else _PEERS
+        return Side(name, make or build[name], info, partial(_check, oracles[name == "dense"], bound, info))
 
-    ours = [side(name) for name in ("todo", *forms)]
-    return Trial(inputs, ours, [side(name) for name in peers], SDPA)
+    if variants is not None:
+        return Trial(inputs, [side(n, partial(_as_it_is, v)) for n, v in variants.items()], [side("todo")], ("todo",))
+    return Trial(inputs, [side(name) for name in ("todo", *forms)], [side(name) for name in peers], SDPA)
+
+
+def _as_it_is(call: Call) -> Call:
+    return call
 
 
 def _coarse(x: torch.Tensor, case: Case) -> torch.Tensor:
@@ -135,7 +144,7 @@ def _torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-def _sdpa(backend: SDPBackend, device: torch.device) -> Callable[[Inputs], torch.Tensor]:
+def _sdpa(backend: SDPBackend, device: torch.device) -> Call:
     if backend != SDPBackend.FLASH_ATTENTION:  # of which torch has one for the CPU too
         needs_cuda(device)
 
@@ -146,7 +155,7 @@ def _sdpa(backend: SDPBackend, device: torch.device) -> Callable[[Inputs], torch
     return call
 
 
-def _flex(device: torch.device) -> Callable[[Inputs], torch.Tensor]:
+def _flex(device: torch.device) -> Call:
     needs_cuda(device)
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -159,7 +168,7 @@ def _flex(device: torch.device) -> Callable[[Inputs], torch.Tensor]:
     return call
 
 
-def _sage(inputs: list[Inputs], case: Case, device: torch.device) -> Callable[[Inputs], torch.Tensor]:
+def _sage(inputs: list[Inputs], case: Case, device: torch.device) -> Call:
     """SageAttention 1.0.6, the last on PyPI. It knows few head dims (others are padded) and writes into its keys."""
     needs_cuda(device)
     from sageattention import sageattn
@@ -190,7 +199,7 @@ def _published(x: Inputs, case: Case) -> torch.Tensor:
     return _torch_attention(x.query, shrink(x.key), shrink(x.value))
 
 
-def _packed(case: Case, device: torch.device) -> Callable[[Inputs], torch.Tensor]:
+def _packed(case: Case, device: torch.device) -> Call:
     """Ours without the copy of keys and values: what they are packed to is kept from the first call on each set."""
     backends.choose("triton", device, DTYPES[case.dtype], case.head_dim)  # says why where it cannot run
     from todo_attn.kernels import attention

@@ -37,21 +37,35 @@ def rounds_for(device: torch.device) -> Rounds:
     return Rounds(warmup=1, rounds=3, seconds=6) if device.type == "cpu" else Rounds(warmup=3, rounds=20, seconds=6)
 
 
-def run(cases: Iterable[Case], device: torch.device, rounds: Rounds) -> Iterator[list[Row]]:
-    """The rows of each case as soon as it is measured; what fails, memory included, fails alone."""
+def run(
+    cases: Iterable[Case],
+    device: torch.device,
+    rounds: Rounds,
+    trial: Callable[[Case, torch.device], Trial] | None = None,
+) -> Iterator[list[Row]]:
+    """The rows of each case as soon as it is measured; what fails, memory included, fails alone.
+
+    ``trial`` makes a case's sides; None: ours and the peers, as the case names them.
+    """
     about = machine.describe(device)
     for case in cases:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a backend that cannot run warns at every call; its row says so once
-            rows = measure(case, device, rounds, about)
+            rows = measure(case, device, rounds, about, trial or _TRIALS[case.benchmark])
         yield rows
 
 
-def measure(case: Case, device: torch.device, rounds: Rounds, about: dict[str, Any]) -> list[Row]:
+def measure(
+    case: Case,
+    device: torch.device,
+    rounds: Rounds,
+    about: dict[str, Any],
+    make: Callable[[Case, torch.device], Trial],
+) -> list[Row]:
     """The rows of one case; ``about`` is the machine's description."""
     with torch.no_grad():
         try:
-            trial = _TRIALS[case.benchmark](case, device)
+            trial = make(case, device)
         except Exception as error:  # most likely of memory: a side's own ends that side
             return _no_inputs(case, about, error)
         calls = -(-_SAMPLE_CALLS // len(trial.inputs)) if device.type == "cuda" else 1

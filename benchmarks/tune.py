@@ -1,0 +1,103 @@
+"""The attention kernel with other settings against those it is shipped with, at the shapes that have a target.
+
+python -m benchmarks.tune                                every head dim
+python -m benchmarks.tune --head-dim 40 --head-dim 64    some
+python -m benchmarks.tune --minutes 4 --out rows.jsonl   starts no head dim after four minutes
+
+Compiled code says what a loop costs, not how well two of them overlap; this is what only a GPU can tell. Each row is
+one other setting (``contender``) against the shipped (``baseline``), both checked first, in one run, the packing of
+keys and values included. What is worth trying is in ``ALTERNATIVES``; why, in NOTES.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks import RESULTS
+from benchmarks.kernels import chosen_device, collect
+from todo_attn.bench import attention, kernels, machine, report
+from todo_attn.bench.attention import Call, Inputs
+from todo_attn.bench.cases import Case
+from todo_attn.bench.trial import Trial
+from todo_attn.kernels.attention import attention as downsampled_attention
+from todo_attn.kernels.launch import Settings, Tiles, tiles
+
+# By the columns of a K tile. Queries and keys per tile, warps, stages; polynomial for one exp2 in eight.
+_SMALL = [
+    Settings(128, 256, 8, 2, polynomial=False),
+    Settings(128, 128, 8, 2, polynomial=True),
+    Settings(128, 128, 8, 3, polynomial=True),
+    Settings(128, 64, 4, 2, polynomial=True),
+    Settings(128, 64, 4, 3, polynomial=True),
+    Settings(256, 64, 8, 2, polynomial=True),
+    Settings(64, 128, 4, 2, polynomial=True),
+]
+_LARGE = [Settings(128, 128, 8, 3), Settings(128, 64, 8, 2), Settings(128, 64, 8, 3), Settings(128, 64, 8, 4)]
+ALTERNATIVES: dict[int, list[Settings]] = {40: _SMALL, 64: _SMALL, 80: [*_LARGE, Settings(128, 64, 4, 2)], 160: _LARGE}
+
+_FINEST = Case("attention", "sd15", 2048, 2048, 1, 2, "fp16")
+CASES = {
+    40: _FINEST,
+    64: replace(_FINEST, model="sdxl", level=2),
+    80: replace(_FINEST, level=2),
+    160: replace(_FINEST, level=4),
+}
+
+
+def variants(case: Case) -> dict[str, Call]:
+    """By name, every other way to launch the kernel that is tried at the case's head dim."""
+    usual = tiles(case.head_dim)
+    calls = {_name(run): _call(case, run, None) for run in ALTERNATIVES[case.head_dim]}
+    if usual.v != usual.k:  # P V as one product of 64 columns, or as 32 + 16
+        calls["P V as Q K"] = _call(case, None, replace(usual, v=usual.k))
+    return calls
+
+
+def _name(run: Settings) -> str:
+    polynomial = ", polynomial" * run.polynomial
+    return f"{run.block_m}x{run.block_n}, {run.num_warps} warps, {run.num_stages} stages{polynomial}"
+
+
+def _call(case: Case, run: Settings | None, tile: Tiles | None) -> Call:
+    scale = case.head_dim**-0.5
+
+    def call(x: Inputs) -> torch.Tensor:
+        return downsampled_attention(x.query, x.key, x.value, case.grid, case.factor, "nearest", scale, run, tile)
+
+    return call
+
+
+def trial(case: Case, device: torch.device) -> Trial:
+    """Every variant against the kernel as it is shipped."""
+    return attention.trial(case, device, variants(case))
+
+
+def main(
+    head_dim: Annotated[list[int] | None, typer.Option(help=f"Of {', '.join(map(str, CASES))}; repeatable.")] = None,
+    size: Annotated[int, typer.Option(min=64, help="Of the picture, in pixels; a multiple of 64.")] = 2048,
+    device: Annotated[str, typer.Option(help="cuda; cpu only under TRITON_INTERPRET=1.")] = "cuda",
+    minutes: Annotated[float, typer.Option(min=0, help="Start no head dim after that.")] = float("inf"),
+    out: Annotated[Path | None, typer.Option(help="Rows go there; benchmarks/results/tune-DEVICE.jsonl.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, no table.")] = False,
+) -> None:
+    """Time the attention kernel's other settings against the shipped, alternating in one run."""
+    where = chosen_device(device)
+    if unknown := set(head_dim or ()) - set(CASES):
+        known = ", ".join(map(str, CASES))
+        raise typer.BadParameter(f"--head-dim must be among {known}, got {', '.join(map(str, unknown))}")
+    if size % 64:
+        raise typer.BadParameter(f"--size must be a multiple of 64, got {size}")
+    chosen = [replace(CASES[each], height=size, width=size) for each in head_dim or CASES]
+    path = out or RESULTS / f"tune-{machine.slug(where)}.jsonl"
+    rows = collect(chosen, path, minutes, lambda some: kernels.run(some, where, kernels.rounds_for(where), trial))
+    typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
