@@ -16,7 +16,7 @@ struct Cuda {
   template <class Job>
   static void run(const Job& job, int64_t batches, int64_t rows, int64_t /*bytes_per_row*/, int32_t device) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     launch(job, batches, rows, stream);
   }
 };

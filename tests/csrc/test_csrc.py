@@ -54,6 +54,12 @@ def test_no_warnings_on_the_host(source):
     run(CXX, "-fsyntax-only", "-std=c++17", *macros, *WARNINGS, *INCLUDE, CSRC / source)
 
 
+def test_nothing_is_used_that_torch_2_10_lacks():
+    """TORCH_TARGET_VERSION hides newer functions, but no newer macros: this one came after 2.11."""
+    for source in CSRC.iterdir():
+        assert "STABLE_TORCH_ERROR_CODE_CHECK" not in source.read_text(), source.name
+
+
 @pytest.fixture(scope="module")
 def cuda_object(tmp_path_factory):
     if NVCC is None:
