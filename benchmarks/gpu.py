@@ -5,9 +5,10 @@ python -m benchmarks.gpu --minutes 9 --out results --dry-run       only says wha
 python -m benchmarks.gpu --minutes 2 --out results --device cpu    the same on small sizes, to try it without a GPU
 python -m benchmarks.gpu --minutes 5 --out results --tune          the attention kernel's other settings instead
 
-It runs in a checkout with torch, Triton and numpy; nothing has to be installed and nothing is, but for the wheels in
---wheels (whatever the machine lacks of diffusers, pytest, typer, tabulate, tqdm and the peers tomesd, DeepCache and
-sageattention), which go into a temporary folder. The compiled libraries todo_attn/*.so are used where they are.
+It runs in a checkout, or in a copy of one whose commit $GIT_COMMIT names, with torch, Triton and numpy. Nothing is
+installed but the wheels in --wheels (whatever the machine lacks of diffusers, pytest, typer, tabulate, tqdm and the
+peers tomesd, DeepCache and sageattention), and those into a temporary folder. The compiled libraries todo_attn/*.so are
+used where they are.
 
 Each step is a process of its own. It gets its share of the time left, is told to stop when that is over, and what it
 has measured by then stays: rows are written as they are measured.
@@ -99,7 +100,7 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
                 arguments += ["--size", side]
             # Rounds have what loading, drawing weights and warming up leave.
             arguments += ["--seconds", max(1, int(seconds * 0.4 / len(size)))]
-            return module("benchmarks.unet", *arguments, *([] if gpu else ["--model", "tiny", "--rounds", 2]))
+            return module("benchmarks.unet", *arguments, *([] if gpu else ["--model", "tiny", "--rounds", 1]))
 
         return command
 
@@ -116,10 +117,13 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
         Step("every op against its oracle", "doctor.log", 30, doctor),
         Step("tests of the ops", "tests.log", 80, pytest("tests/ops" if gpu else "tests/ops/test_tokens.py")),
         Step("other tests that need a GPU", "tests.log", 20, pytest("-m", "gpu", *others)),
-        Step("kernels", "kernels.log", 230, kernels),
-        Step("UNet, ToDo", "unet.log", 50, unet([1024, 2048], "dense,todo")),
-        Step("UNet, DaTo", "unet.log", 40, unet([512], "dense,dato", *many)),
-        Step("UNet, ToDo and DaTo", "unet.log", 75, unet([2048], "dense,todo+dato", *many)),
+        Step("kernels", "kernels.log", 215, kernels),
+        Step("UNet, ToDo", "unet.log", 45, unet([1024, 2048], "dense,todo,tome")),
+        Step("UNet, DaTo", "unet.log", 35, unet([512], "dense,dato,deepcache", *many)),
+        # One round: a dense run of 50 calls takes most of the time there is.
+        Step("UNet, ToDo and DaTo", "unet.log", 60, unet([2048], "dense,todo+dato", *many, "--rounds", 1)),
+        Step("UNet of SDXL", "unet.log", 25, unet([2048], "dense,todo", "--model", "sdxl")),
+        Step("UNet, compiled", "unet.log", 45, unet([1024], "dense,todo", "--compile")),
     ]
 
 
@@ -180,8 +184,9 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "no output"
+    """That says something: a message in a frame ends with the frame."""
+    lines = [line.strip(" │╭╮╰╯─") for line in log.read_text(errors="replace").splitlines()]
+    return next((line[:200] for line in reversed(lines) if line), "no output")
 
 
 def install(wheels: Path | None, target: Path, log: Path) -> str | None:
@@ -211,6 +216,19 @@ def environment_in(folder: Path) -> dict[str, str]:
     }
 
 
+def cannot(device: str) -> str | None:
+    """Why nothing is to be measured here, or None."""
+    import torch
+
+    from todo_attn.bench import machine
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda needs a GPU that torch sees; --device cpu tries the steps on small sizes"
+    if machine.commit() is None:
+        return "this is no git checkout: rows name their commit, so give it as GIT_COMMIT in the environment"
+    return None
+
+
 def summary(outcomes: Sequence[Outcome], out: Path) -> str:
     """What became of the steps, and the rows as a short table."""
     from todo_attn.bench import harness, report
@@ -236,8 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tune", action="store_true", help="the attention kernel's other settings, nothing else")
     parser.add_argument("--dry-run", action="store_true", help="print the steps, run none")
     given = parser.parse_args(arguments)
-    if given.minutes * 60 <= _TABLE_SECONDS:
+    if not given.minutes * 60 > _TABLE_SECONDS:
         parser.error(f"--minutes must be more than {_TABLE_SECONDS / 60:.2f}, got {given.minutes}")
+    if not given.dry_run and (problem := cannot(given.device)):
+        parser.error(problem)
     start = time.monotonic()
     for kind in (signal.SIGINT, signal.SIGTERM):  # also where a shell has the first ignored, which steps would inherit
         signal.signal(kind, signal.default_int_handler)

@@ -49,6 +49,8 @@ def test_steps_run_in_order_and_say_what_became_of_them(tmp_path):
     done, failed, absent = (outcome.said for outcome in outcomes)
     assert done == "done"
     assert failed == "failed: two is broken"
+    (framed,) = run(tmp_path, python("raise SystemExit('╭─ Error ─╮\\n│ --size must be │\\n╰─────────╯')"))
+    assert framed.said == "failed: --size must be"
     assert absent.startswith("could not start: ")
     log = (tmp_path / "a.log").read_text()
     assert log.index("one") < log.index("two is broken")
@@ -106,12 +108,14 @@ def test_the_steps_of_a_gpu(tmp_path):
     steps = gpu.steps("cuda", tmp_path, sys.path)
     commands = [" ".join(step.command(100)) for step in steps]
     assert len({step.log for step in steps} | {"summary.txt", "kernels.jsonl", "unet.jsonl"}) <= 8
-    assert [step.log for step in steps] == ["doctor.log", *["tests.log"] * 2, "kernels.log", *["unet.log"] * 3]
+    assert [step.log for step in steps] == ["doctor.log", *["tests.log"] * 2, "kernels.log", *["unet.log"] * 5]
     assert "pytest" in commands[1] and "-m gpu" in commands[2]
     assert f"benchmarks.kernels --device cuda --out {tmp_path / 'kernels.jsonl'} --minutes 1.4" in commands[3]
-    assert "--methods dense,todo --size 1024 --size 2048" in commands[4]
-    assert "--methods dense,dato --calls 50 --size 512" in commands[5]
-    assert "--methods dense,todo+dato --calls 50 --size 2048" in commands[6]
+    assert "--methods dense,todo,tome --size 1024 --size 2048" in commands[4]
+    assert "--methods dense,dato,deepcache --calls 50 --size 512" in commands[5]
+    assert "--methods dense,todo+dato --calls 50 --rounds 1 --size 2048" in commands[6]
+    assert "--methods dense,todo --model sdxl --size 2048" in commands[7]
+    assert "--methods dense,todo --compile --size 1024" in commands[8]
 
 
 def test_the_other_settings_in_place_of_the_benchmarks(tmp_path):
@@ -180,7 +184,21 @@ def test_a_dry_run_runs_nothing(tmp_path, capsys):
     assert sum(seconds) == pytest.approx(9 * 60 - gpu._TABLE_SECONDS, abs=4)
 
 
-def test_too_little_time_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize("minutes", ["0.1", "nan"])
+def test_too_little_time_is_refused(tmp_path, capsys, minutes):
     with pytest.raises(SystemExit):
-        gpu.main(["--minutes", "0.1", "--out", str(tmp_path)])
-    assert "--minutes must be more than 0.33, got 0.1" in capsys.readouterr().err
+        gpu.main(["--minutes", minutes, "--out", str(tmp_path)])
+    assert f"--minutes must be more than 0.33, got {minutes}" in capsys.readouterr().err
+
+
+def test_nothing_is_measured_without_a_gpu_or_a_commit(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(out)])
+    assert "--device cuda needs a GPU" in capsys.readouterr().err
+    monkeypatch.setattr("todo_attn.bench.machine.commit", lambda: None)
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--out", str(out)])
+    assert "give it as GIT_COMMIT" in capsys.readouterr().err
+    assert not out.exists()
