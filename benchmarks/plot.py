@@ -273,11 +273,13 @@ def _leave_room(figure: Figure) -> None:
 
 def _caption(rows: Sequence[Row]) -> str:
     """On what, with what, and from when."""
-    machine = max(rows, key=lambda row: row["measured"])["machine"]
+    in_time = sorted(rows, key=lambda row: row["measured"])
+    machine = in_time[-1]["machine"]
     device = machine["device"] if machine.get("cuda") else f"{machine['device']}, {machine.get('threads')} threads"
     driver = f"driver {machine['driver']}" if machine.get("driver") else None
     packages = [f"{name} {machine[key]}" for name, key in _PACKAGES if machine.get(key)]
-    commit = f"commit {machine['commit']}" if machine.get("commit") else None
+    commits = list(dict.fromkeys(row["machine"]["commit"] for row in in_time if row["machine"].get("commit")))
+    commit = f"commit{'s' * (len(commits) > 1)} {' '.join(commits)}" if commits else None
     days = sorted({row["measured"][:10] for row in rows})
     day = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     parts = [device, driver, *packages, commit, day, "medians"]

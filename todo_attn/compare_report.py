@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .bench.machine import commit
 from .metrics import psnr, ssim
 from .versions import device_name, machine, versions
 
@@ -54,7 +55,7 @@ def build_report(comparison: Comparison) -> dict[str, Any]:
             "device": str(device),
             "dtype": dtype,
         },
-        "versions": versions(),
+        "versions": versions() | {"commit": commit()},
         "machine": {"device": device_name(device), **machine()},
         "methods": methods,
         "notes": _notes(comparison),

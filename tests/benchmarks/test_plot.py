@@ -169,3 +169,10 @@ def test_names_in_the_legend():
         "other": "other",
     }
     assert {name: plot._contender({"contender": {"name": name}}) for name in named} == named
+
+
+def test_the_caption_names_every_commit_in_order():
+    old, new = unet_row(1024, 2.0, measured="2026-11-20T00:00:00+00:00"), unet_row(2048, 4.0)
+    old["machine"] = old["machine"] | {"commit": "ba9876543210"}
+    assert "commits ba9876543210 0123456789ab, 2026-11-20 to 2026-11-21" in plot._caption([new, old])
+    assert "commit 0123456789ab, 2026-11-21" in plot._caption([new, new])

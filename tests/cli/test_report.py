@@ -136,7 +136,7 @@ def test_settings_versions_and_machine(comparison):
     assert (settings["pipeline"], settings["scheduler"]) == ("StableDiffusionPipeline", "DDIMScheduler")
     assert (settings["device"], settings["dtype"]) == ("cpu", "float32")
     assert report["versions"]["torch"] == torch.__version__
-    assert {"python", "todo_attn", "triton", "diffusers", "tomesd"} <= report["versions"].keys()
+    assert {"python", "todo_attn", "triton", "diffusers", "tomesd", "commit"} <= report["versions"].keys()
     assert report["machine"]["cpu_threads"] == torch.get_num_threads()
     assert report["machine"]["device"]
 
