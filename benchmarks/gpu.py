@@ -83,9 +83,11 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
         return lambda seconds: module("pytest", *options, *arguments)
 
     def doctor(seconds: float) -> Command:
+        return module("todo_attn.cli", "doctor")
+
+    def sanitized(seconds: float) -> Command:
         options = ["--target-processes", "application-only", "--report-api-errors", "no", "--error-exitcode", "9"]
-        watched = ["compute-sanitizer", *options] if gpu and shutil.which("compute-sanitizer") else []
-        return [*watched, *module("todo_attn.cli", "doctor")]
+        return ["compute-sanitizer", *options, *doctor(seconds)]
 
     def kernels(seconds: float) -> Command:
         small = [] if gpu else ["--only", "gather", "--only", "match_tokens"]
@@ -112,18 +114,24 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
     if tune:
         return [Step("every op against its oracle", "doctor.log", 1, doctor), Step("settings", "tune.log", 9, settings)]
     many = ["--calls", 50 if gpu else 4]
-    others = ["tests/kernels", "tests/csrc", "tests/bench", *["tests/diffusers"] * has("diffusers")]
+    ours = ["tests/ops", "tests/kernels/test_exp2.py"] if gpu else ["tests/ops/test_tokens.py"]
+    # File by file: others of these folders need packages that a bare machine lacks, or no GPU.
+    graphs = ["tests/diffusers/test_compile.py", "tests/diffusers/dato/test_compiled.py"]
+    others = ["tests/bench", *graphs * has("diffusers")]
+    # Apart from the plain run, which tells what is wrong also where the sanitizer cannot run or is slow.
+    memory = Step("every op under compute-sanitizer", "doctor.log", 20, sanitized)
     return [
-        Step("every op against its oracle", "doctor.log", 30, doctor),
-        Step("tests of the ops", "tests.log", 80, pytest("tests/ops" if gpu else "tests/ops/test_tokens.py")),
-        Step("other tests that need a GPU", "tests.log", 20, pytest("-m", "gpu", *others)),
-        Step("kernels", "kernels.log", 215, kernels),
-        Step("UNet, ToDo", "unet.log", 45, unet([1024, 2048], "dense,todo,tome")),
+        Step("every op against its oracle", "doctor.log", 20, doctor),
+        Step("tests of the ops", "tests.log", 75, pytest(*ours)),
+        Step("kernels", "kernels.log", 200, kernels),
+        Step("UNet, ToDo", "unet.log", 40, unet([1024, 2048], "dense,todo,tome")),
         Step("UNet, DaTo", "unet.log", 35, unet([512], "dense,dato,deepcache", *many)),
-        # One round: a dense run of 50 calls takes most of the time there is.
-        Step("UNet, ToDo and DaTo", "unet.log", 60, unet([2048], "dense,todo+dato", *many, "--rounds", 1)),
-        Step("UNet of SDXL", "unet.log", 25, unet([2048], "dense,todo", "--model", "sdxl")),
-        Step("UNet, compiled", "unet.log", 45, unet([1024], "dense,todo", "--compile")),
+        # One round: a dense run of 50 calls, and another to warm up, take most of the time there is.
+        Step("UNet, ToDo and DaTo", "unet.log", 80, unet([2048], "dense,todo+dato", *many, "--rounds", 1)),
+        Step("UNet of SDXL", "unet.log", 30, unet([2048], "dense,todo", "--model", "sdxl")),
+        Step("UNet, compiled", "unet.log", 60, unet([1024], "dense,todo", "--compile")),
+        Step("other tests that need a GPU", "tests.log", 30, pytest("-m", "gpu", *others)),
+        *([memory] if gpu and shutil.which("compute-sanitizer") else []),
     ]
 
 

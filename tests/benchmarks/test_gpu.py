@@ -104,18 +104,38 @@ def _alive(pid):
         return False
 
 
-def test_the_steps_of_a_gpu(tmp_path):
+def test_the_steps_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
     steps = gpu.steps("cuda", tmp_path, sys.path)
     commands = [" ".join(step.command(100)) for step in steps]
     assert len({step.log for step in steps} | {"summary.txt", "kernels.jsonl", "unet.jsonl"}) <= 8
-    assert [step.log for step in steps] == ["doctor.log", *["tests.log"] * 2, "kernels.log", *["unet.log"] * 5]
-    assert "pytest" in commands[1] and "-m gpu" in commands[2]
-    assert f"benchmarks.kernels --device cuda --out {tmp_path / 'kernels.jsonl'} --minutes 1.4" in commands[3]
-    assert "--methods dense,todo,tome --size 1024 --size 2048" in commands[4]
-    assert "--methods dense,dato,deepcache --calls 50 --size 512" in commands[5]
-    assert "--methods dense,todo+dato --calls 50 --rounds 1 --size 2048" in commands[6]
-    assert "--methods dense,todo --model sdxl --size 2048" in commands[7]
-    assert "--methods dense,todo --compile --size 1024" in commands[8]
+    logs = ["doctor.log", "tests.log", "kernels.log", *["unet.log"] * 5, "tests.log", "doctor.log"]
+    assert [step.log for step in steps] == logs
+    assert commands[0].startswith(sys.executable) and commands[0].endswith("todo_attn.cli doctor")
+    assert "pytest" in commands[1] and "tests/kernels/test_exp2.py" in commands[1]
+    assert f"benchmarks.kernels --device cuda --out {tmp_path / 'kernels.jsonl'} --minutes 1.4" in commands[2]
+    assert "--methods dense,todo,tome --size 1024 --size 2048" in commands[3]
+    assert "--methods dense,dato,deepcache --calls 50 --size 512" in commands[4]
+    assert "--methods dense,todo+dato --calls 50 --rounds 1 --size 2048" in commands[5]
+    assert "--methods dense,todo --model sdxl --size 2048" in commands[6]
+    assert "--methods dense,todo --compile --size 1024" in commands[7]
+    assert "-m gpu" in commands[8]
+    assert commands[9].startswith("compute-sanitizer ") and commands[9].endswith(commands[0])
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert len(gpu.steps("cuda", tmp_path, sys.path)) == 9
+
+
+def test_the_files_of_a_step_need_no_package_that_a_bare_machine_lacks(tmp_path):
+    hidden = ("psutil", "transformers", "accelerate", "peft", "tokenizers", "skimage", "rich")
+    for step in gpu.steps("cuda", tmp_path, sys.path):
+        command = step.command(9)
+        if "pytest" in command:
+            files = [name for name in command if name.startswith("tests/")]
+            quiet = ["-q", "-p", "no:xdist", "-p", "no:timeout", "-p", "no:cacheprovider", "--collect-only", *files]
+            code = f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
+            code += f"import pytest; sys.exit(pytest.main({quiet!r}))"
+            ran = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True)
+            assert ran.returncode == 0, ran.stdout[-2000:]
 
 
 def test_the_other_settings_in_place_of_the_benchmarks(tmp_path):
