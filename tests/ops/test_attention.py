@@ -360,6 +360,19 @@ def test_compiles_in_one_graph():
     assert all(t.grad is not None for t in tensors)
 
 
+def test_what_torch_compile_cannot_follow_is_not_in_the_graph(monkeypatch):
+    """Up to torch 2.11: is Triton there, on what GPU (half dtypes on one ask), and has the device an autocast."""
+    untraceable = torch.compiler.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    function = torch.compile(
+        lambda q, k, v: ops.downsampled_attention(q, k, v, (6, 7), 2, backend="triton"),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    tensors = inputs(40, torch.float16, (6, 7))
+    assert torch.equal(function(*tensors), ops.downsampled_attention(*tensors, (6, 7), 2, backend="triton"))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_as_in_torchs_own_attention(dtype, compiled):

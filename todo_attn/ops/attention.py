@@ -114,12 +114,18 @@ def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
+# Traced, it runs while tracing: up to torch 2.11 torch.compile cannot follow it.
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """Under autocast, ``x`` in its dtype, as torch's own attention takes it; fp64 stays."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
 

@@ -12,8 +12,25 @@ _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
 
 
+# What torch.compile cannot follow (up to torch 2.11) runs while tracing instead.
+@torch.compiler.assume_constant_result
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+def _why_not_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are not tuned or tested on ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
@@ -21,7 +38,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int | Non
 
     ``head_dim`` is that of an attention; None for a kernel that takes any number of channels.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed"
     if dtype not in _TRITON_DTYPES:
         return f"dtype {dtype} is not one of fp16, bf16, fp32"
@@ -32,12 +49,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int | Non
         return "Triton's interpreter does not compute bf16 products" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
         return f"device {device.type!r} is not an NVIDIA GPU"
-    if torch.version.hip is not None:
-        return "the kernels are not tuned or tested on ROCm"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    return None
+    return _why_not_gpu(device)
 
 
 def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
