@@ -215,9 +215,11 @@ def test_on_a_gpu_an_index_out_of_range_is_a_device_assert():
 
 
 def run(code, **environment):
-    """Run ``code`` outside the checkout."""
+    """Run ``code`` outside the checkout, which need not be installed."""
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd="/", env=os.environ | environment, capture_output=True, text=True)
+    path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -34,6 +34,13 @@ def indices(batch, tokens, count, dtype=torch.int64):
     return torch.randint(0, tokens, (batch, count), dtype=dtype, device=DEVICE)
 
 
+def rounding(backend, x):
+    """How far off a similarity may be. Tensor cores cut off what a sum of 16 products and the sum so far has below
+    fp32's last bits (and two more), where others round: equal tokens of 320 channels come out 1.3e-6 below 1."""
+    cut = backend == "triton" and x.is_cuda and x.dtype != torch.float32
+    return 5e-7 + (x.shape[2] / 16 * 2.0**-23 if cut else 0)
+
+
 def check(backend, x, query_index, key_index):
     position, similarity = match(backend, x, query_index, key_index)
     assert position.dtype == torch.int64 and similarity.dtype == torch.float32
@@ -44,13 +51,15 @@ def check(backend, x, query_index, key_index):
     unit = wide / torch.where(length > 0, length, 1)
     scores = unit[batch, query_index.long()] @ unit[batch, key_index.long()].transpose(1, 2)
     best, exact = reference.match_tokens(wide, query_index, key_index)
-    torch.testing.assert_close(similarity, exact, rtol=0, atol=5e-7)
+    allowed = rounding(backend, x)
+    gap = max(GAP, 2 * allowed)
+    torch.testing.assert_close(similarity, exact, rtol=0, atol=allowed)
     chosen = scores.gather(2, position[..., None])[..., 0]
-    assert (chosen >= exact - GAP).all()
+    assert (chosen >= exact - gap).all()
     # Where nothing else comes near the best it is the one; keys that are the same token count once.
     same = key_index.long()[:, None] == key_index.long().gather(1, best)[..., None]
     runner_up = scores.masked_fill(same, -2).amax(-1)
-    clear = exact - runner_up > GAP
+    clear = exact - runner_up > gap
     assert torch.equal(position[clear], best[clear])
 
 
