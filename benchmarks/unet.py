@@ -7,6 +7,10 @@ python -m benchmarks.unet --device cuda --methods dato,todo+dato,deepcache --sch
 One sample is one call of the UNet, or, as soon as a method is asked for that reuses what an earlier call has left
 (DaTo, DeepCache), a whole run of calls: 50 on a GPU, 10 on a CPU, or ``--calls``, on all sides alike. Schedules are
 resampled to that. Time does not depend on what the weights are.
+
+Before that each self-attention under ToDo is held against the reference, at that size. Warm-up runs are of the first
+few calls only, so with ``--rounds 1`` there is one whole run of each side. Rows are added after each size; an
+interruption leaves those of what was timed by then.
 """
 
 from __future__ import annotations
@@ -23,11 +27,26 @@ import typer
 from diffusers.models import UNet2DConditionModel
 
 from benchmarks import RESULTS, models
-from benchmarks.unet_plan import Choice, Contender, Size, calls_of, check_among, check_sizes, kinds_of, parse_size, plan
-from benchmarks.unet_sides import Sides, check_exact, check_output
+from benchmarks.kernels import checked_out, chosen_device
+from benchmarks.unet_plan import (
+    PEERS,
+    Choice,
+    Contender,
+    Size,
+    calls_of,
+    check_among,
+    check_sizes,
+    kinds_of,
+    parse_size,
+    plan,
+)
+from benchmarks.unet_sides import Sides, check_exact, check_output, checked
+from benchmarks.unet_stop import Stoppable, as_far_as_it_got, pairs
 from todo_attn.bench import harness, machine
 from todo_attn.bench.cases import DTYPES
 from todo_attn.bench.harness import Meter, Rounds
+
+_INTERRUPTED = 130  # as a shell says of a process that SIGINT has ended
 
 
 def rows_at(
@@ -36,21 +55,27 @@ def rows_at(
     contenders: Sequence[Contender],
     batch: int,
     calls: int,
+    meter: Stoppable,
     rounds: Rounds,
     case: dict[str, Any],
     compiled: bool = False,
 ) -> list[dict[str, Any]]:
-    """Dense against every contender at one size; ``case`` is what else tells this measurement from others."""
+    """Dense against every contender at one size; ``case`` is what else tells this measurement from others.
+
+    Where ``meter`` is stopped, of what was measured by then: maybe nothing.
+    """
     height, width = size
-    make = Sides(unet, height, width, batch, calls, observed=rounds.warmup, compiled=compiled)
+    about = machine.describe(unet.device)
+    make = Sides(unet, height, width, batch, calls, warmup=rounds.warmup, compiled=compiled)
     sides = [make.dense(), *map(make.of, contenders)]
-    with room_to_compile(len(sides)):
-        measured = harness.measure(sides, Meter(unet.device), rounds, check=check_output, label=f"{width}x{height}")
-    for side, result in zip(sides, measured, strict=True):
-        if calls > 1 and result.error is None:
-            side.info["by_kind"] = side.times.by_kind()
+    with room_to_compile(len(sides)), meter.listening():
+        measured = harness.measure(sides, meter, rounds, check=check_output, label=f"{width}x{height}")
+        measured = [as_far_as_it_got(result) for result in measured]
+        for side, result in zip(sides, measured, strict=True):
+            if calls > 1 and result.error is None and result.seconds:
+                side.info["by_kind"] = side.times.by_kind()
     where = {"height": height, "width": width, "batch": batch, "calls": calls, "compile": compiled}
-    return harness.compare("unet", case | where, machine.describe(unet.device), measured)
+    return [row for pair in pairs(measured) for row in harness.compare("unet", case | where, about, pair)]
 
 
 @contextmanager
@@ -67,6 +92,8 @@ def room_to_compile(sides: int) -> Iterator[None]:
 
 def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the table has no column for, of the rows of one size: self-attention's share, and each kind of call."""
+    if not rows:
+        return []
     dense = rows[0]["baseline"]
     lines = []
     if (share := dense.get("self_attention_share")) is not None:
@@ -119,12 +146,17 @@ def main(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="All sides through torch.compile.")] = False,
     warmup: Annotated[
-        int | None, typer.Option(min=1, help="Untimed rounds; 3 on a GPU, on a CPU or of many calls 1, compiled 2.")
+        int | None,
+        typer.Option(
+            min=1, help="Untimed rounds, short of many calls; 3 on a GPU, on a CPU or of many calls 1, compiled 2."
+        ),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Timed rounds; 3 on a CPU, 20 on a GPU, 5 there of many calls.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="After two rounds, start none past this time at one size.")] = 300,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="After two rounds, start none past this time at one size.")
+    ] = 300,
     out: Annotated[Path | None, typer.Option(help="Rows go there; benchmarks/results/unet-DEVICE.jsonl.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, no table.")] = False,
 ) -> None:
@@ -132,7 +164,7 @@ def main(
 
     One sample is one call, or a run of --calls where methods reuse what an earlier call has left.
     """
-    where = torch.device(device)
+    where = chosen_device(device)
     cpu = where.type == "cpu"
     dtype = dtype or ("fp32" if cpu else "fp16")
     batch = batch or (1 if cpu else 2)
@@ -144,8 +176,6 @@ def main(
     check_among("model", [model], models.CONFIGS)
     check_among("dtype", [dtype], DTYPES)
     check_sizes(sizes)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda needs a GPU that torch sees")
     kinds = kinds_of(methods)
     calls = calls_of(calls, kinds, where)
     choice = Choice(
@@ -153,6 +183,7 @@ def main(
     )
     cases = plan(where, calls, sizes, choice)
     often = rounds_of(where, calls, compile, warmup, rounds, seconds)
+    path = checked_out(out or RESULTS / f"unet-{machine.slug(where)}.jsonl")
     case: dict[str, Any] = {"model": model, "dtype": dtype}
     if cpu:
         case["keeps_freed_memory"] = machine.keep_freed_memory()
@@ -160,15 +191,22 @@ def main(
     typer.echo(f"{model}, {dtype}, batch {batch}, calls {calls}: drawing the weights", err=True)
     unet = models.build(model, where, DTYPES[dtype])
     check_exact(unet, kinds)
-    path = out or RESULTS / f"unet-{machine.slug(where)}.jsonl"
-    rows = []
+    meter, rows = Stoppable(checked(Meter(where))), []
     for at, contenders in cases:
-        new = rows_at(at, unet, contenders, batch, calls, often, case, compile)
+        new = rows_at(at, unet, contenders, batch, calls, meter, often, case, compile)
         harness.append(path, new)
         rows += new
         typer.echo("\n".join([harness.table(new), *remarks(new)]), err=True)
+        if meter.stopped:
+            break
     typer.echo(json.dumps(rows, indent=1) if as_json else harness.table(rows))
-    typer.echo(f"rows added to {path}", err=True)
+    typer.echo(f"rows added to {path}: {len(rows)}", err=True)
+    if meter.stopped:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(_INTERRUPTED)
+    peers = {contender.name for _, contenders in cases for contender in contenders if contender.kind in PEERS}
+    if any(row["contender"]["error"] for row in rows if row["contender"]["name"] not in peers):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from todo_attn.schedule import names as published
 
 DENSE = "dense"
 CACHED = ("dato", "todo+dato", "deepcache")  # a call takes something over from the one before
+PEERS = ("tome", "deepcache")  # others' packages, which may be missing
 _DEFAULTS = MethodOptions()
 Size = tuple[int, int]  # height, width in pixels
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,22 +21,38 @@ _KINDS = {FULL: "full", SHALLOW: "shallow", REUSE: "reuse"}
 
 @dataclass
 class CallTimes:
-    """When each call of the last run began, and when that run ended; ``kinds`` has a schedule's digit per call."""
+    """When each call of the last run began, and when that run ended; ``kinds`` has a schedule's digit per call.
+
+    The last run that was not interrupted; where that was a short one, its calls are the first of ``kinds``.
+    """
 
     kinds: str
     marks: list[Any] = field(default_factory=list)
 
+    @property
+    def first(self) -> int:
+        """How many calls, from the first on, show all that the others do: each kind, and a second full one."""
+        return 1 + max(*map(self.kinds.index, self.kinds), self.kinds.find(FULL, 1))
+
+    def seconds(self) -> list[float]:
+        """Of each call; waits for a device."""
+        return [between(*span) for span in pairwise(self.marks)]
+
     def by_kind(self) -> dict[str, dict[str, float]]:
-        """For each kind that there is, how many calls, and the median of their seconds; waits for a device."""
-        seconds = [between(*span) for span in pairwise(self.marks)]
+        """For each kind that there is, how many calls, and the median of their seconds."""
+        seconds = self.seconds()
         return {
-            name: {
-                "calls": self.kinds.count(kind),
-                "seconds": median(s for s, k in zip(seconds, self.kinds, strict=True) if k == kind),
-            }
+            name: {"calls": self.kinds.count(kind), "seconds": self._of(kind, seconds)}
             for kind, name in _KINDS.items()
             if kind in self.kinds
         }
+
+    def whole(self, seconds: Sequence[float]) -> float:
+        """What all calls take where the first ones take ``seconds``: the median of each kind."""
+        return sum(self.kinds.count(kind) * self._of(kind, seconds) for kind in set(self.kinds))
+
+    def _of(self, kind: str, seconds: Sequence[float]) -> float:
+        return median(s for s, k in zip(seconds, self.kinds, strict=False) if k == kind)
 
 
 @dataclass
@@ -53,8 +69,10 @@ class Run:
         timesteps: (calls,), those of the run in order.
         after: frees what the run leaves on the model, so that it does not count as another side's memory.
         times: takes the times of each run's calls.
-        info: takes what run number ``observed`` (from 1) is found to need: the share of its time that self-attention
-            takes, and on a CPU its memory ("peak_gib", above what was resident before).
+        info: takes what the last warm-up run is found to need: the share of a run's time that self-attention takes, and
+            on a CPU its memory ("peak_gib", above what was resident before).
+        warmup: the first so many runs are short: no more calls than show all that the others do
+            (:attr:`CallTimes.first`), which takes seconds where a whole run takes minutes.
         share: whether to take that share; hooks would cut a compiled graph in pieces.
     """
 
@@ -65,25 +83,36 @@ class Run:
     after: Callable[[], object]
     times: CallTimes
     info: dict[str, Any]
-    observed: int
+    warmup: int
     share: bool
     runs: int = 0
 
     def __call__(self) -> torch.Tensor:
         self.runs += 1
-        return self._observed() if self.runs == self.observed else self._run()
+        if self.runs == self.warmup:
+            return self._observed()
+        return self._run(self.call, self.times.first if self.runs < self.warmup else len(self.timesteps))
+
+    def rehearse(self) -> torch.Tensor:
+        """A short run, uncompiled, that counts as none."""
+        return self._run(self.model, self.times.first)
 
     @torch.no_grad()  # as pipelines do; in inference mode the first call's latents would want a graph of their own
-    def _run(self) -> torch.Tensor:
+    def _run(
+        self, call: Callable[..., Any], calls: int, after_each: Callable[[], object] = lambda: None
+    ) -> torch.Tensor:
         """The last call's output."""
         sample, others = self.inputs["sample"], {k: v for k, v in self.inputs.items() if k != "sample"}
-        self.times.marks = marks = [stamp(sample.device)]
-        for timestep in self.timesteps[:-1]:
-            output = self.call(sample, timestep, **others, return_dict=False)[0]
+        marks = [stamp(sample.device)]
+        for timestep in self.timesteps[: calls - 1]:
+            output = call(sample, timestep, **others, return_dict=False)[0]
             sample = sample.sub(output, alpha=1 / len(self.timesteps))
             marks.append(stamp(sample.device))
-        output = self.call(sample, self.timesteps[-1], **others, return_dict=False)[0]
+            after_each()
+        output = call(sample, self.timesteps[calls - 1], **others, return_dict=False)[0]
         marks.append(stamp(sample.device))
+        after_each()
+        self.times.marks = marks  # only now: an interruption leaves those of the run before
         self.after()
         return output
 
@@ -92,11 +121,12 @@ class Run:
         peak = watch_peak(device) if device.type == "cpu" else lambda: None  # the harness has a GPU's
         if self.share:
             with self_attention(self.model) as spans:
-                output = self._run()
-            whole = between(self.times.marks[0], self.times.marks[-1])
-            self.info["self_attention_share"] = sum(between(*span) for span in spans) / whole
+                ends = [0]
+                output = self._run(self.call, self.times.first, lambda: ends.append(len(spans)))
+            attention = [sum(between(*span) for span in spans[slice(*call)]) for call in pairwise(ends)]
+            self.info["self_attention_share"] = self.times.whole(attention) / self.times.whole(self.times.seconds())
         else:
-            output = self._run()
+            output = self._run(self.call, self.times.first)
         if (held := peak()) is not None:
             self.info["peak_gib"] = round(held / 2**30, 3)
         return output

@@ -13,11 +13,12 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 import todo_attn
 from benchmarks import models
+from benchmarks.unet_oracle import against_oracle
 from benchmarks.unet_peers import apply_deepcache, apply_tome
 from benchmarks.unet_plan import Contender
 from benchmarks.unet_run import CallTimes, Run
 from todo_attn import DaToConfig, ToDoConfig
-from todo_attn.bench.harness import Side
+from todo_attn.bench.harness import Sample, Side
 from todo_attn.compare_methods import Method
 from todo_attn.diffusers.levels import transformers_by_level
 from todo_attn.diffusers.unets import twin
@@ -41,12 +42,14 @@ class UNetSide(Side):
 class Sides:
     """Makes sides over the same weights, inputs and timesteps.
 
+    A side under ToDo is held against the oracle as it is built.
+
     Args:
         unet: stays as it is.
         height, width: of the picture, in pixels.
         batch: of each call.
         calls: in a run.
-        observed: the run of each side, from 1, in which its self-attention is timed; 0 is none.
+        warmup: the first so many runs of each side are short, and in the last of them its self-attention is timed.
         compiled: through ``torch.compile``.
     """
 
@@ -57,13 +60,13 @@ class Sides:
         width: int,
         batch: int,
         calls: int = 1,
-        observed: int = 0,
+        warmup: int = 0,
         compiled: bool = False,
     ) -> None:
         self.unet, self.height, self.width = unet, height, width
         self.inputs = models.inputs(unet, height, width, batch)
         self.timesteps = models.timesteps(unet.device, calls)
-        self.calls, self.observed, self.compiled = calls, observed, compiled
+        self.calls, self.warmup, self.compiled = calls, warmup, compiled
 
     def dense(self) -> UNetSide:
         """diffusers' own attention, and nothing left out."""
@@ -83,13 +86,13 @@ class Sides:
     def todo(self, name: str, config: ToDoConfig) -> UNetSide:
         """ToDo."""
         apply = self._whole(lambda model: todo_attn.apply_todo(model, config))
-        return self._side(name, apply, {"config": config.to_dict()})
+        return self._side(name, apply, {"config": config.to_dict()}, todo=config)
 
     def dato(self, name: str, config: DaToConfig, schedule: str | None = None) -> UNetSide:
         """DaTo, and ToDo with it where ``config`` says so; its digits must be for just these calls."""
         apply = self._whole(lambda model: todo_attn.apply_dato(model, config), after=todo_attn.reset_dato)
         kinds = FULL + config.schedule_for(self.calls)
-        return self._side(name, apply, {"schedule": schedule, "config": config.to_dict()}, kinds)
+        return self._side(name, apply, {"schedule": schedule, "config": config.to_dict()}, kinds, config.todo)
 
     def _tome(self, name: str, ratio: float) -> UNetSide:
         # tomesd's own default is level 1, where SDXL has no attention.
@@ -115,16 +118,22 @@ class Sides:
 
         return apply
 
-    def _side(self, name: str, apply: Apply, info: dict[str, Any], kinds: str | None = None) -> UNetSide:
+    def _side(
+        self, name: str, apply: Apply, info: dict[str, Any], kinds: str | None = None, todo: ToDoConfig | None = None
+    ) -> UNetSide:
         times = CallTimes(kinds or FULL * self.calls)
 
         def build() -> Run:
             model = twin(self.unet)
             model.set_attn_processor(AttnProcessor2_0())
             call, after = apply(model)
-            return Run(
-                model, call, self.inputs, self.timesteps, after, times, info, self.observed, share=not self.compiled
+            run = Run(
+                model, call, self.inputs, self.timesteps, after, times, info, self.warmup, share=not self.compiled
             )
+            if todo is not None:
+                with against_oracle(model, todo):  # a wrong attention is not timed
+                    run.rehearse()
+            return run
 
         return UNetSide(name, build, info, times=times)
 
@@ -135,6 +144,17 @@ def check_output(baseline: torch.Tensor, output: torch.Tensor) -> None:
         raise ValueError(f"output must have the shape {tuple(baseline.shape)}, got {tuple(output.shape)}")
     if not output.isfinite().all():
         raise ValueError("output must be finite")
+
+
+def checked(meter: Callable[[Callable[..., Any]], Sample]) -> Callable[[Callable[..., Any]], Sample]:
+    """``meter``, whose every sample must end in a finite output: warm-up, which is checked too, is shorter."""
+
+    def take(call: Callable[..., Any]) -> Sample:
+        sample = meter(call)
+        check_output(sample.output, sample.output)
+        return sample
+
+    return take
 
 
 def check_exact(unet: UNet2DConditionModel, kinds: Sequence[str]) -> None:

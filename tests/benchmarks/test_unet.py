@@ -1,7 +1,9 @@
 """The UNet benchmark end to end on a tiny model, and what it would run by default."""
 
 import json
+import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from typer.testing import CliRunner
 
 from benchmarks import unet
 from benchmarks.unet_plan import CACHED, Choice, calls_of, kinds_of, parse_size, plan
-from todo_attn import DaToConfig, ToDoConfig
+from benchmarks.unet_stop import InterruptError, Stoppable, as_far_as_it_got, pairs
+from todo_attn import DaToConfig, ToDoConfig, ops
 from todo_attn.bench import harness, machine
-from todo_attn.bench.harness import Rounds
+from todo_attn.bench.harness import Meter, Rounds
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RUN = ["--device", "cpu", "--model", "tiny", "--rounds", "2"]
@@ -107,9 +110,134 @@ def test_a_missing_peer_ends_only_its_row(cli, tmp_path, monkeypatch):
     assert [row["contender"]["name"] for row in deepcache] == ["deepcache-3", "deepcache-5"]
 
 
+@pytest.mark.parametrize("methods", ["todo", "todo+dato"])
+def test_a_wrong_attention_is_not_timed(cli, tmp_path, monkeypatch, methods):
+    right = ops.downsampled_attention
+    monkeypatch.setattr(ops, "downsampled_attention", lambda *args, **kwargs: torch.zeros_like(right(*args, **kwargs)))
+    path = tmp_path / "rows.jsonl"
+    result = cli("--size", "128", "--max-kv-tokens", "64", "--calls", "2", "--methods", methods, "--out", str(path))
+    assert result.exit_code == 1, result.output
+    (row,) = harness.read(path)
+    assert "self-attention of 16 x 16 tokens with factor 2 x 2 must be within" in row["contender"]["error"]
+    assert row["contender"]["samples"] == [] and row["speedup"] is None
+    assert row["baseline"]["error"] is None
+
+
+class Interrupting(harness.Meter):
+    """Sends a signal in the midst of one of its samples, counted from 1."""
+
+    at, kind = 0, signal.SIGINT
+
+    def __call__(self, call):
+        Interrupting.at -= 1
+
+        def interrupted():
+            output = call()
+            if Interrupting.at == 0:
+                signal.raise_signal(Interrupting.kind)
+            return output
+
+        return super().__call__(interrupted)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("at", "left"),
+    [
+        (2, {}),  # in warm-up
+        (5, {}),  # in the first contender's first sample
+        (6, {"todo-2": 1}),
+        (8, {"todo-2": 1, "tome": 1}),  # rounds go forth and back
+        (11, {"todo-2": 2, "tome": 2}),
+        (12, {"todo-2": 3, "tome": 2}),
+    ],
+)
+def test_an_interruption_leaves_the_rows_of_what_was_timed(cli, tmp_path, monkeypatch, kind, at, left):
+    monkeypatch.setattr(unet, "Meter", Interrupting)
+    monkeypatch.setattr(Interrupting, "at", at)
+    monkeypatch.setattr(Interrupting, "kind", kind)
+    path = tmp_path / "rows.jsonl"
+    sizes = ["--size", "64", "--size", "128"]
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    result = cli(*sizes, "--rounds", "4", "--factor", "2", "--methods", "todo,tome", "--calls", "2", "--out", str(path))
+    assert result.exit_code == 130, result.output
+    rows = harness.read(path) if path.exists() else []
+    assert {row["contender"]["name"]: len(row["contender"]["samples"]) for row in rows} == left
+    for row in rows:
+        assert row["case"]["height"] == 64
+        assert row["baseline"]["error"] is None and row["contender"]["error"] is None
+        assert len(row["baseline"]["samples"]) == len(row["contender"]["samples"])
+        assert row["speedup"]["p50"] > 0
+        assert [side["by_kind"]["full"]["calls"] for side in (row["baseline"], row["contender"])] == [2, 2]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_an_interruption_between_samples_ends_at_the_next_one():
+    meter = Stoppable(Meter(CPU))
+    with meter.listening():
+        meter(list)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(InterruptError):
+            meter(pytest.fail)
+    with meter.listening(), pytest.raises(KeyboardInterrupt):  # nothing to keep yet
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_side_that_failed_before_an_interruption_still_says_so():
+    def result(name, seconds, error=None):
+        return harness.Measured(harness.Side(name, list), seconds=seconds, error=error)
+
+    whole, failed = result("dense", [2.0, 2.0]), result("gone", [], "ImportError: no such package")
+    stopped = as_far_as_it_got(result("todo", [1.0], "InterruptError"))
+    assert stopped.error is None
+    dense, todo = next(pairs([whole, stopped]))
+    assert (dense.seconds, todo.seconds) == ([2.0], [1.0])
+    assert list(pairs([whole, failed])) == [(whole, failed)]
+    assert list(pairs([result("dense", []), failed, stopped])) == []
+    broken = replace(whole, error="OutOfMemoryError")
+    assert list(pairs([broken, stopped])) == [(broken, stopped)]
+
+
+def test_one_round_of_many_calls_is_one_whole_run_of_each_side(cli, tmp_path, monkeypatch):
+    calls = dict.fromkeys(("dense", "todo"), 0)
+
+    def build(self, name, *args, **kwargs):
+        side = made(self, name, *args, **kwargs)
+
+        def counted():
+            run = building()
+            run.model.register_forward_pre_hook(lambda *_: calls.update({name: calls[name] + 1}))
+            return run
+
+        building, side.build = side.build, counted
+        return side
+
+    made = unet.Sides._side
+    monkeypatch.setattr(unet.Sides, "_side", build)
+    monkeypatch.setattr(unet, "check_exact", lambda *_: None)
+    path = tmp_path / "rows.jsonl"
+    result = cli("--size", "64", "--calls", "50", "--rounds", "1", "--methods", "todo", "--out", str(path))
+    assert result.exit_code == 0, result.output
+    assert calls == {"dense": 52, "todo": 52}
+    (row,) = harness.read(path)
+    assert len(row["baseline"]["samples"]) == len(row["contender"]["samples"]) == 1
+    assert row["baseline"]["by_kind"]["full"]["calls"] == 50
+
+
+@pytest.mark.parametrize("out", ["/proc/nope/rows.jsonl", "."])
+def test_rows_that_could_not_be_written_are_not_measured(cli, monkeypatch, out):
+    monkeypatch.setattr(unet.models, "build", pytest.fail)
+    result = cli("--out", out)
+    assert result.exit_code == 2, result.output
+    assert "--out must be a file" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--device", "bogus"], "--device must be cpu or cuda, got bogus"),
+        (["--device", "mps"], "--device must be cpu or cuda, got mps"),
+        (["--seconds", "-1"], "--seconds"),
         (["--size", "60"], "multiples of 8"),
         (["--size", "big"], "--size must be"),
         (["--factor", "0"], "--factor must be"),

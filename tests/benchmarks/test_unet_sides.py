@@ -1,19 +1,22 @@
 """Each side of the UNet benchmark computes what its row says, the same in every run, and leaves nothing behind."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch._dynamo.testing import CompileCounter
 
-from benchmarks import models, unet_sides
+from benchmarks import models, unet_oracle, unet_sides
+from benchmarks.unet_oracle import against_oracle
 from benchmarks.unet_plan import Choice, kinds_of
 from benchmarks.unet_run import CallTimes, self_attention
-from benchmarks.unet_sides import Sides, check_exact, check_output
-from todo_attn import DaToConfig, ToDoConfig
+from benchmarks.unet_sides import Sides, check_exact, check_output, checked
+from todo_attn import DaToConfig, ToDoConfig, ops
 from todo_attn.bench import harness
 from todo_attn.compare_methods import KINDS
+from todo_attn.diffusers import processor
 from todo_attn.schedule import FULL, SHALLOW
 
 CPU = torch.device("cpu")
@@ -86,17 +89,17 @@ def test_runs_end_the_same_and_leave_nothing_behind(model, name):
     assert torch.equal(run(), first)
 
 
-@pytest.mark.parametrize(("name", "graphs"), [("tome", 1), ("deepcache-3", 2)])
-def test_peers_are_compiled_once_per_kind_of_call(model, monkeypatch, name, graphs):
+@pytest.mark.parametrize("name", ["tome", "deepcache-3", "todo-2", "dato-search", "todo-2+dato-search"])
+def test_a_short_warm_up_compiles_all_there_is_one_graph_per_kind_of_call(model, monkeypatch, name):
     counter, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter, **options))
     torch.compiler.reset()
-    contender = CONTENDERS[name]
-    output = [Sides(model, **SIZE | {"batch": 1}, calls=4, compiled=c).of(contender).build() for c in (False, True)]
-    eager, compiled = (run() for run in output)
-    assert torch.equal(compiled, eager)
-    output[1]()
-    assert counter.frame_count == graphs
+    make = [Sides(model, **SIZE | {"batch": 1}, calls=6, warmup=1, compiled=c) for c in (False, True)]
+    side = make[1].of(CONTENDERS[name])
+    eager, compiled = make[0].of(CONTENDERS[name]).build(), side.build()
+    for _ in ("short", "whole"):
+        assert torch.equal(compiled(), eager())
+        assert counter.frame_count == len(set(side.times.kinds))
 
 
 def test_the_share_is_taken_once_and_leaves_no_hook(model):
@@ -108,13 +111,97 @@ def test_the_share_is_taken_once_and_leaves_no_hook(model):
 
 
 def test_only_the_observed_run_is_looked_into(model):
-    side = Sides(model, **SIZE, observed=2).dense()
+    side = Sides(model, **SIZE, warmup=2).dense()
     run = side.build()
     run()
     assert "self_attention_share" not in side.info
     run()
     assert 0 < side.info["self_attention_share"] < 1
     assert side.info.get("peak_gib", 0) >= 0  # not every system tells
+
+
+@pytest.mark.parametrize(
+    ("kinds", "first"), [("2", 1), ("22222", 2), ("2111", 2), ("210012", 6), ("22", 2), ("20120", 4)]
+)
+def test_warm_up_runs_show_each_kind_and_a_second_full_call(kinds, first):
+    assert CallTimes(kinds).first == first
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_a_warm_up_run_is_short_and_those_after_are_whole(model, name):
+    size = SIZE | {"batch": 1}  # of a pair ToMe draws other tokens in each run
+    side = Sides(model, **size, calls=CALLS, warmup=2).of(CONTENDERS[name])
+    run = side.build()
+    output = [run() for _ in range(4)]
+    assert torch.equal(output[0], output[1]) and torch.equal(output[2], output[3])
+    assert 0 < side.info["self_attention_share"] < 1
+    whole = Sides(model, **size, calls=CALLS).of(CONTENDERS[name]).build()
+    assert torch.equal(output[3], whole())
+    counts = {kind: told["calls"] for kind, told in side.times.by_kind().items()}
+    assert sum(counts.values()) == CALLS
+    assert output[0].shape == output[3].shape
+    assert not torch.equal(output[0], output[3])
+
+
+def test_what_a_whole_run_takes_follows_from_its_first_calls():
+    assert CallTimes("2112101").whole([4.0, 1.0, 2.0, 6.0, 1.0, 0.5]) == 2 * 5.0 + 4 * 1.0 + 0.5
+
+
+def test_a_whole_run_that_ends_in_nothing_is_not_timed():
+    meter = checked(harness.Meter(CPU))
+    assert meter(lambda: torch.zeros(2)).seconds >= 0
+    with pytest.raises(ValueError, match="finite"):
+        meter(lambda: torch.zeros(2) / 0)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("height, width", [(64, 128), (136, 72)])  # the last with odd latents
+def test_the_oracle_knows_right_from_wrong(dtype, mode, height, width):
+    model = models.build("tiny", CPU, dtype)
+    right = ToDoConfig(factor={"finest": 3, 2: 2}, mode=mode)
+    run = Sides(model, height, width, batch=2).todo("todo", right).build()  # held against the oracle there
+    other = {"nearest": "mean", "mean": "nearest", "nearest-exact": "nearest"}[mode]
+    for wrong in (ToDoConfig(factor=2, mode=mode), ToDoConfig(factor=1), replace(right, mode=other)):
+        with pytest.raises(ValueError, match="must be within"), against_oracle(run.model, wrong):
+            run()
+    with against_oracle(run.model, right):
+        run()
+
+
+@pytest.mark.parametrize("filling", [0.0, float("nan")])
+@pytest.mark.parametrize("share", [1, 8])
+def test_the_oracle_sees_one_wrong_tile_of_one_head(model, monkeypatch, share, filling):
+    monkeypatch.setattr(unet_oracle, "_SCORES", 16 * 16 * 64 * 2 * 8 // share)  # all scores, or every ninth row's
+    exact = ops.downsampled_attention
+
+    def wrong(*args, **kwargs):
+        out = exact(*args, **kwargs)
+        if out.shape[1] == 256:
+            out[-1, -64:, -1] = filling
+        return out
+
+    monkeypatch.setattr(ops, "downsampled_attention", wrong)
+    side = Sides(model, 128, 128, batch=2).todo("todo", ToDoConfig(factor=2))
+    with pytest.raises(ValueError, match="16 x 16 tokens"):
+        side.build()
+
+
+def test_the_oracle_sees_answers_for_other_tokens_than_those_kept(model, monkeypatch):
+    sides = Sides(model, **SIZE, calls=2)
+    config = DaToConfig(cache_schedule="2", todo=ToDoConfig(factor=2))
+    sides.dato("todo+dato", config).build()
+    gather = processor.ops.gather_tokens
+    monkeypatch.setattr(processor.ops, "gather_tokens", lambda x, index: gather(x, index.flip(1)))
+    with pytest.raises(ValueError, match="must be within"):
+        sides.dato("todo+dato", config).build()
+
+
+def test_the_oracle_leaves_no_hook(model):
+    run = Sides(model, **SIZE).todo("todo", ToDoConfig(factor=2)).build()
+    layers = [module for name, module in run.model.named_modules() if name.endswith(("attn1", "to_out.0"))]
+    assert not any(layer._forward_hooks for layer in layers)
+    assert not any(layer._forward_pre_hooks for layer in layers if isinstance(layer, torch.nn.Linear))
 
 
 def test_the_time_of_a_kind_is_the_median_of_its_calls():
