@@ -6,7 +6,7 @@ python -m benchmarks.kernels --device cpu                   a few small shapes, 
 python -m benchmarks.kernels --minutes 4 --out rows.jsonl   starts no case after four minutes
 
 Sides and oracles: todo_attn/bench/attention.py, tokens.py and matching.py. Times are those of the device alone. Each
-case's rows are added to the file as soon as they are measured.
+case's rows are added to the file as soon as they are measured. Exits with 1 where a result of ours was wrong.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ def main(
     where = chosen_device(device)
     if unknown := set(only or ()) - set(cases.BENCHMARKS):
         raise typer.BadParameter(f"--only must be among {', '.join(cases.BENCHMARKS)}, got {', '.join(unknown)}")
+    path = checked_out(out or RESULTS / f"kernels-{machine.slug(where)}.jsonl")
     if where.type == "cpu":
         machine.keep_freed_memory()
     chosen = [c for c in (cases.full(where) if full else cases.plan(where)) if not only or c.benchmark in only]
     often = kernels.rounds_for(where)
     often = Rounds(often.warmup, rounds or often.rounds, often.seconds)
-    path = out or RESULTS / f"kernels-{machine.slug(where)}.jsonl"
     rows = collect(chosen, path, minutes, lambda some: kernels.run(some, where, often))
     typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
     for sentence in report.slower(rows):
         typer.echo(sentence, err=True)
+    fail_if_refused(rows)
 
 
 def chosen_device(name: str) -> torch.device:
@@ -59,6 +60,15 @@ def chosen_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("--device cuda needs a GPU that torch sees")
     return torch.device(name)
+
+
+def checked_out(path: Path) -> Path:
+    """--out, if rows can be added to it."""
+    try:
+        harness.check_appendable(path)
+    except ValueError as error:  # its first word is the option
+        raise typer.BadParameter(f"--{error}") from error
+    return path
 
 
 def collect(
@@ -72,8 +82,18 @@ def collect(
         harness.append(path, new)
         rows += new
         typer.echo(f"{done} of {len(chosen)}\n{report.table(new)}\n", err=True)
-    typer.echo(f"rows added to {path}", err=True)
+    said = f"rows added to {path}" if rows else f"no case was started in {minutes:g} minutes, nothing was written"
+    typer.echo(said, err=True)
     return rows
+
+
+def fail_if_refused(rows: Iterable[Row]) -> None:
+    """Say which of ours were wrong, last of all, and exit with 1 if any was."""
+    sentences = report.refused(rows)
+    for sentence in sentences:
+        typer.echo(sentence, err=True)
+    if sentences:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

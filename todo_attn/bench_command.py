@@ -45,6 +45,8 @@ def bench(
         width = height
     dtype = ("fp16" if gpu else "fp32") if dtype == "auto" else _SHORT.get(dtype, dtype)
     chosen = cases.short(model, height, width, batch=2 if gpu else 1, dtype=dtype)
+    if not gpu:
+        machine.keep_freed_memory()
     rows = []
     for new in kernels.run(chosen, where, kernels.rounds_for(where)):
         show(new)

@@ -105,6 +105,62 @@ def test_a_row_is_json_and_names_everything(tmp_path):
     assert harness.read(path) == [json.loads(json.dumps(row))] * 3
 
 
+def test_a_torn_line_costs_no_other_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    harness.append(path, [{"a": 1}])
+    with path.open("a") as file:
+        file.write('{"b": [1, ')  # a run that was killed as it wrote
+    harness.append(path, [{"c": 1}, {"d": 1}])
+    harness.append(path, [{"e": 1}])
+    with pytest.warns(UserWarning, match=r"rows.jsonl, line 2: not a row, skipped"):
+        assert harness.read(path) == [{"a": 1}, {"c": 1}, {"d": 1}, {"e": 1}]
+
+
+@pytest.mark.parametrize("line", [b"\0\0\0\n", b"\xff\n", b"[1]\n", b"7"])
+def test_what_is_no_row_is_skipped_with_a_warning(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line)
+    with pytest.warns(UserWarning, match="line 3: not a row"):
+        assert harness.read(path) == [{"a": 1}]
+
+
+def test_a_row_that_cannot_be_written_leaves_no_others(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match="Out of range float"):
+        harness.append(path, [{"a": 1}, {"b": float("nan")}])
+    assert not path.exists()
+
+
+def test_where_rows_can_be_added_to(tmp_path):
+    (tmp_path / "rows").write_text("torn")
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "rows")
+    paths = [tmp_path / "rows", tmp_path / "new", tmp_path / "deep" / "er" / "new", tmp_path / "link"]
+    for path in paths:
+        harness.check_appendable(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "rows"]
+    assert paths[0].read_text() == "torn"
+    for path in paths:
+        harness.append(path, [{}])
+
+
+def test_where_rows_cannot_be_added_to(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, reason in [
+        (tmp_path, "Is a directory"),
+        (tmp_path / "file" / "rows", "Not a directory"),
+        (tmp_path / ("n" * 300), "File name too long"),
+        (tmp_path / "loop", ""),
+    ]:
+        with pytest.raises(ValueError) as refused:
+            harness.check_appendable(path)
+        start = f"out must be a file that can be written, got {str(path)!r}: "
+        assert str(refused.value).startswith(start + reason)
+    with pytest.raises(ValueError, match="dump must be a file"):
+        harness.check_appendable(tmp_path, "dump")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
 def test_a_side_that_cannot_be_built_ends_only_its_row():
     bench = Bench()
     sides = [bench.side("a", [2.0] * 3), Side("absent", failing), bench.side("b", [1.0] * 3)]
@@ -197,6 +253,21 @@ def test_a_meter_takes_its_inputs_in_turn(monkeypatch):
     assert seen == [1, 2, 6, 1, 2, 6]
     assert sample.seconds == 3
     assert sample.output == 60
+
+
+def test_a_device_is_held_for_a_few_calls_at_a_time(monkeypatch):
+    """While it is held the host queues them; it would not be done with all of them, and a GPU's queue has an end."""
+    done, ran = [], []
+    monkeypatch.setattr(harness, "stamp", lambda device: float(len(ran)))
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda ticks: done.append(len(ran)))
+    sample = Meter(torch.device("cuda"), inputs=range(10), alone=True)(ran.append)
+    assert done == [0, 4, 8]
+    assert ran == list(range(10))
+    assert sample.seconds == 1
 
 
 @pytest.mark.gpu

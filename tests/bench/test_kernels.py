@@ -61,6 +61,8 @@ def test_every_side_is_right_and_every_pair_a_row(case, device):
     assert len(rows) == case.rows
     assert {row["benchmark"] for row in rows} == {case.benchmark}
     for name, side in sides(rows).items():
+        if case.best_only and case.benchmark != "attention":
+            assert None not in side.get("best_of", {}).values()  # those without a row too
         if side["error"] is None:
             assert len(side["samples"]) == 2
             assert side["gb_per_s"] == pytest.approx(side["bytes"] / side["seconds"]["p50"] / 1e9)
@@ -81,6 +83,25 @@ def test_the_fastest_rival_says_so_and_other_forms_are_set_against_it(monkeypatc
     assert best == min(("dense", "published"), key=lambda name: named[name]["seconds"]["p50"])
     others = {row["contender"]["name"]: row["baseline"]["name"] for row in rows if row["contender"]["name"] != "todo"}
     assert others == {"todo-packed": best, "todo-coarse": best}
+
+
+@pytest.mark.parametrize(
+    ("case", "rivals"),
+    [
+        (CASES[3], {"torch", "index_select"}),
+        (CASES[4], {"torch", "index_copy"}),
+        (CASES[6], {"torch", "index_select", "published"}),
+        (CASES[7], {"published", "torch-pairs"}),
+        (CASES[8], {"published", "torch-pairs"}),
+    ],
+)
+def test_every_way_to_do_it_in_torch_is_a_rival(case, rivals):
+    baselines = [row["baseline"] for row in run(case)]
+    (best,) = (side for side in baselines if "best_of" in side)
+    assert set(best["best_of"]) == rivals
+    assert best["best_of"][best["name"]] == min(best["best_of"].values())
+    told = {best["name"], "copy"} if case.best_only else rivals
+    assert len(baselines) == 2 and {side["name"] for side in baselines} == told
 
 
 def test_where_no_rival_runs_each_says_why(monkeypatch):
@@ -121,6 +142,93 @@ def test_a_wrong_result_is_never_timed(monkeypatch, name, case, spoil, reason):
             assert row["contender"]["error"].startswith("ValueError: wrong result, not timed: ")
             assert reason in row["contender"]["error"]
             assert row["contender"]["samples"] == []
+
+
+MANY = replace(ATTENTION, height=256, width=264)  # 32 x 33 tokens, more than an oracle samples
+MATCH = replace(MANY, benchmark="match_tokens")
+
+
+def unsampled(count):
+    """A mask of what an oracle's sample leaves out."""
+    mask = torch.ones(count, dtype=torch.bool)
+    mask[trial.spread(count, 512, CPU)] = False
+    return mask
+
+
+def filled(value, part=0):
+    """Spoils what no sample looks at, of a tensor or of a tuple's ``part``."""
+
+    def spoil(out):
+        t = out[part] if isinstance(out, tuple) else out
+        t[:, unsampled(t.shape[1])] = value
+        return out
+
+    return spoil
+
+
+def in_the_midst(value, part=0):
+    """Spoils the second picture of three, which no sample looks at."""
+
+    def spoil(out):
+        (out[part] if isinstance(out, tuple) else out)[1] = value
+        return out
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "spoil", "reason"),
+    [
+        ("downsampled_attention", MANY, filled(0), "in the 128 queries from"),
+        ("downsampled_attention", ATTENTION, in_the_midst(0), "in the 128 queries from 0 on"),
+        ("downsampled_attention", ATTENTION, lambda out: out[:, 1:], "of shape (3, 95, 8, 40), not (3, 96, 8, 40)"),
+        ("match_tokens", MATCH, filled(-5), "positions that are none"),
+        ("match_tokens", MATCH, filled(264), "positions that are none"),
+        ("match_tokens", MATCH, filled(0), "a similarity is off by"),
+        ("match_tokens", MATCH, filled(0.5, part=1), "a similarity is off by"),
+        ("match_tokens", MATCH, filled(1.1, part=1), "similarities that are none"),
+        ("match_tokens", MATCH, filled(torch.nan, part=1), "similarities that are none"),
+        ("match_tokens", CASES[7], in_the_midst(0), "a similarity is off by"),
+        ("match_tokens", CASES[7], lambda out: (out[0][:, 1:], out[1]), "of shapes (3, 71) and (3, 72), not (3, 72)"),
+        ("plan_pruning", CASES[8], in_the_midst(-1), "positions that are none"),
+    ],
+)
+def test_a_result_that_is_wrong_where_nothing_is_sampled_is_never_timed(monkeypatch, name, case, spoil, reason):
+    monkeypatch.setattr(ops, name, spoiled(getattr(ops, name), spoil))
+    errors = {row["contender"]["error"] for row in run(case) if row["contender"]["name"] == "todo"}
+    assert len(errors) == 1 and reason in errors.pop()
+
+
+@pytest.mark.parametrize("first", [0, 896, 1024])
+def test_a_wrong_tile_is_found_and_named(first):
+    """Of one head, by the loose bound; the last tile is not whole."""
+    made = attention.trial(MANY, CPU)
+    side, x = made.ours[0], made.inputs[-1]
+    right = side.build()(x)
+    side.check(right)
+    wrong = right.clone()
+    wrong[1, first : first + 128, 3] *= 1.001
+    with pytest.raises(ValueError, match=rf"off by 0.001 of their norm in the 128 queries from {first} on"):
+        side.check(wrong)
+
+
+def test_tiles_are_compared_a_few_at_a_time(monkeypatch):
+    """To the same end, so that no more of them need be in memory."""
+    right = torch.randn((2, 300, 2, 8), generator=torch.Generator().manual_seed(0))
+    out = right.clone()
+    out[1, 299, 1] += 1
+    whole = attention._worst_tile(out, right)
+    monkeypatch.setattr(attention, "_PIECE", 1)
+    assert attention._worst_tile(out, right) == pytest.approx(whole)
+    assert whole[1] == 256
+
+
+def test_the_oracle_is_the_same_a_few_queries_at_a_time(monkeypatch):
+    x = attention.trial(ATTENTION, CPU).inputs[0]
+    whole = attention._oracle(x, ATTENTION, dense=False)
+    monkeypatch.setattr(attention, "_PIECE", 1)
+    pieces = attention._oracle(x, ATTENTION, dense=False)
+    torch.testing.assert_close(pieces.out, whole.out, rtol=1e-12, atol=1e-12)
 
 
 def plan_check(change):
@@ -167,6 +275,16 @@ def test_a_plan_with_a_worse_source_is_found():
         plan_check(other)
 
 
+@pytest.mark.parametrize("name", ["to_base", "unit"])
+def test_a_plan_that_cannot_be_judged_is_not_right(name):
+    case = CASES[8]
+    x = matching.trial(case, CPU).inputs[-1]
+    oracle = matching._plan_oracle(x, case)
+    plan = ops.plan_pruning(x.x, x.score, case.grid, 0.4)
+    with pytest.raises(ValueError, match=r"(off|higher) by nan"):
+        matching._check_plan(oracle._replace(**{name: getattr(oracle, name) * torch.nan}), plan, 1e-5)
+
+
 def test_a_missing_peer_is_a_row_that_says_so(monkeypatch):
     monkeypatch.setattr(attention, "needs_cuda", lambda device: None)
     monkeypatch.setattr(attention, "_flex", lambda device: 1 / 0)  # compiles for the CPU otherwise
@@ -181,7 +299,10 @@ def test_a_missing_peer_is_a_row_that_says_so(monkeypatch):
 def test_sage_gets_padded_tokens_and_keys_of_its_own(monkeypatch):
     """As 1.0.6: it knows a head dim of 64, wants the true scale, and takes the mean out of its keys in place."""
 
+    seen = []
+
     def sageattn(query, key, value, tensor_layout, sm_scale):
+        seen.append((query, key, value))
         assert query.shape[-1] == key.shape[-1] == value.shape[-1] == 64
         assert tensor_layout == "NHD"
         key -= key.mean(1, keepdim=True)
@@ -196,6 +317,9 @@ def test_sage_gets_padded_tokens_and_keys_of_its_own(monkeypatch):
     rows = {row["baseline"]["name"]: row for row in run(ATTENTION) if row["contender"]["name"] == "todo"}
     assert rows["sage"]["baseline"]["error"] is None
     assert rows["sdpa-flash"]["baseline"]["error"] is None
+    queries, keys, values = ({id(t) for t in tensors} for tensors in zip(*seen, strict=True))
+    assert len(queries) == len(seen) > 2
+    assert len(keys) == len(values) == 2  # one a set of inputs, padded before anything is timed
     wide = [row for row in run(replace(ATTENTION, level=4)) if row["baseline"]["name"] == "sage"]
     assert wide[0]["baseline"]["error"] == "RuntimeError: knows head dims up to 128, not 160"
 
@@ -252,3 +376,32 @@ def test_ours_is_called_slower_where_it_is():
     assert "takes 2.00x the time of sdpa-flash" in flash
     assert "takes 1.25x the time of dense" in dense
     assert "sd15 96x64 level 1, batch 3, fp32" in flash
+
+
+def row_of(baseline, contender):
+    """A row with these two sides, each a name and an error."""
+    made = [harness.Measured(harness.Side(name, print), error=error) for name, error in (baseline, contender)]
+    return harness.compare("attention", ATTENTION.describe(), ABOUT, made)[0]
+
+
+WRONG = "ValueError: wrong result, not timed: off by 1"
+
+
+def test_what_was_wrong_of_ours_is_said_once():
+    rows = [
+        row_of(("sdpa-flash", None), ("todo", WRONG)),
+        row_of(("dense", None), ("todo", WRONG)),
+        row_of(("sdpa-flash", WRONG), ("todo", None)),
+        row_of(("dense", None), ("todo-packed", "RuntimeError: needs a CUDA GPU")),
+        row_of(("todo", WRONG), ("128x64, 4 warps", None)),
+        row_of(("dense", None), ("todo-coarse", WRONG)),
+    ]
+    where = "attention, sd15 96x64 level 1, batch 3, fp32"
+    assert report.refused(rows) == [f"{where}: {name} was refused: {WRONG}" for name in ("todo", "todo-coarse")]
+    assert report.refused(rows[2:4]) == []
+
+
+def test_a_note_shortens_each_error_by_itself():
+    long = "RuntimeError: " + "x" * 200
+    table = report.table([row_of(("sdpa-cudnn", long), ("todo", WRONG))])
+    assert f"sdpa-cudnn: {long[:97]}...; todo: {WRONG}" in table

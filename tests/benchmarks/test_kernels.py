@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from benchmarks import kernels as command
 from benchmarks import models
+from todo_attn import ops
 from todo_attn.bench import cases, harness, kernels
 from todo_attn.bench.cases import Case
 
@@ -30,10 +31,10 @@ def test_rows_of_a_run(cli):
     result, path = cli()
     assert result.exit_code == 0, result.output
     rows = harness.read(path)
-    assert [(row["benchmark"], row["baseline"]["name"]) for row in rows] == [
-        *(("gather", "torch"), ("gather", "copy")),
-        *(("match_tokens", "published"), ("match_tokens", "torch-pairs")),
-    ]
+    assert [row["benchmark"] for row in rows] == ["gather"] * 2 + ["match_tokens"] * 2
+    best, *others = (row["baseline"] for row in rows)
+    assert best["name"] in best["best_of"] and set(best["best_of"]) == {"torch", "index_select"}
+    assert [side["name"] for side in others] == ["copy", "published", "torch-pairs"]
     assert all(row["speedup"] and row["contender"]["name"] == "todo" for row in rows)
     assert all(len(row["contender"]["samples"]) == 2 for row in rows)
     assert rows[0]["case"] == TINY.describe()
@@ -50,7 +51,28 @@ def test_only_some_as_json(cli):
 def test_no_case_is_started_after_its_time(cli):
     result, path = cli("--minutes", "0")
     assert result.exit_code == 0, result.output
+    assert "no case was started in 0 minutes, nothing was written" in result.output
+    assert "rows added" not in result.output
     assert not path.exists()
+
+
+def test_a_wrong_result_of_ours_ends_in_a_failure(cli, monkeypatch):
+    gather = ops.gather_tokens
+    monkeypatch.setattr(ops, "gather_tokens", lambda x, index: gather(x, index) + 1)
+    result, path = cli()
+    assert result.exit_code == 1
+    said = "gather, sd15 96x64 level 1, batch 2, fp32: todo was refused: ValueError: wrong result, not timed"
+    assert result.stderr.splitlines()[-1].startswith(said)
+    assert len(harness.read(path)) == 4
+
+
+@pytest.mark.parametrize("out", ["", "file/rows.jsonl"])
+def test_where_rows_cannot_go_is_refused_before_anything_is_timed(cli, monkeypatch, tmp_path, out):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(kernels, "run", None)
+    result, _ = cli("--out", str(tmp_path / out))
+    assert result.exit_code == 2
+    assert "--out must be a file that can be written" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_what_was_measured_before_an_interrupt_stays(cli, monkeypatch):

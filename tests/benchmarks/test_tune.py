@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import tune
+from todo_attn import ops
 from todo_attn.bench import harness, kernels, machine
 from todo_attn.bench.harness import Rounds
 from todo_attn.kernels import launch
@@ -58,6 +59,25 @@ def test_a_setting_whose_result_is_wrong_is_not_timed(monkeypatch):
     assert bad["speedup"] is None
     assert bad["contender"]["samples"] == []
     assert "wrong result, not timed: off by" in bad["contender"]["error"]
+
+
+def test_only_the_shipped_one_being_wrong_is_a_failure(cli, monkeypatch):
+    monkeypatch.setattr(tune, "ALTERNATIVES", {40: OTHERS})
+    right, path = cli("--head-dim", "40")
+    assert right.exit_code == 0, right.output
+    assert "wrong result, not timed" in harness.read(path)[1]["contender"]["error"]
+    attend = ops.downsampled_attention
+    monkeypatch.setattr(ops, "downsampled_attention", lambda *inputs: attend(*inputs) + 1)
+    wrong, _ = cli("--head-dim", "40")
+    assert wrong.exit_code == 1
+    assert "todo was refused: ValueError: wrong result" in wrong.stderr.splitlines()[-1]
+
+
+def test_where_rows_cannot_go_is_refused_before_anything_is_timed(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "run", None)
+    result, _ = cli("--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "--out must be a file that can be written" in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("arguments", [["--head-dim", "48"], ["--size", "100"], ["--device", "tpu"]])

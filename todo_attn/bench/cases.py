@@ -14,6 +14,7 @@ from todo_attn.config import ToDoConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BENCHMARKS = ("attention", "gather", "scatter", "recover", "match_tokens", "plan_pruning")
+_MOVING = ("gather", "scatter", "recover")
 SIZES = (512, 768, 1024, 1536, 2048, 4096)
 # (heads, head dim) of each level's self-attention; a level is the side in latent pixels that a token stands for.
 MODELS: dict[str, dict[int, tuple[int, int]]] = {
@@ -124,11 +125,16 @@ class Case:
         return peers, forms
 
     @property
+    def best_only(self) -> bool:
+        """Whether of the rivals only the fastest gets a row."""
+        return PEERS[self.peers].best_only if self.benchmark == "attention" else self.benchmark in _MOVING
+
+    @property
     def rows(self) -> int:
         """How many rows it gives."""
         if self.benchmark == "attention":
-            return 1 if PEERS[self.peers].best_only else sum(map(len, self.sides))
-        return {"recover": 3, "plan_pruning": 1}.get(self.benchmark, 2)
+            return 1 if self.best_only else sum(map(len, self.sides))
+        return 2  # the fastest rival and a copy, or what is published and the same on fewer pairs
 
     def describe(self) -> dict[str, Any]:
         """As it stands in the rows."""

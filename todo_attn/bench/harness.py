@@ -11,11 +11,14 @@ from __future__ import annotations
 import gc
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from os import SEEK_END
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +28,8 @@ from tqdm import tqdm
 
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 _MIN_ROUNDS = 2
-_HOLD_TICKS = 20_000_000  # of a GPU's clock: about 10 ms, in which the host queues some hundred launches
+_HOLD_TICKS = 20_000_000  # of a GPU's clock: about 10 ms
+_HELD_CALLS = 4  # which the host queues meanwhile: a call may take it 2 ms, and a GPU takes 1024 launches in advance
 
 
 def _nothing() -> None:
@@ -121,8 +125,9 @@ class Meter:
         calls: calls per sample (and set of inputs), for what is too short to time alone.
         inputs: what the function is called with, one after the other: sets that together exceed the caches, so that no
             call finds its own still there. The sample's output is that of the last. Empty: called with nothing.
-        alone: on CUDA, count the calls' own work: the device is held until the host has queued them, so that no launch
-            shows, and memory is what they took beyond what was there. Otherwise both are as the caller sees them.
+        alone: on CUDA, count the calls' own work: the device is held until the host has queued them, a few at a time,
+            so that no launch shows, and memory is what they took beyond what was there. Otherwise both are as the
+            caller sees them.
     """
 
     device: torch.device
@@ -132,21 +137,26 @@ class Meter:
 
     def __call__(self, call: Callable[..., Any]) -> Sample:
         cuda = self.device.type == "cuda"
+        held = cuda and self.alone
         before = 0
         if cuda:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             if self.alone:
                 before = torch.cuda.memory_allocated(self.device)
-                torch.cuda._sleep(_HOLD_TICKS)
-        arguments: list[tuple[Any, ...]] = [(each,) for each in self.inputs] or [()]
+        turns: list[tuple[Any, ...]] = ([(each,) for each in self.inputs] or [()]) * self.calls
+        part = _HELD_CALLS if held else len(turns)
+        spans = []
         output = None
-        start = stamp(self.device)
-        for _ in range(self.calls):
-            for argument in arguments:
+        for first in range(0, len(turns), part):
+            if held:
+                torch.cuda._sleep(_HOLD_TICKS)
+            start = stamp(self.device)
+            for argument in turns[first : first + part]:
                 output = None  # freed before the next one is made
                 output = call(*argument)
-        seconds = between(start, stamp(self.device)) / (self.calls * len(arguments))
+            spans.append((start, stamp(self.device)))
+        seconds = sum(between(*span) for span in spans) / len(turns)
         return Sample(output, seconds, torch.cuda.max_memory_allocated(self.device) - before if cuda else None)
 
 
@@ -231,15 +241,61 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add ``rows`` to the file, one JSON object a line; nothing already there is touched."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    """Add ``rows`` to the file, one JSON object a line; nothing already there is touched.
+
+    They go in one write, on lines of their own: what an interrupted run left unfinished takes none of them with it.
+    """
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(("\n" * _is_torn(path) + text).encode())
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether its last line was never finished."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, SEEK_END)
+        return file.read() != b"\n"
+
+
+def check_appendable(path: Path, name: str = "out") -> None:
+    """For the start of a long run: :func:`append` will be able to write there. Leaves nothing behind.
+
+    Folders that do not exist are fine where they can be made.
+
+    Raises:
+        ValueError: it cannot: ``name``, the path and why.
+    """
+    try:
+        target = path.resolve()  # a link to a file that is not there yet would be followed
+        if target.exists():
+            target.open("ab").close()
+        else:
+            nearest = next(folder for folder in target.parents if folder.exists())
+            with TemporaryFile(dir=nearest):
+                pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name} must be a file that can be written, got {str(path)!r}: {reason}") from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that :func:`append` wrote."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a file that :func:`append` wrote. A line that is none, a torn one, is skipped with a warning."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            warnings.warn(f"{path}, line {number}: not a row, skipped", stacklevel=2)
+    return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -2,8 +2,9 @@
 
 Every peer's row has ours (``contender``) against it (``baseline``). The rivals are the peers that do the same job on
 the same inputs; the fastest of them in this run has ``best_of`` in its part of the row, the median seconds of each, so
-the rows with ``best_of`` are what a claim may rest on. Where ours has other forms (its kernel without the packing),
-they are set against that rival. ``peak_gib`` is what a side's calls took beyond the inputs.
+the rows with ``best_of`` are what a claim may rest on. Where a case says so (:attr:`.Case.best_only`), it is the only
+rival with a row. Where ours has other forms (its kernel without the packing), they are set against that rival.
+``peak_gib`` is what a side's calls took beyond the inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from . import attention, harness, machine, matching, tokens
-from .cases import PEERS, Case
+from .cases import Case
 from .harness import Measured, Meter, Rounds, Side
 from .trial import Trial, rates
 
@@ -89,8 +90,8 @@ def _rows(case: Case, trial: Trial, results: list[Measured], about: dict[str, An
     if best.error is None:
         medians = {rival.side.name: None if rival.error else _median(rival) for rival in rivals}
         best.side.info["best_of"] = medians
-        if case.benchmark == "attention" and PEERS[case.peers].best_only:
-            peers = [best]
+        if case.best_only:
+            peers = [best, *(peer for peer in peers if peer not in rivals)]
     pairs = [(peer, main) for peer in peers] + [(best, form) for form in forms]
     where = case.describe()
     return [row for pair in pairs for row in harness.compare(case.benchmark, where, about, pair)]

@@ -7,8 +7,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .trial import WRONG
+
 Row = dict[str, Any]
-_NOTE = 100  # characters
+_NOTE = 100  # characters of each error
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -52,13 +54,28 @@ def slower(rows: Iterable[Row]) -> list[str]:
     ]
 
 
+def refused(rows: Iterable[Row]) -> list[str]:
+    """A sentence for each of ours whose result was wrong, so that it was not timed: a failure, not a measurement."""
+    sentences = (
+        f"{row['benchmark']}, {where(row)}: {side['name']} was refused: {side['error']}"
+        for row in rows
+        for side in (row["baseline"], row["contender"])
+        if side["name"].startswith("todo") and WRONG in (side["error"] or "")
+    )
+    return list(dict.fromkeys(sentences))
+
+
 def _note(*sides: Row) -> str:
     """What ended which of them."""
     names: dict[str, list[str]] = {}
     for side in sides:
         if side["error"]:
             names.setdefault(side["error"], []).append(side["name"])
-    return "; ".join(f"{', '.join(failed)}: {error}" for error, failed in names.items())[:_NOTE]
+    return "; ".join(f"{', '.join(failed)}: {_shortened(error)}" for error, failed in names.items())
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _NOTE else f"{text[: _NOTE - 3]}..."
 
 
 def _milliseconds(side: Row) -> str:

@@ -28,10 +28,11 @@ class Inputs(NamedTuple):
     pruned: torch.Tensor  # (B, N - K): where the others stand
     match: torch.Tensor  # (B, N - K): which of those that stay each is filled in from
     source: torch.Tensor  # (B, N): the same for every token; of one that stays itself
+    picture: torch.Tensor  # (B, 1): its number in the batch, for indices into all rows of a batch
 
 
 def trial(case: Case, device: torch.device) -> Trial:
-    """Ours, the torch ops, for ``recover`` the published ones too, and the copy."""
+    """Ours, torch's ops in the ways they can be called, for ``recover`` the published ones too, and the copy."""
     inputs = rotation(partial(_make, case, device), device)
     ours, peers = _SIDES[case.benchmark]
     moved = _bytes(case)
@@ -61,7 +62,8 @@ def _make(case: Case, device: torch.device, number: int, generator: torch.Genera
     source = torch.empty_like(order).scatter_(1, kept, own).scatter_(1, pruned, match)
     # Not the kept tokens themselves: putting those back would change nothing.
     stay = torch.randn((batch, case.kept, case.channels), generator=generator, device=device, dtype=tokens.dtype)
-    return Inputs(number, tokens, stay, kept, pruned, match, source)
+    picture = torch.arange(batch, device=device)[:, None]
+    return Inputs(number, tokens, stay, kept, pruned, match, source, picture)
 
 
 def _random_bytes(count: int, device: torch.device) -> torch.Tensor:
@@ -99,12 +101,25 @@ def _wide(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return index.unsqueeze(-1).expand(-1, -1, x.shape[2])
 
 
+def _flat(x: Inputs, index: torch.Tensor, count: int) -> torch.Tensor:
+    """As numbers of rows in a batch of ``count`` each, one picture after the other."""
+    return torch.add(index, x.picture, alpha=count).flatten()
+
+
+def _select(x: Inputs, t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return t.flatten(0, 1).index_select(0, _flat(x, index, t.shape[1])).unflatten(0, index.shape)
+
+
 def _gather(x: Inputs, residual: bool) -> torch.Tensor:
     return ops.gather_tokens(x.tokens, x.kept)
 
 
 def _torch_gather(x: Inputs, residual: bool) -> torch.Tensor:
     return x.tokens.gather(1, _wide(x.kept, x.tokens))
+
+
+def _index_select(x: Inputs, residual: bool) -> torch.Tensor:
+    return _select(x, x.tokens, x.kept)
 
 
 def _scatter(x: Inputs, residual: bool) -> torch.Tensor:
@@ -115,13 +130,23 @@ def _torch_scatter(x: Inputs, residual: bool) -> torch.Tensor:
     return x.tokens.scatter(1, _wide(x.kept, x.tokens), x.stay)
 
 
+def _index_copy(x: Inputs, residual: bool) -> torch.Tensor:
+    rows = _flat(x, x.kept, x.tokens.shape[1])
+    return x.tokens.flatten(0, 1).index_copy(0, rows, x.stay.flatten(0, 1)).view_as(x.tokens)
+
+
 def _recover(x: Inputs, residual: bool) -> torch.Tensor:
     return ops.recover_tokens(x.stay, x.source, x.tokens if residual else None)
 
 
 def _torch_recover(x: Inputs, residual: bool) -> torch.Tensor:
     out = x.stay.gather(1, _wide(x.source, x.stay))
-    return out + x.tokens if residual else out
+    return out.add_(x.tokens) if residual else out
+
+
+def _index_select_recover(x: Inputs, residual: bool) -> torch.Tensor:
+    out = _select(x, x.stay, x.source)
+    return out.add_(x.tokens) if residual else out
 
 
 def _published_recover(x: Inputs, residual: bool) -> torch.Tensor:
@@ -134,7 +159,10 @@ def _published_recover(x: Inputs, residual: bool) -> torch.Tensor:
 
 _Call = Callable[[Inputs, bool], torch.Tensor]
 _SIDES: dict[str, tuple[_Call, dict[str, _Call]]] = {
-    "gather": (_gather, {"torch": _torch_gather}),
-    "scatter": (_scatter, {"torch": _torch_scatter}),
-    "recover": (_recover, {"torch": _torch_recover, "published": _published_recover}),
+    "gather": (_gather, {"torch": _torch_gather, "index_select": _index_select}),
+    "scatter": (_scatter, {"torch": _torch_scatter, "index_copy": _index_copy}),
+    "recover": (
+        _recover,
+        {"torch": _torch_recover, "index_select": _index_select_recover, "published": _published_recover},
+    ),
 }

@@ -14,6 +14,7 @@ from .harness import Side
 
 _CACHES = 3  # the sets of inputs together, in caches
 _MOST_SETS = 64
+WRONG = "wrong result, not timed"  # how a row says so
 
 
 @dataclass(frozen=True)
@@ -83,4 +84,4 @@ def needs_cuda(device: torch.device) -> None:
 
 def wrong(what: str) -> ValueError:
     """A result that is not the oracle's."""
-    return ValueError(f"wrong result, not timed: {what}")
+    return ValueError(f"{WRONG}: {what}")
