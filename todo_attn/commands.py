@@ -22,6 +22,7 @@ from .printing import compare_table, print_examination, schedules_notes, schedul
 
 if TYPE_CHECKING:
     from .diffusers import compare as comparing
+    from .diffusers.architectures import Architecture
 
 app = typer.Typer(
     name="todo-attn",
@@ -218,17 +219,6 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"--out must be a folder that can be written, got {str(out)!r}: {error.strerror}") from error
 
 
-def _check_appendable(out: Path) -> None:
-    """Refuse a file that cannot be made or added to, without leaving anything behind."""
-    if not out.exists():
-        _check_writable(out.parent)
-        return
-    try:
-        out.open("a").close()
-    except OSError as error:
-        raise UserError(f"--out must be a file that can be written, got {str(out)!r}: {error.strerror}") from error
-
-
 _DOCTOR_HELP = """Say what is installed, run each op against its oracle, and exit with 1 if something is broken.
 
 What is not installed (a GPU, Triton, diffusers) is said and is no error: the rest works without it.
@@ -297,16 +287,31 @@ def _examine(as_json: bool) -> None:
         raise typer.Exit(1)
 
 
+def _read_architecture(model: str) -> Architecture:
+    """The UNet that ``--model`` names; a path where nothing is does not make it to the Hub."""
+    from .diffusers.architectures import CONFIGS, read_architecture
+
+    if model not in CONFIGS and not Path(model).expanduser().exists():
+        try:
+            CompareSettings(model=model)  # knows what may be a Hub id
+        except SettingError as error:
+            known = ", ".join(CONFIGS)
+            raise UserError(
+                f"--model must be {known}, or a folder or Hub id of a pipeline with a UNet, got {model!r}: there is no "
+                "such folder, and a Hub id is owner/name"
+            ) from error
+    try:
+        return read_architecture(model)
+    except ValueError as error:  # its first word is the option
+        raise UserError(f"--{error}") from error
+
+
 def _advise(model: str, settings: CompareSettings, measure: bool, as_json: bool) -> None:
-    from .diffusers.architectures import read_architecture
     from .diffusers.gains import advice_lines, build_advice
 
     with Console(stderr=True).status("reading the model") as status:
         _hush_loading()
-        try:
-            architecture = read_architecture(model)
-        except ValueError as error:  # its first word is the option
-            raise UserError(f"--{error}") from error
+        architecture = _read_architecture(model)
         advice = build_advice(architecture, settings, measured=measure, watch=status.update)
     if as_json:
         print(json.dumps(advice, indent=2, allow_nan=False))
@@ -327,7 +332,8 @@ def bench_command(
 ) -> None:
     """Time the kernels on this machine, at the shapes of one picture, against what they replace; about a minute.
 
-    Each result is checked against an oracle before it is timed. Says where ToDo is not the faster one.
+    Each result is checked against an oracle before it is timed; exits with 1 where one of ours was wrong. Says where
+    ToDo is not the faster one.
 
     **Example:** `todo-attn bench --height 1024 --width 1536`
     """
@@ -335,9 +341,9 @@ def bench_command(
     from .bench_command import bench
 
     notes = Console(stderr=True)
-    if out is not None:
-        _check_appendable(out)
     try:
+        if out is not None:
+            harness.check_appendable(out)
         timed = bench(device, dtype, model, height, width, lambda rows: harness.append(out, rows) if out else None)
     except ValueError as error:  # its first word is the option
         raise UserError(f"--{error}") from error
@@ -347,6 +353,8 @@ def bench_command(
     console = notes if as_json else Console()
     for note in timed["notes"]:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    if refused := report.refused(timed["rows"]):
+        raise UserError("; ".join(refused), 1)
 
 
 @app.command("schedules")
@@ -363,12 +371,11 @@ def schedules_command(
 
     **Example:** `todo-attn schedules --model sd15 --height 768 --width 512 --steps 25`
     """
-    from .diffusers.architectures import read_architecture
     from .schedule_report import build_listing
 
     notes = Console(stderr=True)
     try:
-        architecture = read_architecture(str(shipped_pipeline()) if model is None else model)
+        architecture = _read_architecture(str(shipped_pipeline()) if model is None else model)
         columns = SpinnerColumn(), TextColumn("counting the operations of a call of each kind"), BarColumn()
         with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
             task = bar.add_task("", total=None)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from todo_attn import doctor, ops
 from todo_attn.ops import backends, libraries
@@ -151,6 +152,45 @@ def test_advice_as_text(run, sd_folder):
     assert lines["todo"].startswith(("this will not help here: nothing is downsampled", "1."))
     assert "x predicted" in lines["dato"] and "x measured" in lines["dato"]
     assert "operations counted on this UNet" in lines["predicted"]
+
+
+def test_both_methods_where_todo_adds_nothing(run, sd_folder):
+    """At its normal size the pipeline's levels have fewer tokens than ToDo would leave."""
+    ran = run("doctor", "--model", sd_folder)
+    assert ran.code == 0, ran.err
+    lines = dict(line.split(": ", 1) for line in ran.out.splitlines() if ": " in line)
+    assert lines["todo"].startswith("this will not help here: nothing is downsampled")
+    assert "to which ToDo adds nothing: nothing is downsampled" in lines["todo+dato"]
+    assert "ToDo" not in lines["dato"]
+
+
+@pytest.mark.parametrize("command", ["doctor", "schedules"])
+@pytest.mark.parametrize("model", ["/nothing/there", "./nothing", "nothing/at/all", "~/nothing", "sd3", "here/nothing"])
+def test_the_hub_is_not_asked_for_a_path(run, monkeypatch, tmp_path, command, model):
+    """Nor for owner/name where there is a folder of the owner's name, which makes it a path."""
+
+    def ask(*args, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(UNet2DConditionModel, "load_config", ask)
+    ran = run(command, "--model", model)
+    assert ran.code == 2 and ran.out == ""
+    assert ran.err == (
+        "todo-attn: error: --model must be sd15, sdxl, or a folder or Hub id of a pipeline with a UNet, got "
+        f"{model!r}: there is no such folder, and a Hub id is owner/name\n"
+    )
+
+
+def test_the_hub_is_asked_for_an_owner_and_name(run, monkeypatch, tmp_path):
+    def ask(source, **kwargs):
+        raise OSError(f"nothing on the Hub by the name of {source}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(UNet2DConditionModel, "load_config", ask)
+    ran = run("doctor", "--model", "owner/name")
+    assert ran.code == 2 and ran.err.endswith("got 'owner/name': nothing on the Hub by the name of owner/name\n")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,11 @@ SIZE = (12, 17)
 CPU_RATES = Rates(attention=125e9, other=203e9, launch=2e-5)
 
 
+@pytest.fixture(autouse=True)
+def no_rates_known(monkeypatch):
+    monkeypatch.setattr(advice, "_RATES", {})
+
+
 @pytest.fixture(scope="module")
 def shells():
     with torch.device("meta"):
@@ -36,11 +41,6 @@ def shells():
 def real(unet, config, batch=1):
     """As counted while the UNet runs."""
     return count_work(unet, *SIZE, [config], batch=batch, pixels_per_latent=1)
-
-
-def runs_gain(works, kinds):
-    dense, of_kind = works
-    return dense.full.operations * len(kinds) / sum(of_kind.of(kind).operations for kind in kinds)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "small"])
@@ -85,58 +85,184 @@ def test_shapes_tell_self_attention(unet):
 def test_shapes_tell_what_dato_costs(make_unet, kind, config):
     unet = make_unet(kind)
     kinds = "2" + (config.cache_schedule or "")
-    assert advice._gain_of_dato(unet, SIZE, config, kinds) == pytest.approx(runs_gain(real(unet, config), kinds))
+    dense, of_kind = real(unet, config)
+    shapes_dense, works = advice.run_work(unet, SIZE, config)
+    assert counts([shapes_dense, *works]) == counts([dense.full, *(of_kind.of(kind) for kind in kinds)])
+
+
+def counts(works):
+    return [(work.attention, work.other) for work in works]
 
 
 def test_a_ratio_per_call(unet):
     config = DaToConfig(prune_ratio=(0.4, 0.0, 0.2), cache_schedule="21")
     works = {ratio: real(unet, DaToConfig(prune_ratio=ratio))[1] for ratio in config.prune_ratio}
-    total = works[0.4].full.operations + works[0.0].full.operations + works[0.2].shallow.operations
-    dense = real(unet, DaToConfig())[0].full.operations
-    assert advice._gain_of_dato(unet, SIZE, config, "221") == pytest.approx(3 * dense / total)
+    _, run = advice.run_work(unet, SIZE, config)
+    assert counts(run) == counts([works[0.4].full, works[0.0].full, works[0.2].shallow])
+
+
+@pytest.mark.parametrize(
+    ("side", "cap", "factor"), [(64, 4096, "auto"), (65, 4096, "auto"), (64, 100, 1), (8, 63, "auto")]
+)
+def test_shapes_tell_whether_anything_is_downsampled(shells, side, cap, factor):
+    expected = {(64, "auto"): False, (65, "auto"): True, (64, 1): False, (8, "auto"): True}[side, factor]
+    config = ToDoConfig(factor=factor, max_kv_tokens=cap)
+    assert advice.downsamples(shells["sd15"], (side, side), config) == expected
+    dense, (todo,) = advice.run_work(shells["sd15"], (side, side), config)
+    assert (todo != dense) == expected
 
 
 def said(caplog):
     return [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "todo_attn"]
 
 
-def test_todo_says_what_it_saves_in_one_line(shells, caplog):
+def by_size(text):
+    """What a line of the log says of each size."""
+    found = text.partition(": ")[2].removesuffix(text[text.rindex(". Operations are counted") :])
+    return dict(one.split(": ", 1) for one in found.split("; "))
+
+
+def test_todo_says_what_it_gains_in_one_line(shells, caplog):
     caplog.set_level(logging.INFO, "todo_attn")
     apply_todo(shells["sd15"])
     ((level, text),) = said(caplog)
     remove_todo(shells["sd15"])
-    assert level == "INFO"
-    assert "1.00 at 64 x 64 latents, 1.39 at 128 x 128, 3.10 at 256 x 256" in text
-    assert "will not help" not in text and "counted, not timed" in text
+    assert level == "INFO" and text.startswith("ToDo, by width x height in latents: ")
+    assert by_size(text) == {
+        "64 x 64": "this will not help here: nothing is downsampled, no level having more than max_kv_tokens=4096 "
+        "tokens at this size (1.00 times fewer operations)",
+        "128 x 128": "1.39 times fewer operations",
+        "256 x 256": "3.10 times fewer operations",
+    }
+    assert "nothing is timed: todo-attn doctor --model MODEL" in text
 
 
-def test_todo_says_where_it_would_never_help(shells, caplog):
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("todo", ToDoConfig(max_kv_tokens=16)),
+        ("todo", ToDoConfig(max_kv_tokens=64)),
+        ("todo", ToDoConfig(max_kv_tokens=10**6)),
+        ("dato", DaToConfig.preset("coco")),
+        ("todo+dato", DaToConfig.preset("coco", todo=ToDoConfig(max_kv_tokens=200))),
+        ("todo+dato", DaToConfig.preset("v1", todo=ToDoConfig(max_kv_tokens=20), prune_ratio=0.0)),
+    ],
+    ids=["todo-16", "todo-64", "todo-never", "dato", "both", "both-unpruned"],
+)
+def test_the_log_says_what_doctor_says(unet, advise, caplog, method, config):
+    """On a machine where every operation takes as long as any other, word by word but for the prediction."""
     caplog.set_level(logging.INFO, "todo_attn")
-    apply_todo(shells["sdxl"], ToDoConfig(max_kv_tokens=10**6))
+    (apply_todo if method == "todo" else apply_dato)(unet, config)
+    ((_, text),) = said(caplog)
+    todo = config if method == "todo" else config.todo
+    settings = {"max_kv_tokens": 4096 if todo is None else todo.max_kv_tokens}
+    if method != "todo":
+        settings |= {"schedule": "v1" if config.prune_ratio == 0 else "coco", "prune_ratio": config.prune_ratio}
+    assert len(by_size(text)) == 3
+    for size, verdict in by_size(text).items():
+        side = 8 * int(size.split(" x ")[0])
+        _, rows = advise(tiny(unet), Rates(1, 1), methods=f"dense,{method}", height=side, width=side, **settings)
+        row = rows[method]
+        gain = f"{row['operations_gain']:.2f}"
+        operations = f"{gain} times fewer operations"
+        expected = row["verdict"].replace(f"{gain}x predicted ({operations})", operations)
+        expected = expected.replace(f"({gain}x predicted)", f"({operations})")
+        assert verdict == expected.replace("of the time", "of the operations")
+        assert ("this will not help here" in verdict) == (not row["helps"])
+
+
+def test_each_size_is_said_where_it_never_helps(shells, caplog):
+    caplog.set_level(logging.INFO, "todo_attn")
+    apply_todo(shells["sdxl"], ToDoConfig(factor=1))
     remove_todo(shells["sdxl"])
-    assert "this will not help" in caplog.text
+    ((_, text),) = said(caplog)
+    found = by_size(text)
+    assert list(found) == ["128 x 128", "256 x 256", "512 x 512"]
+    assert all(one.startswith("this will not help here: the factor is 1 at every level") for one in found.values())
 
 
 def test_a_pipelines_sizes_are_pixels(pipe, caplog):
     caplog.set_level(logging.INFO, "todo_attn")
     apply_todo(pipe)
     ((_, text),) = said(caplog)
-    assert "1.00 at 32 x 32 pixels, " in text
+    assert text.startswith("ToDo, by width x height in pixels: 32 x 32: this will not help here: ")
 
 
-def test_dato_says_what_a_run_saves(shells, caplog):
+def test_a_range_of_timesteps_is_said(shells, caplog):
+    caplog.set_level(logging.INFO, "todo_attn")
+    apply_todo(shells["sd15"], ToDoConfig(timestep_range=(200, 1000)))
+    remove_todo(shells["sd15"])
+    assert said(caplog)[0][1].startswith("ToDo, in a call at a timestep of its range, by width x height in latents: ")
+
+
+def test_dato_says_what_a_run_gains(shells, caplog):
     caplog.set_level(logging.INFO, "todo_attn")
     apply_dato(shells["sd15"], DaToConfig.preset("coco"))
     remove_dato(shells["sd15"])
     ((level, text),) = said(caplog)
     assert level == "INFO"
-    assert "a run of 51 calls (5 full, 21 shallow, 25 reused) than dense, 8.50 at 64 x 64 latents" in text
+    assert text.startswith("DaTo, in a run of 51 calls (5 full, 21 shallow, 25 reused), by width x height in latents: ")
+    assert by_size(text)["64 x 64"] == "8.50 times fewer operations"
+
+
+def test_both_together_are_one_line(shells, caplog):
+    """Which says where ToDo has no part in it."""
+    caplog.set_level(logging.INFO, "todo_attn")
+    apply_dato(shells["sd15"], DaToConfig.preset("coco", todo=ToDoConfig()))
+    remove_dato(shells["sd15"])
+    ((_, text),) = said(caplog)
+    found = by_size(text)
+    assert found["64 x 64"].startswith(
+        "8.50 times fewer operations, to which ToDo adds nothing: nothing is downsampled"
+    )
+    assert found["128 x 128"] == "10.41 times fewer operations"
+
+
+@pytest.mark.parametrize("attention", [1e9, 1e15])
+def test_rates_that_are_known_are_used(unet, caplog, attention):
+    """Nothing is run for them: another machine's, or those of another kind of attention, do not count."""
+    caplog.set_level(logging.INFO, "todo_attn")
+    heads = advice.finest_heads(unet)
+    rates = Rates(attention, 1e9)
+    advice.remember_rates(torch.device("cpu"), torch.float16, *heads, rates)
+    advice.remember_rates(torch.device("cpu"), torch.float32, heads[0] + 1, heads[1], rates)
+    apply_todo(unet, ToDoConfig(factor=2))
+    assert "predicted" not in said(caplog)[0][1].lower()
+    advice.remember_rates(torch.device("cpu"), torch.float32, *heads, rates)
+    apply_todo(unet, ToDoConfig(factor=2))
+    text = said(caplog)[1][1]
+    side = unet.config.sample_size
+    dense, (todo,) = advice.run_work(unet, (side, side), ToDoConfig(factor=2))
+    predicted = rates.seconds(dense) / rates.seconds(todo)
+    assert (predicted >= 1.05) == (attention == 1e9)
+    verdict = text.partition("latents: ")[2].partition("; ")[0]
+    assert f"{predicted:.2f}x predicted" in verdict
+    assert ("this will not help here: self-attention takes only" in verdict) == (attention == 1e15)
+    assert "Predicted by rates measured before" in text
+
+
+def test_nothing_is_run_to_say_it(unet, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "todo_attn")
+    monkeypatch.setattr(type(unet), "forward", None)
+    monkeypatch.setattr(probes, "measure_rates", None)
+    apply_todo(unet)
+    apply_dato(unet)
+    assert len(said(caplog)) == 2
+
+
+def test_by_default_the_first_call_alone_warns(unet, caplog):
+    apply_todo(unet)
+    assert not said(caplog)
+    for _ in range(2):
+        unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 5, 8))
+    ((level, text),) = said(caplog)
+    assert level == "WARNING" and "changes nothing at this size" in text
 
 
 def test_dato_that_does_nothing_warns(unet, caplog):
     apply_dato(unet, DaToConfig(prune_ratio=0, cache_schedule="22"))
     ((level, text),) = said(caplog)
-    assert level == "WARNING" and "this will not help" in text
+    assert level == "WARNING" and "this will not help here" in text
     apply_dato(unet, DaToConfig(prune_ratio=(0.0, 0.1)))
     assert len(said(caplog)) == 1
 
@@ -239,7 +365,28 @@ def test_pruning_next_to_nothing(advise, unet, tmp_path):
     settings = {"schedule": str(tmp_path / "full.json"), "prune_ratio": 0.01, "height": 128, "width": 128}
     _, rows = advise(tiny(unet), **settings, methods="dense,dato")
     assert not rows["dato"]["helps"]
-    assert "this will not help here: what it leaves out is only " in rows["dato"]["verdict"]
+    assert "this will not help here: choosing tokens takes more operations than it saves" in rows["dato"]["verdict"]
+
+
+def test_both_where_todo_adds_nothing(advise):
+    """At the model's normal size; above it, it does."""
+    _, rows = advise(known("sd15"))
+    assert rows["todo+dato"]["helps"] and rows["todo+dato"]["todo_helps"] is False
+    assert rows["dato"]["verdict"] in rows["todo+dato"]["verdict"]
+    assert rows["todo+dato"]["verdict"].endswith(
+        ", to which ToDo adds nothing: nothing is downsampled, no level having more than max_kv_tokens=4096 tokens at "
+        "this size"
+    )
+    assert rows["dato"]["todo_helps"] is rows["todo"]["todo_helps"] is None
+    _, rows = advise(known("sd15"), height=1024, width=1024)
+    assert rows["todo+dato"]["todo_helps"] and "ToDo" not in rows["todo+dato"]["verdict"]
+
+
+def test_both_without_dato_alone(advise):
+    """It is counted beside them, and not told."""
+    _, rows = advise(known("sd15"), methods="dense,todo+dato")
+    assert list(rows) == ["todo+dato"]
+    assert "ToDo adds nothing" in rows["todo+dato"]["verdict"]
 
 
 def test_measured(advise, unet, tmp_path, caplog):
@@ -281,6 +428,7 @@ def test_rates_of_this_machine(monkeypatch):
     state = torch.get_rng_state()
     rates = probes.measure_rates(torch.device("cpu"), torch.float32, heads=2, head_dim=8, batch=1)
     assert rates.attention > 1e6 and rates.other > 1e6 and 1e-7 < rates.launch < 1 and not rates.overlaps
+    assert list(advice._RATES.values()) == [rates]
     assert torch.equal(torch.get_rng_state(), state)
 
 

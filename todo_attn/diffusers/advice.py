@@ -7,10 +7,11 @@ the grid that it works on, in milliseconds. Extras that few models use (GLIGEN, 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import torch
 from diffusers.models import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -18,45 +19,48 @@ from torch import nn
 from .. import logs
 from ..config import ToDoConfig
 from ..dato_config import DaToConfig
-from ..roofline import WORTH, Work
+from ..roofline import Rates, Work
 from ..schedule import FULL, REUSE, SHALLOW
 from .levels import blocks_by_level, self_attentions, transformers_by_level
+from .verdict import NO, Verdict, compare_runs, computes_everything, kinds_of
 
 TEXT_TOKENS = 77
 Grid = tuple[int, int]  # height, width
 
 _TIMES = (1, 2, 4)  # the model's normal size, on which a line of the log is about
+# What machines do in a second, where it was measured in this process: by device, dtype, heads and head dim.
+_RATES: dict[tuple[torch.device, torch.dtype, int, int], Rates] = {}
+
+
+def remember_rates(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, rates: Rates) -> None:
+    """Let the log predict by ``rates`` from now on, for models on ``device`` whose finest attention is such a one."""
+    _RATES[_where(device), dtype, heads, head_dim] = rates
 
 
 def log_todo(pipe_or_model: Any, model: nn.Module, config: ToDoConfig) -> None:
-    """Say, at level INFO, what ``config`` saves of ``model`` at its normal size and above.
+    """Say in one line, at level INFO, whether ``config`` helps ``model`` at its normal size and above, and how much.
 
-    Where it changes nothing at the size that is really used, the first call warns.
+    By operations; by seconds only where the machine's rates are known, because finding them takes one. Where it changes
+    nothing at the size that is really used, the first call warns.
     """
-    sizes = _sizes(pipe_or_model, model)
-    if not sizes or not logs.logger.isEnabledFor(logging.INFO):
-        return
-    gains = {text: _gain_of_todo(model, latents, config) for latents, text in sizes.items()}
-    logs.logger.info("ToDo: %s.", _sentence(gains, "a call"))
+    when = "" if config.every_timestep else ", in a call at a timestep of its range"
+    _log(f"ToDo{when}", pipe_or_model, model, config)
 
 
 def log_dato(pipe_or_unet: Any, unet: nn.Module, config: DaToConfig) -> None:
-    """Say, at level INFO, what ``config`` saves of ``unet``; warn where it is certain to save nothing at any size."""
-    ratios = config.prune_ratio if isinstance(config.prune_ratio, tuple) else (config.prune_ratio,)
-    kinds = FULL + (config.cache_schedule or "")
-    if not any(ratios) and set(kinds) == {FULL} and config.todo is None:
+    """As :func:`log_todo`, ToDo in ``config`` included; warn where it is certain to gain nothing at any size."""
+    if computes_everything(config) and config.todo is None:
         logs.logger.warning(
-            "DaTo: this will not help: prune_ratio is 0 and cache_schedule has every call computed in full. "
-            "DaToConfig.preset('coco') does both."
+            "DaTo: %s: prune_ratio is 0 and cache_schedule has every call computed in full. "
+            "DaToConfig.preset('coco') does both.",
+            NO,
         )
         return
-    sizes = _sizes(pipe_or_unet, unet)
-    if not sizes or not logs.logger.isEnabledFor(logging.INFO):
-        return
-    gains = {text: _gain_of_dato(unet, latents, config, kinds) for latents, text in sizes.items()}
+    kinds = kinds_of(config)
+    name = "DaTo" if config.todo is None else "DaTo with ToDo"
     counts = f"{kinds.count(FULL)} full, {kinds.count(SHALLOW)} shallow, {kinds.count(REUSE)} reused"
-    what = "a call" if len(kinds) == 1 else f"a run of {len(kinds)} calls ({counts})"
-    logs.logger.info("DaTo: %s.", _sentence(gains, what))
+    run = "" if len(kinds) == 1 else f", in a run of {len(kinds)} calls ({counts})"
+    _log(f"{name}{run}", pipe_or_unet, unet, config)
 
 
 def operations_by_module(model: nn.Module, latents: Grid) -> dict[str, int]:
@@ -96,13 +100,8 @@ def call_work(model: nn.Module, latents: Grid, config: ToDoConfig | None = None,
     """Of one call, dense or under ``config`` where it acts; without launches, which shapes do not tell."""
     counted = operations_by_module(model, latents)
     products = sum(counted[name] for name, module in model.named_modules() if isinstance(module, Attention))
-    work = Work(products, sum(counted.values()) - products)
-    if config is not None:
-        for level, attn, finest in _attentions(model):
-            grid = _grid(latents, level)
-            tokens, keys = grid[0] * grid[1], _keys(grid, level, finest, config)
-            work = work - _attention(attn, tokens, tokens) + _attention(attn, tokens, keys)
-    return work * batch
+    dense = Work(products, sum(counted.values()) - products)
+    return (dense if config is None else _under_todo(dense, model, latents, config)) * batch
 
 
 def self_attention_work(model: nn.Module, latents: Grid, batch: int = 1) -> Work:
@@ -114,34 +113,68 @@ def self_attention_work(model: nn.Module, latents: Grid, batch: int = 1) -> Work
     return work * batch
 
 
-def _gain_of_todo(model: nn.Module, latents: Grid, config: ToDoConfig) -> float:
-    return call_work(model, latents).operations / call_work(model, latents, config).operations
+def run_work(model: Any, latents: Grid, config: ToDoConfig | DaToConfig) -> tuple[Work, list[Work]]:
+    """Of a dense call, and of each call of a run under ``config``, the first included; without launches.
+
+    A run of ToDo is one call. What leaves cross-attention and the feed-forward under DaTo is not counted.
+    """
+    if isinstance(config, ToDoConfig):
+        dense = call_work(model, latents)
+        return dense, [_under_todo(dense, model, latents, config)]
+    kinds = kinds_of(config)
+    calls = [(kind, config.ratio_for(i, len(kinds))) for i, kind in enumerate(kinds)]
+    counted = operations_by_module(model, latents)
+    products = {name for name, module in model.named_modules() if isinstance(module, Attention)}
+
+    def work_in(*prefixes: str) -> Work:
+        inside = {name: n for name, n in counted.items() if name.startswith(prefixes)}
+        attention = sum(n for name, n in inside.items() if name in products)
+        return Work(attention, sum(inside.values()) - attention)
+
+    last = f"up_blocks.{len(model.up_blocks) - 1}"
+    final = f"{last}.resnets.{len(model.up_blocks[-1].resnets) - 1}."
+    attended = f"{last}.attentions.{len(getattr(model.up_blocks[-1], 'attentions', ())) - 1}."
+    full = work_in("")
+    outside = full - work_in("down_blocks.", "mid_block.", "up_blocks.")
+    computed = {FULL: full, SHALLOW: outside + work_in(final, attended), REUSE: outside}
+
+    names = {module: f"{name}." for name, module in model.named_modules()}
+    attentions = list(_attentions(model))
+    works = {}
+    for kind, ratio in set(calls):
+        work = computed[kind]
+        for level, attn, finest in attentions:
+            if kind == FULL or (kind == SHALLOW and names[attn].startswith(attended)):
+                work = work - _saved_by_dato(attn, _grid(latents, level), level, finest, ratio, config)
+        works[kind, ratio] = work
+    return full, [works[call] for call in calls]
 
 
-def _gain_of_dato(unet: Any, latents: Grid, config: DaToConfig, kinds: str) -> float:
-    """Over a run of ``kinds``, first call included; what leaves cross-attention and the feed-forward is not counted."""
-    counted = operations_by_module(unet, latents)
-    last = f"up_blocks.{len(unet.up_blocks) - 1}"
-    final = f"{last}.resnets.{len(unet.up_blocks[-1].resnets) - 1}."
-    attended = f"{last}.attentions.{len(getattr(unet.up_blocks[-1], 'attentions', ())) - 1}."
-    outside = sum(n for name, n in counted.items() if not name.startswith(("down_blocks.", "mid_block.", "up_blocks.")))
-    shallow = outside + sum(n for name, n in counted.items() if name.startswith((final, attended)))
-    computed = {FULL: sum(counted.values()), SHALLOW: shallow, REUSE: outside}
-
-    names = {module: f"{name}." for name, module in unet.named_modules()}
-    attentions = list(_attentions(unet))
-    total = 0
-    for (kind, ratio), calls in Counter((k, config.ratio_for(i, len(kinds))) for i, k in enumerate(kinds)).items():
-        pruned_in = [a for a in attentions if kind == FULL or (kind == SHALLOW and names[a[1]].startswith(attended))]
-        saved = sum(
-            _saved_by_dato(attn, _grid(latents, level), level, finest, ratio, config)
-            for level, attn, finest in pruned_in
-        )
-        total += calls * (computed[kind] - saved)
-    return computed[FULL] * len(kinds) / total
+def downsamples(model: nn.Module, latents: Grid, config: ToDoConfig) -> bool:
+    """Whether ToDo leaves any key out for ``latents``."""
+    return any(
+        config.factor_for(_grid(latents, level), level, finest=finest) != (1, 1)
+        for level, _, finest in _attentions(model)
+    )
 
 
-def _saved_by_dato(attn: Any, grid: Grid, level: int, finest: bool, ratio: float, config: DaToConfig) -> int:
+def finest_heads(model: nn.Module) -> tuple[int, int]:
+    """Heads and head dim of the finest self-attention."""
+    _, transformer = min(transformers_by_level(model), key=lambda pair: pair[0])
+    attn: Any = self_attentions(transformer)[0]
+    return attn.heads, attn.inner_dim // attn.heads
+
+
+def _under_todo(work: Work, model: nn.Module, latents: Grid, config: ToDoConfig) -> Work:
+    """Of a call whose dense ``work`` is given."""
+    for level, attn, finest in _attentions(model):
+        grid = _grid(latents, level)
+        tokens, keys = grid[0] * grid[1], _keys(grid, level, finest, config)
+        work = work - _attention(attn, tokens, tokens) + _attention(attn, tokens, keys)
+    return work
+
+
+def _saved_by_dato(attn: Any, grid: Grid, level: int, finest: bool, ratio: float, config: DaToConfig) -> Work:
     """Of one self-attention in one call."""
     tokens = grid[0] * grid[1]
     bases = (grid[0] // config.patch[0]) * (grid[1] // config.patch[1])
@@ -151,7 +184,7 @@ def _saved_by_dato(attn: Any, grid: Grid, level: int, finest: bool, ratio: float
         keys = coarse
     # All others with the bases, then the pruned with those that stay and are no bases.
     matching = 2 * attn.query_dim * ((tokens - bases) * bases + pruned * (tokens - pruned - bases)) if pruned else 0
-    return (_attention(attn, tokens, tokens) - _attention(attn, tokens - pruned, keys)).operations - matching
+    return _attention(attn, tokens, tokens) - _attention(attn, tokens - pruned, keys) - Work(0, matching)
 
 
 def _attention(attn: Any, queries: int, keys: int) -> Work:
@@ -192,17 +225,44 @@ def _sizes(pipe_or_model: Any, model: Any) -> dict[Grid, str]:
         return {}
     height, width = (sample, sample) if isinstance(sample, int) else sample
     pixels = getattr(pipe_or_model, "vae_scale_factor", None)
-    unit, scale = ("pixels", pixels) if isinstance(pixels, int) else ("latents", 1)
-    return {
-        (height * k, width * k): f"{width * k * scale} x {height * k * scale}{f' {unit}' if k == 1 else ''}"
-        for k in _TIMES
-    }
+    scale = pixels if isinstance(pixels, int) else 1
+    return {(height * k, width * k): f"{width * k * scale} x {height * k * scale}" for k in _TIMES}
 
 
-def _sentence(gains: dict[str, float], what: str) -> str:
-    listed = ", ".join(f"{gain:.2f} at {text}" for text, gain in gains.items())
-    verdict = "" if max(gains.values()) >= WORTH else ": this will not help"
-    return (
-        f"times fewer operations in {what} than dense, {listed}{verdict} (counted, not timed: todo-attn doctor "
-        "--model MODEL --measure times it on this machine)"
+def _log(name: str, pipe_or_model: Any, model: nn.Module, config: ToDoConfig | DaToConfig) -> None:
+    """One line: what is gained at each size."""
+    if not logs.logger.isEnabledFor(logging.INFO) or not (sizes := _sizes(pipe_or_model, model)):
+        return
+    unit = "pixels" if isinstance(getattr(pipe_or_model, "vae_scale_factor", None), int) else "latents"
+    weight = next(model.parameters())
+    rates = _RATES.get((_where(weight.device), weight.dtype, *finest_heads(model)))
+    found = "; ".join(f"{text}: {_verdict(model, latents, config, rates)}" for latents, text in sizes.items())
+    how = "Operations are counted" if rates is None else "Predicted by rates measured before, without time to start"
+    logs.logger.info(
+        "%s, by width x height in %s: %s. %s, nothing is timed: todo-attn doctor --model MODEL --height H --width W "
+        "--measure does that on this machine.",
+        *(name, unit, found, how),
+    )
+
+
+def _where(device: torch.device) -> torch.device:
+    """With its number."""
+    return torch.device(device.type, device.index or 0)
+
+
+def _verdict(model: nn.Module, latents: Grid, config: ToDoConfig | DaToConfig, rates: Rates | None) -> Verdict:
+    """Without ``rates`` from the operations alone."""
+    dense, works = run_work(model, latents, config)
+    todo = config if isinstance(config, ToDoConfig) else config.todo
+    beside_dato = None
+    if isinstance(config, DaToConfig) and todo is not None:
+        _, alone = run_work(model, latents, replace(config, todo=None))
+        beside_dato = compare_runs((alone, None), (works, None), rates)
+    equal = Rates(1, 1) if rates is None else rates
+    return Verdict(
+        config,
+        compare_runs(([dense] * len(works), None), (works, None), rates),
+        downsamples=todo is not None and downsamples(model, latents, todo),
+        share=equal.computing(self_attention_work(model, latents)) / equal.computing(dense),
+        beside_dato=beside_dato,
     )

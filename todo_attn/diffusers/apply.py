@@ -59,8 +59,13 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
             stays dense there); an attn1 has a processor with weights or a meaning of its own, that is any but
             diffusers' plain ones. Nothing has been changed then.
     """
-    if config is None:
-        config = ToDoConfig()
+    config = ToDoConfig() if config is None else config
+    put_on(pipe_or_model, config)
+    log_todo(pipe_or_model, models_of(pipe_or_model)[0][0], config)
+
+
+def put_on(pipe_or_model: Any, config: ToDoConfig) -> None:
+    """:func:`apply_todo`, without a word of what it gains."""
     if not isinstance(config, ToDoConfig):
         raise ValueError(f"config must be a ToDoConfig or None, got {type(config).__name__}")
     models, controlnets = models_of(pipe_or_model)
@@ -75,7 +80,6 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     for model in controlnets:
         # One report for a pipeline is enough, and its UNet's tells the whole story.
         _install(model, config, report=False)
-    log_todo(pipe_or_model, models[0], config)
 
 
 def remove_todo(pipe_or_model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +13,16 @@ from ..compare_methods import SettingError
 from ..compare_settings import DTYPES, CompareSettings
 from ..config import ToDoConfig
 from ..dato_config import DaToConfig
-from ..roofline import WORTH, Rates, Work, gain
+from ..roofline import Work
 from ..schedule import FULL
 from ..versions import device_name
 from . import advice
 from .architectures import Architecture, chosen_size
-from .cost import CallWork, count_work
-from .levels import self_attentions, transformers_by_level
+from .cost import count_work
 from .probes import measure_rates
 from .timing import time_calls
 from .unets import on_meta
+from .verdict import Verdict, compare_runs, kinds_of
 
 
 def build_advice(
@@ -59,30 +60,51 @@ def build_advice(
         elif method.kind in ("dato", "todo+dato"):
             configs[method.label] = settings.dato_config(method, calls, height, width)
 
+    # Of both together it is also said what ToDo adds to DaTo alone.
+    alone = [replace(c, todo=None) for c in configs.values() if isinstance(c, DaToConfig) and c.todo is not None]
+    different = list(dict.fromkeys((*configs.values(), *alone)))
     watch("counting the operations of a call of each kind")
     try:
         with logs.silent():
-            works = count_work(
-                architecture.config, height, width, list(configs.values()), batch, architecture.pixels_per_latent
-            )
+            counted = count_work(architecture.config, height, width, different, batch, architecture.pixels_per_latent)
     except ValueError as error:
         raise SettingError("model", f"cannot be counted: {error}") from error
-    dense = works[0].full
+    dense, works = counted[0].full, dict(zip(different, counted[1:], strict=True))
     shell = on_meta(architecture.config)
     latents = height // architecture.pixels_per_latent, width // architecture.pixels_per_latent
     attention = advice.self_attention_work(shell, latents, batch)
     watch("finding out how fast this machine is")
-    rates = measure_rates(device, dtype, *_finest_heads(shell), batch)
+    rates = measure_rates(device, dtype, *advice.finest_heads(shell), batch)
     found: dict[str, dict[str, float]] = {}
     if measured:
         watch("timing the UNet")
         found = time_calls(architecture, device, dtype, latents, batch, configs, rates.seconds(dense))
 
     share = rates.computing(attention) / rates.seconds(dense)
-    rows = [
-        _row(label, config, dense, work, rates, share, found)
-        for (label, config), work in zip(configs.items(), works[1:], strict=True)
-    ]
+    labels = {config: label for label, config in configs.items()}
+
+    def calls_of(config: ToDoConfig | DaToConfig) -> tuple[list[Work], list[float] | None]:
+        """Of a run under ``config``: the work of each call, and its seconds where they were measured."""
+        kinds, timed = kinds_of(config), found.get(labels.get(config, ""))
+        return [works[config].of(kind) for kind in kinds], None if timed is None else [timed[kind] for kind in kinds]
+
+    rows = []
+    for label, config in configs.items():
+        run, clock = calls_of(config)
+        dense_run = [dense] * len(run), [found["dense"][FULL]] * len(run) if found else None
+        todo = config if isinstance(config, ToDoConfig) else config.todo
+        beside_dato = None
+        if isinstance(config, DaToConfig) and todo is not None:
+            beside_dato = compare_runs(calls_of(replace(config, todo=None)), (run, clock), rates)
+        verdict = Verdict(
+            config,
+            compare_runs(dense_run, (run, clock), rates),
+            downsamples=todo is not None and advice.downsamples(shell, latents, todo),
+            share=share,
+            beside_dato=beside_dato,
+            starts_slowly=rates.overlaps and rates.starting(dense) > rates.computing(dense),
+        )
+        rows.append(_row(label, verdict, sum(map(rates.seconds, run)) / len(run), clock))
     return {
         "model": architecture.name,
         "height": height,
@@ -124,72 +146,17 @@ def advice_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _row(
-    label: str,
-    config: ToDoConfig | DaToConfig,
-    dense: Work,
-    work: CallWork,
-    rates: Rates,
-    share: float,
-    found: dict[str, dict[str, float]],
-) -> dict[str, Any]:
+def _row(label: str, verdict: Verdict, predicted: float, clock: list[float] | None) -> dict[str, Any]:
     """One method: seconds are of one call, on average over a run."""
-    kinds = FULL + (config.cache_schedule or "") if isinstance(config, DaToConfig) else FULL
-    calls = len(kinds)
-    predicted = [rates.seconds(work.of(kind)) for kind in kinds]
-    by_time = gain([rates.seconds(dense)] * calls, predicted)
-    by_count = gain([dense.operations] * calls, [work.of(kind).operations for kind in kinds])
-    measured, by_clock = None, None
-    if found:
-        seconds = [found[label][kind] for kind in kinds]
-        measured, by_clock = sum(seconds) / calls, gain([found["dense"][FULL]] * calls, seconds)
-    decisive = by_time if by_clock is None else by_clock
-    gains = f"{by_time:.2f}x predicted" + ("" if by_clock is None else f", {by_clock:.2f}x measured")
-    helps = decisive >= WORTH and by_count > 1  # a clock is noisy, a count is not
-    if helps:
-        verdict = f"{gains} ({by_count:.2f} times fewer operations)"
-    else:
-        reason = _reason(config, dense, work, rates, share, by_count, by_time)
-        verdict = f"this will not help here: {reason} ({gains})"
     return {
         "method": label,
-        "config": config.to_dict(),
-        "operations_gain": by_count,
-        "predicted_seconds": sum(predicted) / calls,
-        "predicted_gain": by_time,
-        "measured_seconds": measured,
-        "measured_gain": by_clock,
-        "helps": helps,
-        "verdict": verdict,
+        "config": verdict.config.to_dict(),
+        "operations_gain": verdict.gains.counted,
+        "predicted_seconds": predicted,
+        "predicted_gain": verdict.gains.predicted,
+        "measured_seconds": None if clock is None else sum(clock) / len(clock),
+        "measured_gain": verdict.gains.measured,
+        "helps": verdict.gains.helps,
+        "todo_helps": verdict.todo_helps,
+        "verdict": str(verdict),
     }
-
-
-def _reason(
-    config: ToDoConfig | DaToConfig,
-    dense: Work,
-    work: CallWork,
-    rates: Rates,
-    share: float,
-    by_count: float,
-    by_time: float,
-) -> str:
-    """Why there is next to nothing to gain."""
-    if isinstance(config, ToDoConfig) and work.full.attention == dense.attention:
-        if config.factor != "auto":
-            return "the factor is 1 at every level, so nothing is downsampled"
-        most = f"max_kv_tokens={config.max_kv_tokens}"
-        return f"nothing is downsampled, no level having more than {most} tokens at this size"
-    if by_time >= WORTH:
-        return "timed, it does not gain what the operations promise"
-    if by_count >= WORTH and rates.overlaps and rates.starting(dense) > rates.computing(dense):
-        return "starting the operations one by one takes longer than computing them; torch.compile helps first"
-    if isinstance(config, ToDoConfig):
-        return f"self-attention takes only {share:.0%} of the time at this size"
-    return f"what it leaves out is only {1 - 1 / by_count:.0%} of the operations"
-
-
-def _finest_heads(unet: torch.nn.Module) -> tuple[int, int]:
-    """Heads and head dim of the finest self-attention."""
-    _, transformer = min(transformers_by_level(unet), key=lambda pair: pair[0])
-    attn: Any = self_attentions(transformer)[0]
-    return attn.heads, attn.inner_dim // attn.heads

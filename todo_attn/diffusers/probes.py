@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from ..bench.harness import between, stamp
 from ..roofline import Rates
+from .advice import remember_rates
 from .cost import count_work
 from .unets import SMALLEST
 
@@ -27,7 +28,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype, heads: int, head_dim
     Attention: torch's own, dense, on tokens of ``heads`` heads of ``head_dim``, the model's finest level. The
     rest: the two layers that most of a UNet is, each with the norm and activation that go with it: a 3 x 3 convolution
     and a gated feed-forward, of as many channels. The parts take turns and the fastest of each counts, so that a
-    machine busy with something else does not bend their proportion.
+    machine busy with something else does not bend their proportion. From then on they are known to what applying
+    ToDo or DaTo logs.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -61,12 +63,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype, heads: int, head_dim
     with torch.inference_mode():
         fastest = _fastest([attention, layers, lambda: unet(*inputs)], device)
     per_position = 2 * batch * count * channels**2
-    return Rates(
+    rates = Rates(
         attention=4 * batch * count**2 * channels / fastest[0],
         other=per_position * (9 + 12) / fastest[1],
         launch=fastest[2] / launches,
         overlaps=device.type != "cpu",
     )
+    remember_rates(device, dtype, heads, head_dim, rates)
+    return rates
 
 
 def now(device: torch.device) -> Any:

@@ -27,20 +27,17 @@ def check_ratio(ratio: object, tokens: int, bases: int) -> int:
     return math.floor(ratio * tokens)
 
 
-def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
+def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, pruned: int) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`plan_pruning` with the base tokens given, as where both halves of a guided batch share them.
 
-    ``x`` (B, N, C); ``bases`` (B, Nb) token indices on the device of ``x``, no row with the same one twice. Returns
-    and raises what :func:`plan_pruning` does.
+    ``x`` (B, N, C); ``bases`` (B, Nb) token indices on the device of ``x``, no row with the same one twice; ``pruned``
+    tokens go, as :func:`check_ratio` counts them (a number and no share, so that a graph may take it for a size).
+    Returns what :func:`plan_pruning` does.
     """
     batch, tokens, _ = x.shape
-    count = bases.shape[1]
-    pruned = check_ratio(ratio, tokens, count)
     number = torch.arange(tokens, device=x.device).expand(batch, -1)
     if pruned == 0:
         return number.contiguous(), number.contiguous()
-    if count == 0:
-        raise ValueError(f"ratio must be 0 on a grid without a whole patch, which has no base token, got {ratio!r}")
     x = x.detach()
     bases = bases.long().sort(dim=1).values
     # Sizes are known throughout (sorts, never masks), so nothing waits for the device and everything traces.
@@ -102,4 +99,8 @@ def plan_pruning(
     if score.shape != x.shape[:2]:
         raise ValueError(f"score must have the batch and tokens of x, {tuple(x.shape[:2])}, got {tuple(score.shape)}")
     checks.same_device("score", score, "x", x)
-    return plan_from_bases(x, select_base_tokens(score, grid, patch), ratio)
+    bases = select_base_tokens(score, grid, patch)
+    pruned = check_ratio(ratio, x.shape[1], bases.shape[1])
+    if pruned and not bases.shape[1]:
+        raise ValueError(f"ratio must be 0 on a grid without a whole patch, which has no base token, got {ratio!r}")
+    return plan_from_bases(x, bases, pruned)

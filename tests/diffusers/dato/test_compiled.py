@@ -152,15 +152,22 @@ def test_no_graph_a_size_where_sizes_are_dynamic(make_unet, calls, traces):
         assert traces.frame_count == 3
 
 
-def test_a_ratio_for_each_call(make_unet, calls, traces):
-    """The first ratio is a constant of its graph; from the second on it is a number like others."""
-    config = DaToConfig(prune_ratio=tuple(0.7 - i / 50 for i in range(10)))
+@pytest.mark.parametrize(
+    ("digits", "todo", "graphs"),
+    [(None, None, 1), ("210110120", None, 3), ("210110120", ToDoConfig(factor=2), 3)],
+    ids=["pruned", "cache", "todo"],
+)
+def test_a_ratio_for_each_call(make_unet, calls, traces, digits, todo, graphs):
+    """The number of tokens that stay is a size that changes, from the first call on: no graph more than with one."""
+    ratios = tuple(0.7 - i / 50 for i in range(10))
+    config = DaToConfig(prune_ratio=ratios, cache_schedule=digits, todo=todo)
     unet, eager = make_unet("small"), make_unet("small")
     apply_dato(eager, config)
     apply_dato(unet, config)
     compiled = torch.compile(unet, fullgraph=True, backend=traces)
-    assert close(calls(compiled, 10, size=SIZE), calls(eager, 10, size=SIZE))
-    assert traces.frame_count <= 3
+    for _ in range(2):
+        assert close(calls(compiled, 10, size=SIZE), calls(eager, 10, size=SIZE))
+    assert traces.frame_count == graphs
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -12,7 +12,7 @@ from torch import nn
 from ...dato_config import DaToConfig
 from ...schedule import FULL, REUSE, SHALLOW
 from ..advice import log_dato
-from ..apply import apply_todo, models_of, remove_todo, unwrap
+from ..apply import models_of, put_on, remove_todo, unwrap
 from ..levels import transformers_by_level
 from ..patches import has_deepcache, has_todo
 from . import cache
@@ -107,7 +107,7 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     T2I-Adapter, FreeU, offloading and :func:`todo_attn.apply_todo`, whichever comes first. Applied again it replaces.
     Remove it before a deep copy of the UNet, whose blocks would be the original's. The UNet or its repeated blocks may
     be compiled before or after, with ``fullgraph=True`` or without: a run compiles one graph of the UNet for each kind
-    of call, at most three.
+    of call, at most three, or twice as many where some ratios are 0 and others not.
 
     It counts on one call of the UNet a timestep for a batch of images, which pipelines that work in tiles or views do
     not keep to. Of a UNet alone every even batch is taken for the two halves of guidance: without guidance set
@@ -140,7 +140,7 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
                 "replace: remove_todo first, or leave todo=None to combine with what is there"
             )
     if config.todo is not None:  # first, because it may refuse; it replaces what an earlier apply_dato put there
-        apply_todo(pipe_or_unet, config.todo)
+        put_on(pipe_or_unet, config.todo)
     for model in with_todo:
         if model not in models:
             remove_todo(model)

@@ -71,16 +71,26 @@ class TransformerPruning:
         outside of any graph: a graph draws nothing from a generator of ours, and would be another one where there is
         no difference of outputs to take.
         """
+        pruned = self._count(grid) if self.run.kind in self._kinds else 0
+        # A number would be a constant of a graph. The size of a tensor can be marked, before the first graph is made,
+        # as one that changes; one element in memory.
+        like = torch.empty((), device=sample.device).expand(pruned)
+        if isinstance(self.run.config.prune_ratio, tuple):
+            torch._dynamo.maybe_mark_dynamic(like, 0)
         for block in self._blocks:
-            block.score = self._score(sample, grid) if self.run.kind in self._kinds else None
+            block.score = self._score(sample, grid) if pruned else None
+            block.like_pruned = like
 
-    def _score(self, sample: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
-        """(B, N) fp32; None where nothing is pruned."""
-        run, batch, tokens = self.run, sample.shape[0], grid[0] * grid[1]
-        bases = (grid[0] // run.config.patch[0]) * (grid[1] // run.config.patch[1])
+    def _count(self, grid: tuple[int, int]) -> int:
+        """How many tokens of ``grid`` the running call prunes."""
+        height, width = self.run.config.patch
+        bases = (grid[0] // height) * (grid[1] // width)
         # A grid without a whole patch has no base token to prune towards.
-        if bases == 0 or check_ratio(run.ratio, tokens, bases) == 0:
-            return None
+        return check_ratio(self.run.ratio, grid[0] * grid[1], bases) if bases else 0
+
+    def _score(self, sample: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, N) fp32."""
+        run, batch = self.run, sample.shape[0]
         paired = run.guidance_pairs(batch)
         score = run.score(batch // 2 if paired else batch, grid, sample.device)
         return torch.cat((score, score)) if paired else score
@@ -117,7 +127,8 @@ class BlockPruning:
 
     def __init__(self, transformer: TransformerPruning) -> None:
         self.transformer = transformer
-        self.score: torch.Tensor | None = None  # (B, N), of the running call
+        self.score: torch.Tensor | None = None  # (B, N), of the running call; None where nothing is pruned
+        self.like_pruned: torch.Tensor | None = None  # has as many elements as tokens are pruned in it
         self.pruned: Pruned | None = None
         self._entered = False
 
@@ -125,13 +136,15 @@ class BlockPruning:
     def choose(self, block: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         """Before the block: similarity is of its input, before the first norm."""
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        run, grid, score = self.transformer.run, self.transformer.grid, self.score
+        run, grid, score, like = self.transformer.run, self.transformer.grid, self.score, self.like_pruned
         self.pruned, self._entered = None, False
-        if score is None or hidden_states.shape[:2] != score.shape:  # other tokens than the UNet's are left alone
+        if score is None or like is None:
+            return
+        if hidden_states.shape[:2] != score.shape:  # other tokens than the UNet's are left alone
             return
         # Offloading may bring the block to another device than the UNet was called on.
         bases = ops.select_base_tokens(score.to(hidden_states.device), grid, run.config.patch)
-        self.pruned = Pruned(*plan_from_bases(hidden_states, bases, run.ratio))
+        self.pruned = Pruned(*plan_from_bases(hidden_states, bases, like.shape[0]))
 
     def forget(self, block: nn.Module, args: _Args, output: Any) -> None:
         self.pruned = None
