@@ -1,18 +1,22 @@
 """Compile every kernel for every architecture, without a GPU, and print what the compiled code uses.
 
 python -m benchmarks.compile_report --arch 90 --dtype fp16 --dump build/cubins
+python -m benchmarks.compile_report --arch 90 --head-dim 40 --settings 128x64x4x2 --settings 128x256x8x2:poly
+
+The second compiles the attention kernel with other tiles than it is shipped with.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Annotated, Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # interpreted kernels cannot be compiled
@@ -45,31 +49,73 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel to compile. ``mode`` is that of the packing kernel, or "tail" for an attention whose keys end inside a
-    tile; ``head_dim`` is the number of channels for the match kernel and the one that packs its rows."""
+    """One kernel to compile.
+
+    ``mode``: of the packing kernel; of attention "plain", "tail" (keys end inside a tile) or "steep" (a scale above
+    0.69). ``head_dim``: the number of channels for the match kernel and the one that packs its rows. ``settings``:
+    other than the shipped, for the attention kernel.
+    """
 
     kernel: str
     arch: int
     dtype: str
     head_dim: int
     mode: str
+    settings: launch.Settings | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}-{self.mode}"
+        other = f"-{spelled(self.settings)}" if self.settings else ""
+        return f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}-{self.mode}{other}"
 
 
-def variants(arches: list[int], dtypes: list[str], head_dims: list[int], channels: list[int]) -> Iterator[Variant]:
-    """Every kernel at every mode; keys that end inside a tile need another attention where there is no ones column."""
+def spelled(run: launch.Settings) -> str:
+    """Settings as ``--settings`` takes them, with "-poly" for ":poly", which a file's name may not hold everywhere."""
+    return f"{run.block_m}x{run.block_n}x{run.num_warps}x{run.num_stages}{'-poly' * run.polynomial}"
+
+
+def parsed(text: str) -> launch.Settings:
+    """QUERIES x KEYS x WARPS x STAGES, as 128x64x4x2, and ":poly" for one exp2 in eight by polynomial.
+
+    Raises:
+        typer.BadParameter: ``text`` is anything else, or no such kernel can be compiled.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)(:poly)?", text)
+    numbers = [int(n) for n in found.groups()[:4]] if found else [0, 0, 0, 0]
+    queries, keys, warps, stages = numbers
+    tile = all(16 <= n <= 512 and n & (n - 1) == 0 for n in (queries, keys))
+    if found is None or not tile or warps not in (1, 2, 4, 8, 16, 32) or not 1 <= stages <= 8:
+        raise typer.BadParameter(
+            "--settings must be QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly: powers of two from 16 to "
+            f"512, a power of two up to 32, 1 to 8; got {text!r}"
+        )
+    return launch.Settings(queries, keys, warps, stages, polynomial=found[5] is not None)
+
+
+def variants(
+    arches: list[int],
+    dtypes: list[str],
+    head_dims: list[int],
+    channels: list[int],
+    settings: list[launch.Settings] | None = None,
+) -> Iterator[Variant]:
+    """Every kernel at every mode; keys that end inside a tile need another attention where there is no ones column.
+
+    With ``settings`` only the attention kernel, with each of them.
+    """
     for arch in arches:
         for dtype in dtypes:
             for head_dim in head_dims:
-                yield Variant("attention", arch, dtype, head_dim, "plain")
-                if not launch.tiles(head_dim).ones:
-                    yield Variant("attention", arch, dtype, head_dim, "tail")
+                for run in settings or (None,):
+                    yield Variant("attention", arch, dtype, head_dim, "plain", run)
+                    if not launch.tiles(head_dim).ones:
+                        yield Variant("attention", arch, dtype, head_dim, "tail", run)
+                    yield Variant("attention", arch, dtype, head_dim, "steep", run)
+                if settings:
+                    continue
                 for mode in MODES:
                     yield Variant("pack", arch, dtype, head_dim, mode)
-            for count in channels:
+            for count in [] if settings else channels:
                 yield Variant("match", arch, dtype, count, "plain")
                 yield Variant("rows", arch, dtype, count, "plain")
 
@@ -84,9 +130,12 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, object], launch.Setti
     constants: dict[str, Any]
     if variant.kernel == "attention":
         assert tile is not None
-        run = launch.settings(capability, variant.head_dim, half)
+        run = variant.settings or launch.settings(capability, variant.head_dim, half)
         kernel, options = attention.attention_kernel, run.options
-        constants = attention.constants(variant.head_dim, tile, run, tail=variant.mode == "tail")
+        tail, steep = variant.mode == "tail", variant.mode == "steep"
+        constants = attention.constants(
+            variant.head_dim, tile, run, launch.has_copy_engine(capability), tail=tail, steep=steep
+        )
         for name, columns in zip(("key_a", "key_b", "value_a", "value_b"), (*tile.k, *tile.v), strict=True):
             types[name] = f"tensordesc<{variant.dtype}[{run.block_n}, {columns or max(tile.k)}]>"
     elif variant.kernel == "pack":
@@ -125,23 +174,40 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, object], launch.Setti
 
 
 def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
-    """Compile one variant: registers, stack, spills, shared memory (bytes), and on sm_90 clocks per score by pipe."""
+    """Compile one variant: registers, stack, spills, shared memory (bytes); clocks per score by pipe.
+
+    Clocks for fp16 and bf16: of attention, and on sm_90 of the match kernel (elsewhere the loop over its channels is
+    one of its own, of a piece of them).
+    """
     ast, options, run = source(variant)
+    tile = launch.tiles(variant.head_dim) if variant.kernel == "attention" else None
     compiled = triton.compile(ast, target=GPUTarget("cuda", variant.arch, 32), options=options)
     row: dict[str, Any] = {**asdict(variant), **options}
+    del row["settings"]  # in single columns, the shipped ones too
     if run is not None:
-        row |= {"block_m": run.block_m, "block_n": run.block_n}
+        row |= {"block_m": run.block_m, "block_n": run.block_n, "polynomial": run.polynomial}
     with TemporaryDirectory() as folder:
         cubin = (dump or Path(folder)) / f"{variant.name}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         row |= {**asdict(sass.usage(cubin)), "shared": compiled.metadata.shared}
-        if run is not None and variant.arch == 90 and variant.dtype != "fp32":
-            row |= sass.clocks_per_score(cubin, run.block_m, run.block_n, run.num_warps)
+        if run is not None and variant.dtype != "fp32" and (tile or variant.arch == 90):
+            columns = sum(tile.k) + sum(tile.v) if tile else 0
+            row |= sass.clocks_per_score(cubin, variant.arch, run.block_m, run.block_n, run.num_warps, columns)
         if dump and variant.kernel == "attention":
             cubin.with_suffix(".json").write_text(json.dumps(row, indent=1) + "\n")
         elif dump:
             cubin.unlink()
     return row
+
+
+def _writable(folder: Path) -> None:
+    """Make the folder for ``--dump``, before anything is compiled for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"--dump must be a folder that can be written to, got {folder}: {error}") from error
 
 
 def main(
@@ -150,6 +216,10 @@ def main(
     head_dim: Annotated[list[int] | None, typer.Option(help="Head dim; repeatable.")] = None,
     channels: Annotated[list[int] | None, typer.Option(help="Channels of the match kernel; repeatable.")] = None,
     kernel: Annotated[str, typer.Option(help=f"{', '.join(KERNELS)} or all.")] = "all",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(help="Only attention, QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     dump: Annotated[Path | None, typer.Option(help="Write each attention kernel there, its row beside it.")] = None,
     jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
@@ -167,15 +237,23 @@ def main(
             raise typer.BadParameter(f"--channels must be at least 1, got {value}")
     if kernel not in (*KERNELS, "all"):
         raise typer.BadParameter(f"--kernel must be one of {', '.join(KERNELS)} or all, got {kernel!r}")
+    others = list(dict.fromkeys(parsed(text) for text in settings or ()))
+    if others and kernel not in ("attention", "all"):
+        raise typer.BadParameter(f"--settings are the attention kernel's, got --kernel {kernel}")
+    if any(run.polynomial for run in others) and "fp32" in (dtype or ()):
+        raise typer.BadParameter("--settings with :poly must be compiled with --dtype fp16 or bf16, got fp32")
+    if jobs < 1:
+        raise typer.BadParameter(f"--jobs must be at least 1, got {jobs}")
     if dump:
-        dump.mkdir(parents=True, exist_ok=True)
+        _writable(dump)
     todo = [
         v
         for v in variants(
             arch or list(ARCHITECTURES),
-            dtype or list(DTYPES),
+            dtype or [d for d in DTYPES if d != "fp32" or not others],  # other tiles are for the matrix units
             head_dim or list(HEAD_DIMS),
             channels or list(CHANNELS),
+            others,
         )
         if kernel in ("all", v.kernel)
     ]

@@ -1,10 +1,22 @@
 """What a compiled kernel costs, read from its machine code with the disassembler that Triton brings.
 
-Clocks are those of Hopper, per SM sub-partition and warp instruction: an fp32 FMA, ADD or MUL 1, an integer
-multiply-add 2 of the same pipe, min/max, logic, select, shift and conversion on the ALU 2, a special function (exp2,
-and conversions between integer and float) 8, issuing anything 1; a wgmma of M64 x N x K16 takes the SM's tensor cores
-N/2. The pipes run side by side, so the busiest bounds a loop from below, and tensor + busiest other is what no overlap
-gives.
+Clocks follow from what an SM finishes in one (``RATES``). On Hopper, per SM sub-partition and warp instruction: an
+fp32 FMA, ADD or MUL 1, an integer multiply-add 2 of the same pipe, min/max, logic, select, shift and conversion on the
+ALU 2, a special function (exp2, and conversions between integer and float) 8, issuing anything 1; a wgmma of M64 x N x
+K16 takes the SM's tensor cores N/2. The pipes run side by side, so the busiest bounds a loop from below, and tensor +
+busiest other is what no overlap gives.
+
+Where the rates are from. Lanes: "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA C++ Programming Guide
+and, from CUDA 13 on, its Best Practices Guide. Multiply-adds: NVIDIA's peak fp16 rate with fp32 sums over SMs and boost
+clock: A100 312 T, 108 SMs, 1.41 GHz; RTX A6000 154.8 T, 84, 1.80; H100 SXM 989 T, 132, 1.83; B200 2250 T, 148, 1.85;
+RTX PRO 6000 (Blackwell) 504 T, 188, 2.62. sm_89's is that of Ada's professional cards. GeForce cards of sm_86, sm_89
+and sm_120 have half of it (RTX 3090 71 T, 82, 1.70; RTX 4090 165 T, 128, 2.52; RTX 5090 209.5 T, 170, 2.41): their
+tensor clocks are twice those printed.
+
+Not known, and taken alike everywhere: packing two floats to fp16 or bf16 as an instruction of the ALU (the guide has
+16 lanes for some conversions to 16 bits); integer additions at 64 lanes (128 on sm_120, says the guide); a maximum of
+three (sm_100) as one of two. What one warp of a program does (on sm_100 all matrix instructions) is counted as if every
+warp did. Loads, shuffles, tensor memory and waiting are not in the model, except that issuing them takes a clock.
 """
 
 from __future__ import annotations
@@ -20,11 +32,34 @@ import triton
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FMA = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2")
 _WGMMA = ("HGMMA", "UTCHMMA", "UTCQMMA")
+_MMA = ("HMMA", *_WGMMA)
 _SPECIAL = ("MUFU", "F2F", "I2F", "F2I", "FRND")
 _ALU = (
     "FMNMX", "F2FP", "LOP3", "IADD", "SEL", "FSEL", "ISETP", "FSETP", "PRMT", "SHF", "LEA", "VIADD", "VIMNMX", "IMNMX",
     "MOV", "HMNMX", "PLOP3", "SGXT", "FSET", "I2FP", "BMSK",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What an SM finishes in a clock: multiply-adds of fp16 or bf16 with fp32 sums, and lanes of other instructions."""
+
+    tensor: int
+    fma: int = 128  # fp32 FMA, ADD, MUL
+    maximum: int = 64  # fp32 min and max
+    alu: int = 64  # all else on the ALU, and integer multiply-adds
+    special: int = 16
+
+
+RATES = {
+    80: Rates(tensor=1024, fma=64),
+    86: Rates(tensor=512),
+    89: Rates(tensor=512),
+    90: Rates(tensor=2048),
+    100: Rates(tensor=4096, maximum=128),
+    120: Rates(tensor=512),
+}
+_LANES = 128  # of the four sub-partitions: an instruction of a warp takes _LANES / rate clocks of its own
 
 
 @dataclass(frozen=True)
@@ -72,12 +107,12 @@ def usage(cubin: Path) -> Usage:
         stack=int(found[2]),
         spills=sum(n.split(".")[0] in ("LDL", "STL") for n in names),
         wgmma=sum(n.startswith(_WGMMA) for n in names),
-        mma=sum(n.startswith(("HMMA", *_WGMMA)) for n in names),
+        mma=sum(n.startswith(_MMA) for n in names),
     )
 
 
 def hot_loop(cubin: Path) -> list[str]:
-    """The instructions of the innermost loop with the most wgmma.
+    """The instructions of the innermost loop with the most matrix instructions.
 
     Raises:
         ValueError: no loop holds one.
@@ -87,32 +122,57 @@ def hot_loop(cubin: Path) -> list[str]:
     for end, instruction in enumerate(code):
         jump = re.search(r"BRA(?:\.\S+)?\s+(?:!?U?P\d+,\s*)?`\((\.L_x_\d+)\)", instruction)
         start = labels.get(jump[1], end + 1) if jump else end + 1
-        if start <= end and (matrix := sum(_name(i).startswith("HGMMA") for i in code[start : end + 1])):
+        if start <= end and (matrix := sum(_name(i).startswith(_MMA) for i in code[start : end + 1])):
             loops.append((start, end, matrix))
-    # A jump back from the far end of the code (a barrier's retry) makes a "loop" around the loop: leave those out.
+    # A barrier's retry stands behind the end of the code and jumps back from there: no loop, though it looks like one
+    # around the loop, or around a part of it and what follows.
+    last = next((i for i, instruction in enumerate(code) if _name(instruction) == "EXIT"), len(code))
+    loops = [loop for loop in loops if loop[1] < last] or loops
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     if not inner:
-        raise ValueError(f"{cubin} has no loop with wgmma")
+        raise ValueError(f"{cubin} has no loop with a matrix instruction")
     start, end, _ = max(inner, key=lambda loop: loop[2])
     return code[start : end + 1]
 
 
-def clocks_per_score(cubin: Path, block_m: int, block_n: int, num_warps: int) -> dict[str, float | bool]:
+def _multiply_adds(name: str) -> int:
+    """Of one instruction: of a warp for mma.sync, of four (a warpgroup) for wgmma.
+
+    Raises:
+        ValueError: its name does not show the shape.
+    """
+    if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
+        return int(shape[1]) * int(shape[2]) * int(shape[3])
+    if shape := re.match(r"HMMA\.(16)(8)(8|16)\b", name):
+        return int(shape[1]) * int(shape[2]) * int(shape[3])
+    raise ValueError(f"the shape of {name} is not known")
+
+
+def clocks_per_score(
+    cubin: Path, arch: int, block_m: int, block_n: int, num_warps: int, columns: int
+) -> dict[str, float | bool]:
     """SM clocks per query-key pair, by pipe, of the hot loop; its bound, and its time were nothing overlapped.
 
-    "serialised": the loop waits after every wgmma, so that its bound means nothing.
+    ``columns``: multiply-adds per pair, padding included, for code whose matrix instructions do not show their shape
+    (sm_100). "serialised": the loop waits after every wgmma, so that its bound means nothing; only sm_90 shows it.
+
+    Raises:
+        ValueError: no loop holds a matrix instruction, or one is of an unknown shape.
     """
+    rates = RATES[arch]
     count: Counter[str] = Counter()
-    tensor = 0.0
+    products = 0.0
     for instruction in hot_loop(cubin):
         name = _name(instruction)
         base = name.split(".")[0]
         count["issue"] += 1
-        if name.startswith("HGMMA"):
-            shape = re.search(r"\.\d+x(\d+)x\d+", name)
-            assert shape is not None, name
-            tensor += int(shape[1]) / 2
+        if base.startswith("UTC"):
+            count["tcgen05"] += base.endswith("MMA")
+        elif name.startswith("HGMMA"):
+            products += _multiply_adds(name) / 4
             count["wgmma"] += 1
+        elif name.startswith("HMMA"):
+            products += _multiply_adds(name)
         elif name.startswith("WARPGROUP.DEPBAR"):
             count["wait"] += 1
         elif base in _SPECIAL:
@@ -120,15 +180,19 @@ def clocks_per_score(cubin: Path, block_m: int, block_n: int, num_warps: int) ->
         elif base.startswith("IMAD"):
             count["imad"] += 1
         elif base.startswith(_FMA):
-            count["fma"] += 1
+            count["fma"] += 2 if base.endswith("2") and base.startswith("F") else 1  # FFMA2: two floats a lane
+        elif base.startswith("FMNMX"):
+            count["maximum"] += 1
         elif base.startswith(_ALU):
             count["alu"] += 1
-    weight = num_warps / 4 / (block_m * block_n)
+    scores = block_m * block_n
+    weight = num_warps / 4 / scores
+    fma = _LANES / rates.fma
     pipes = {
-        "tensor": tensor * weight,
-        "mufu": 8 * count["special"] * weight,
-        "fma": max(count["fma"] + count["imad"], 2 * count["imad"]) * weight,
-        "alu": 2 * count["alu"] * weight,
+        "tensor": (columns if count["tcgen05"] else products * num_warps / scores) / rates.tensor,
+        "mufu": _LANES / rates.special * count["special"] * weight,
+        "fma": max(fma * (count["fma"] + count["imad"]), _LANES / rates.alu * count["imad"]) * weight,
+        "alu": (_LANES / rates.alu * count["alu"] + _LANES / rates.maximum * count["maximum"]) * weight,
         "issue": count["issue"] * weight,
     }
     other = max(v for k, v in pipes.items() if k != "tensor")
@@ -136,5 +200,5 @@ def clocks_per_score(cubin: Path, block_m: int, block_n: int, num_warps: int) ->
         **{k: round(v, 4) for k, v in pipes.items()},
         "bound": round(max(pipes["tensor"], other), 4),
         "no_overlap": round(pipes["tensor"] + other, 4),
-        "serialised": count["wait"] >= count["wgmma"],
+        "serialised": 0 < count["wgmma"] <= count["wait"],
     }

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .exp2 import exp2_mixed
-from .launch import Settings, Tiles, settings, tiles
+from .launch import Settings, Tiles, has_copy_engine, settings, tiles
 from .pack import pack
 
 LOG2_E = 1.4426950408889634
@@ -81,6 +81,36 @@ def _attend(
 
 
 @triton.jit
+def _load_columns(rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """WIDTH columns from FIRST on of rows with COLUMNS of them: pointers (N, 1) -> (N, WIDTH), zeros past the end."""
+    column = FIRST + tl.arange(0, WIDTH)[None, :]
+    if FIRST + WIDTH <= COLUMNS:
+        return tl.load(rows + column)
+    return tl.load(rows + column, mask=column < COLUMNS, other=0.0)
+
+
+@triton.jit
+def _load_rows(
+    packed_key,
+    packed_value,
+    row,  # [BLOCK_N], int64
+    K_A: tl.constexpr,
+    K_B: tl.constexpr,
+    V_A: tl.constexpr,
+    V_B: tl.constexpr,
+    V_COLUMNS: tl.constexpr,
+):
+    """A tile of keys, transposed, and of values, each in its two parts, through pointers."""
+    key = packed_key + row[None, :] * (K_A + K_B)
+    k_a = tl.load(key + tl.arange(0, K_A)[:, None])
+    k_b = tl.load(key + K_A + tl.arange(0, K_B)[:, None]) if K_B > 0 else k_a
+    value = packed_value + row[:, None] * V_COLUMNS
+    v_a = _load_columns(value, 0, V_A, V_COLUMNS)
+    v_b = _load_columns(value, V_A, V_B, V_COLUMNS) if V_B > 0 else v_a
+    return k_a, k_b, v_a, v_b
+
+
+@triton.jit
 def attention_kernel(
     query,  # (B, N, H, D), any strides
     key_a,  # descriptor of (B*H*rows, k_columns), box [BLOCK_N, K_A]
@@ -109,12 +139,14 @@ def attention_kernel(
     K_B: tl.constexpr,
     V_A: tl.constexpr,
     V_B: tl.constexpr,
+    V_COLUMNS: tl.constexpr,  # the length of a packed row of values
     ONES: tl.constexpr,
     TAIL: tl.constexpr,  # the last tile repeats a key, and no ones column leaves the copies out of the sum
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEEP: tl.constexpr,  # log2_scale is above 1
     POLYNOMIAL: tl.constexpr,  # one exp2 in eight by polynomial: fp16 and bf16 only
+    COPY_ENGINE: tl.constexpr,  # the GPU reads tiles by descriptor
 ):
     blocks = tl.cdiv(tokens, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -142,24 +174,24 @@ def attention_kernel(
         # through pointers, so that it waits for no barrier.
         tl.assume(whole < rows)
         for start in tl.range(whole, rows, BLOCK_N, num_stages=1):
-            last = bh.to(tl.int64) * rows + start + tl.arange(0, BLOCK_N)
-            key = packed_key + last[None, :] * (K_A + K_B)
-            k_a = tl.load(key + tl.arange(0, K_A)[:, None])
-            k_b = tl.load(key + K_A + tl.arange(0, K_B)[:, None]) if K_B > 0 else k_a
-            value = packed_value + last[:, None] * (V_A + V_B)
-            v_a = tl.load(value + tl.arange(0, V_A)[None, :])
-            v_b = tl.load(value + V_A + tl.arange(0, V_B)[None, :]) if V_B > 0 else v_a
+            row = bh.to(tl.int64) * rows + start + tl.arange(0, BLOCK_N)
+            k_a, k_b, v_a, v_b = _load_rows(packed_key, packed_value, row, K_A, K_B, V_A, V_B, V_COLUMNS)
             shift, total, acc_a, acc_b = _attend(
                 q_a, q_b, k_a, k_b, v_a, v_b, keys - start, log2_scale, log2_power, shift, total,
                 acc_a, acc_b, K_B > 0, V_B > 0, ONES, True, STEEP, POLYNOMIAL,
             )  # fmt: skip
 
     for start in range(0, whole, BLOCK_N):
-        row = bh * rows + start
-        k_a = key_a.load([row, 0]).T
-        k_b = key_b.load([row, K_A]).T if K_B > 0 else k_a
-        v_a = value_a.load([row, 0])
-        v_b = value_b.load([row, V_A]) if V_B > 0 else v_a
+        if COPY_ENGINE:
+            row = bh * rows + start
+            k_a = key_a.load([row, 0]).T
+            k_b = key_b.load([row, K_A]).T if K_B > 0 else k_a
+            v_a = value_a.load([row, 0])
+            v_b = value_b.load([row, V_A]) if V_B > 0 else v_a
+        else:
+            # A descriptor would be read element by element; pointers are copied 16 bytes at a time.
+            row = bh.to(tl.int64) * rows + start + tl.arange(0, BLOCK_N)
+            k_a, k_b, v_a, v_b = _load_rows(packed_key, packed_value, row, K_A, K_B, V_A, V_B, V_COLUMNS)
         shift, total, acc_a, acc_b = _attend(
             q_a, q_b, k_a, k_b, v_a, v_b, BLOCK_N, log2_scale, log2_power, shift, total,
             acc_a, acc_b, K_B > 0, V_B > 0, ONES, False, STEEP, POLYNOMIAL,
@@ -178,7 +210,9 @@ def attention_kernel(
         tl.store(out + offs_b * stride_od, (acc_b / total[:, None]).to(dtype), mask=live & (offs_b < HEAD_DIM))
 
 
-def constants(head_dim: int, tile: Tiles, run: Settings, tail: bool, steep: bool = False) -> dict[str, object]:
+def constants(
+    head_dim: int, tile: Tiles, run: Settings, copy_engine: bool, tail: bool, steep: bool = False
+) -> dict[str, object]:
     """The compile-time arguments of :func:`attention_kernel`."""
     return {
         "HEAD_DIM": head_dim,
@@ -186,12 +220,14 @@ def constants(head_dim: int, tile: Tiles, run: Settings, tail: bool, steep: bool
         "K_B": tile.k[1],
         "V_A": tile.v[0],
         "V_B": tile.v[1],
+        "V_COLUMNS": tile.v_columns,
         "ONES": tile.ones,
         "TAIL": tail and not tile.ones,
         "BLOCK_M": run.block_m,
         "BLOCK_N": run.block_n,
         "STEEP": steep,
         "POLYNOMIAL": run.polynomial,
+        "COPY_ENGINE": copy_engine,
     }
 
 
@@ -218,6 +254,7 @@ def attention(
     # The interpreter runs on CPU tensors; it takes any settings.
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 0)
     run = run or settings(capability, head_dim, half=query.dtype != torch.float32)
+    copy_engine = has_copy_engine(capability)
     tile = tile or tiles(head_dim)
     coarse = (grid[0] // factor[0], grid[1] // factor[1])
     keys = math.prod(coarse)
@@ -251,7 +288,7 @@ def attention(
             rows,
             log2_scale,
             2.0 ** min(127, math.ceil(math.log2(log2_scale))) if log2_scale else 0.0,
-            **constants(head_dim, tile, run, tail=rows > keys, steep=log2_scale > 1),
+            **constants(head_dim, tile, run, copy_engine, tail=rows > keys, steep=log2_scale > 1),
             **run.options,
         )
     return out

@@ -62,11 +62,12 @@ class Settings:
 
 
 # (columns of a K tile, settings): the first row whose columns suffice is taken. The default is safe on any GPU from
-# compute capability 8.0 on: it fits 99 KB of shared memory and does not spill up to a head dim of 128.
+# compute capability 8.0 on: it fits 99 KB of shared memory and does not spill.
 _DEFAULT = [
+    (48, Settings(128, 64, 8, 3)),  # 128 registers on sm_80: two programs on a multiprocessor
     (80, Settings(128, 64, 8, 2)),
     (160, Settings(128, 32, 8, 2)),
-    (256, Settings(64, 32, 8, 2)),
+    (256, Settings(64, 32, 4, 2)),
 ]
 _HOPPER = [
     (64, Settings(128, 256, 8, 2, polynomial=True)),
@@ -84,6 +85,11 @@ def settings(capability: tuple[int, int], head_dim: int, half: bool) -> Settings
     table = _HALF.get(capability[0] * 10 + capability[1], _DEFAULT) if half else _FP32
     columns = tiles(head_dim).k_columns
     return next(row for limit, row in table if columns <= limit)
+
+
+def has_copy_engine(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of that capability copies tiles by descriptor (TMA): from Hopper on."""
+    return capability >= (9, 0)
 
 
 # Queries and keys per tile of the match kernel. Both operands stream through shared memory in pieces of 128 bytes of

@@ -48,9 +48,15 @@ def check(query, key, value, grid, factor=1, mode="nearest", scale=None, backend
     assert (actual.double() - exact).norm() <= max(2 * (peer - exact).norm(), floor)
 
 
+@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+def copy_engine(request, monkeypatch):
+    """Tiles are read as before Hopper, and as from Hopper on: the interpreter takes both."""
+    monkeypatch.setattr("todo_attn.kernels.attention.has_copy_engine", lambda capability: request.param)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_head_dims(head_dim, dtype):
+def test_head_dims(head_dim, dtype, copy_engine):
     """Keys end inside a tile (5 * 13 = 65) and queries inside a block."""
     check(*inputs(head_dim, dtype, (11, 27), tokens=70), (11, 27), 2)
 
@@ -106,6 +112,7 @@ def hopper(monkeypatch):
         monkeypatch.setattr(
             "todo_attn.kernels.attention.settings", lambda _, head_dim, half: launch.settings((9, 0), head_dim, half)
         )
+        monkeypatch.setattr("todo_attn.kernels.attention.has_copy_engine", lambda _: True)
 
 
 def sink(query, key):
