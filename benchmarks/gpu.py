@@ -3,7 +3,7 @@
 python -m benchmarks.gpu --minutes 9 --out results --wheels wheels
 python -m benchmarks.gpu --minutes 9 --out results --dry-run       only says what it would do
 python -m benchmarks.gpu --minutes 2 --out results --device cpu    the same on small sizes, to try it without a GPU
-python -m benchmarks.gpu --minutes 5 --out results --tune          the attention kernel's other settings instead
+python -m benchmarks.gpu --minutes 5 --out results --tune          the attention kernel's other settings and candidates
 
 It runs in a checkout, or in a copy of one whose commit $GIT_COMMIT names, with torch, Triton and numpy. Nothing is
 installed but the wheels in --wheels (whatever the machine lacks of diffusers, pytest, typer, tabulate, tqdm and the
@@ -111,8 +111,15 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
         minutes = max(0.0, seconds - 60) / 60
         return module("benchmarks.tune", "--device", device, "--out", out / "tune.jsonl", "--minutes", f"{minutes:.2f}")
 
+    def candidates(seconds: float) -> Command:
+        return [*settings(seconds), "--candidates"]
+
     if tune:
-        return [Step("every op against its oracle", "doctor.log", 1, doctor), Step("settings", "tune.log", 9, settings)]
+        return [
+            Step("every op against its oracle", "doctor.log", 30, doctor),
+            Step("settings", "tune.log", 260, settings),
+            Step("candidates", "tune.log", 230, candidates),  # last: one that hangs takes its time limit
+        ]
     many = ["--calls", 50 if gpu else 4]
     ours = ["tests/ops", "tests/kernels/test_exp2.py"] if gpu else ["tests/ops/test_tokens.py"]
     # File by file: others of these folders need packages that a bare machine lacks, or no GPU.
@@ -259,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and logs")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes, to try it out")
-    parser.add_argument("--tune", action="store_true", help="the attention kernel's other settings, nothing else")
+    parser.add_argument("--tune", action="store_true", help="the attention kernel's other settings and candidates only")
     parser.add_argument("--dry-run", action="store_true", help="print the steps, run none")
     given = parser.parse_args(arguments)
     if not given.minutes * 60 > _TABLE_SECONDS:

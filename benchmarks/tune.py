@@ -3,6 +3,7 @@
 python -m benchmarks.tune                                every head dim
 python -m benchmarks.tune --head-dim 40 --head-dim 64    some
 python -m benchmarks.tune --minutes 4 --out rows.jsonl   starts no head dim after four minutes
+python -m benchmarks.tune --candidates                   benchmarks/candidates in place of settings
 
 Compiled code says what a loop costs, not how well two of them overlap; this is what only a GPU can tell. Each row is
 one other setting (``contender``) against the shipped (``baseline``), both checked first, in one run, the packing of
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -71,6 +72,29 @@ def variants(case: Case) -> dict[str, Call]:
     return calls
 
 
+def candidates(case: Case) -> dict[str, Call]:
+    """By name, the Hopper candidate in each of its settings that is right here; said of those that are not."""
+    from benchmarks.candidates import check, hopper_launch
+
+    calls = {}
+    for run in hopper_launch.RUNS[case.head_dim]:
+        flags = [name for name in ("ahead", "halves", "persistent") if getattr(run, name)]
+        name = ", ".join([f"hopper {run.consumers}x64x{run.block_n}", f"{run.stages} slots", *flags])
+        # In a process of its own, with a time limit: a wrong barrier is a hang, and would take all other rows along.
+        if error := check.row(case.head_dim, run)["error"]:
+            typer.echo(f"{case.head_dim}, {name}: not timed, {error}", err=True)
+        else:
+            calls[name] = _hopper(case, run)
+    return calls
+
+
+def _hopper(case: Case, run: Any) -> Call:
+    from benchmarks.candidates import hopper_launch
+
+    scale = case.head_dim**-0.5
+    return lambda x: hopper_launch.attention(x.query, x.key, x.value, case.grid, case.factor, "nearest", scale, run)
+
+
 def _name(run: Settings) -> str:
     polynomial = ", polynomial" * run.polynomial
     return f"{run.block_m}x{run.block_n}, {run.num_warps} warps, {run.num_stages} stages{polynomial}"
@@ -90,10 +114,22 @@ def trial(case: Case, device: torch.device) -> Trial:
     return attention.trial(case, device, variants(case))
 
 
+def candidates_trial(case: Case, device: torch.device) -> Trial:
+    """Every candidate against the kernel as it is shipped.
+
+    Raises:
+        RuntimeError: there is none that is right here.
+    """
+    if not (calls := candidates(case)):
+        raise RuntimeError("no candidate is right on this device")
+    return attention.trial(case, device, calls)
+
+
 def main(
     head_dim: Annotated[list[int] | None, typer.Option(help=f"Of {', '.join(map(str, CASES))}; repeatable.")] = None,
     size: Annotated[int, typer.Option(min=64, help="Of the picture, in pixels; a multiple of 64.")] = 2048,
     device: Annotated[str, typer.Option(help="cuda; cpu only under TRITON_INTERPRET=1.")] = "cuda",
+    other: Annotated[bool, typer.Option("--candidates", help="Other kernels in place of settings; Hopper.")] = False,
     minutes: Annotated[float, typer.Option(min=0, help="Start no head dim after that.")] = float("inf"),
     out: Annotated[Path | None, typer.Option(help="Rows go there; benchmarks/results/tune-DEVICE.jsonl.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, no table.")] = False,
@@ -107,7 +143,8 @@ def main(
         raise typer.BadParameter(f"--size must be a multiple of 64, got {size}")
     chosen = [replace(CASES[each], height=size, width=size) for each in head_dim or CASES]
     path = checked_out(out or RESULTS / f"tune-{machine.slug(where)}.jsonl")
-    rows = collect(chosen, path, minutes, lambda some: kernels.run(some, where, kernels.rounds_for(where), trial))
+    make, often = candidates_trial if other else trial, kernels.rounds_for(where)
+    rows = collect(chosen, path, minutes, lambda some: kernels.run(some, where, often, make))
     typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
     fail_if_refused(rows)
 

@@ -139,9 +139,11 @@ def test_the_files_of_a_step_need_no_package_that_a_bare_machine_lacks(tmp_path)
 
 
 def test_the_other_settings_in_place_of_the_benchmarks(tmp_path):
-    doctor, settings = (" ".join(s.command(300)) for s in gpu.steps("cuda", tmp_path, sys.path, tune=True))
+    steps = gpu.steps("cuda", tmp_path, sys.path, tune=True)
+    doctor, settings, candidates = (" ".join(step.command(300)) for step in steps)
     assert doctor.endswith("todo_attn.cli doctor")
     assert f"benchmarks.tune --device cuda --out {tmp_path / 'tune.jsonl'} --minutes 4.00" in settings
+    assert candidates == f"{settings} --candidates"
 
 
 def test_tests_run_without_what_a_bare_machine_lacks(tmp_path):

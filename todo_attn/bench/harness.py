@@ -144,7 +144,8 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
             if self.alone:
                 before = torch.cuda.memory_allocated(self.device)
-        turns: list[tuple[Any, ...]] = ([(each,) for each in self.inputs] or [()]) * self.calls
+        each: list[tuple[Any, ...]] = [(x,) for x in self.inputs]
+        turns = (each or [()]) * self.calls
         part = _HELD_CALLS if held else len(turns)
         spans = []
         output = None

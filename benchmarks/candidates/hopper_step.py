@@ -1,0 +1,132 @@
+"""What a consumer of ``hopper.py`` does with one tile of keys and values.
+
+wgmmas are asynchronous: what a function here "starts" may be read only after a wait, and its operands in shared memory
+must stay as they are until then.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from todo_attn.kernels.exp2 import exp2_mixed
+
+ROWS: gl.constexpr = gl.constexpr(64)  # queries of a consumer: what one wgmma takes
+
+
+@gluon.jit
+def scores(q, ring, slot, PLAN: gl.constexpr):
+    """Start Q K^T: (ROWS, block_n), not yet there."""
+    BLOCK_N: gl.constexpr = PLAN.block_n
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    s = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
+    s = warpgroup_mma(q[0], ring[0].index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    if PLAN.k_b > 0:
+        s = warpgroup_mma(q[1], ring[1].index(slot).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _halves(s, WIDTH: gl.constexpr):
+    """(ROWS, 2 * WIDTH) -> its left and its right half: other registers of the same threads, nothing moves."""
+    H: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    left, right = gl.split(gl.permute(gl.reshape(s, [ROWS, 2, WIDTH]), (0, 2, 1)))
+    return gl.convert_layout(left, H, assert_trivial=True), gl.convert_layout(right, H, assert_trivial=True)
+
+
+@gluon.jit
+def _weights(s, slope, higher, live, FIRST: gl.constexpr, MASK: gl.constexpr, POLYNOMIAL: gl.constexpr):
+    """P = exp2(s * slope - higher): (ROWS, columns), factors and shifts (ROWS,); 0 from column ``live`` - FIRST on."""
+    ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    slope = gl.convert_layout(slope, ROW, assert_trivial=True)
+    higher = gl.convert_layout(higher, ROW, assert_trivial=True)
+    zero = gl.zeros_like(s)
+    x = gl.fma(s, zero + slope[:, None], zero - higher[:, None])
+    p = exp2_mixed(x) if POLYNOMIAL else gl.exp2(x)
+    if MASK:
+        column = FIRST + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+        p = gl.where(column < live, p, 0.0)
+    return p
+
+
+@gluon.jit
+def _product(p, v_a, v_b, acc_a, acc_b, A: gl.constexpr, B: gl.constexpr, TWO: gl.constexpr):
+    """Start acc + P V: P (ROWS, keys), V (keys, v_a) and (keys, v_b), layouts A and B of the sums."""
+    P_A: gl.constexpr = gl.DotOperandLayout(0, A, 2)
+    P_B: gl.constexpr = gl.DotOperandLayout(0, B, 2)
+    p = p.to(v_a.dtype)
+    acc_a = warpgroup_mma(gl.convert_layout(p, P_A, assert_trivial=True), v_a, acc_a, is_async=True)
+    if TWO:
+        acc_b = warpgroup_mma(gl.convert_layout(p, P_B, assert_trivial=True), v_b, acc_b, is_async=True)
+    return acc_a, acc_b
+
+
+@gluon.jit
+def _rescale(acc, shrink):
+    """(ROWS, columns) times (ROWS,)."""
+    ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    return acc * gl.convert_layout(shrink, ROW, assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def step(
+    state,  # this tile's products (ROWS, block_n); shift, sum (ROWS,) and outputs (ROWS, v_a), (ROWS, v_b) before it
+    unit,  # that of this tile's values and the next one's keys
+    live,  # how many of the tile's keys count, where MASK
+    q,  # two tiles
+    ring,
+    scale,  # log2_scale, log2_power
+    PLAN: gl.constexpr,
+    LAST: gl.constexpr,
+    MASK: gl.constexpr,
+):
+    """Take in one tile: the next one's products, and shift, sum and outputs after this one."""
+    s, shift, total, acc_a, acc_b = state
+    full, empty = ring[4], ring[5]
+    TWO: gl.constexpr = PLAN.v_b > 0
+    slot = unit & (PLAN.stages - 1)
+    mbarrier.wait(full.index(slot), (unit & PLAN.stages) // PLAN.stages)
+    if PLAN.ahead and not LAST:
+        coming = scores(q, ring, slot, PLAN)
+
+    A: gl.constexpr = acc_a.type.layout
+    B: gl.constexpr = acc_b.type.layout
+    # As in kernels/attention.py, _weights.
+    top = gl.max(s, 1)
+    slope = gl.where(gl.abs(top * scale[0]) < 268435456.0, scale[0], scale[1])
+    higher = gl.maximum(shift, top * slope)
+    shrink = gl.exp2(shift - higher)
+    acc_a = _rescale(acc_a, shrink)
+    if TWO:
+        acc_b = _rescale(acc_b, shrink)
+
+    v_a = ring[2].index(slot)
+    v_b = ring[3].index(slot)
+    if PLAN.halves:
+        H: gl.constexpr = PLAN.block_n // 2
+        left, right = _halves(s, H)
+        p = _weights(left, slope, higher, live, 0, MASK, PLAN.polynomial)
+        acc_a, acc_b = _product(p, v_a.slice(0, H), v_b.slice(0, H), acc_a, acc_b, A, B, TWO)
+        p_right = _weights(right, slope, higher, live, H, MASK, PLAN.polynomial)
+        acc_a, acc_b = _product(p_right, v_a.slice(H, H), v_b.slice(H, H), acc_a, acc_b, A, B, TWO)
+        if not PLAN.ones:
+            more = gl.sum(p + p_right, 1)
+            total = total * shrink + gl.convert_layout(more, shrink.type.layout, assert_trivial=True)
+    else:
+        p = _weights(s, slope, higher, live, 0, MASK, PLAN.polynomial)
+        if not PLAN.ones:
+            total = total * shrink + gl.sum(p, 1)
+        acc_a, acc_b = _product(p, v_a, v_b, acc_a, acc_b, A, B, TWO)
+
+    # wgmmas end in the order in which they were issued; each call above is one group to wait for.
+    if PLAN.ahead and not LAST:
+        s = warpgroup_mma_wait((2 if PLAN.halves else 1) * (2 if TWO else 1), deps=[coming])
+    if TWO:
+        acc_a, acc_b = warpgroup_mma_wait(0, deps=[acc_a, acc_b])
+    else:
+        acc_a = warpgroup_mma_wait(0, deps=[acc_a])
+    if not PLAN.ahead and not LAST:
+        s = warpgroup_mma_wait(0, deps=[scores(q, ring, slot, PLAN)])
+    mbarrier.arrive(empty.index(slot))  # by one thread, after a barrier of the warpgroup: all four warps have waited
+    return s, higher, total, acc_a, acc_b

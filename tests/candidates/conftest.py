@@ -1,0 +1,43 @@
+"""Shared by the tests of candidates.
+
+The benchmarks and the simulator are not installed: they are importable here wherever pytest was started, from the end
+of the path, because the checkout's ``kernels`` must not shadow the package of that name.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path += [str(ROOT), str(HERE)]
+
+
+def _static(*arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.candidates.static", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def static():
+    """static(*arguments) runs benchmarks.candidates.static in a process of its own, where nothing is interpreted."""
+    return _static
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """By head dim, what the Hopper candidate is compiled to for fp16: its row and its cubin, PTX beside it."""
+    folder = tmp_path_factory.mktemp("cubins")
+    run = _static("--json", "--head-dim", "40", "--head-dim", "80", "--dump", str(folder))
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads(run.stdout)
+    return {row["head_dim"]: (row, *folder.glob(f"*-d{row['head_dim']}-*.cubin")) for row in rows}
