@@ -52,7 +52,8 @@ def check_clocks(row):
     products = (sum(tile.k) + sum(tile.v)) / RATES[row["arch"]].tensor
     exp2 = (7 / 8 if row["polynomial"] else 1) / RATES[row["arch"]].special
     assert row["tensor"] == pytest.approx(products, rel=0.01), row
-    assert exp2 <= row["mufu"] <= 1.26 * exp2, row  # and one for each row of scores
+    # And those of a row's factor: one in each of the threads that share the row.
+    assert exp2 <= row["mufu"] <= exp2 * (1 + 17 / row["block_n"]), row
     assert row["bound"] == max(row[pipe] for pipe in ("tensor", "mufu", "fma", "alu", "issue")), row
     assert row["bound"] <= row["no_overlap"] <= 2 * row["bound"] + 1e-4, row
 
@@ -73,8 +74,8 @@ def test_fp16_at_every_head_dim_and_mode(arch):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_other_dtypes(dtype):
-    """At the ends of the list and at Stable Diffusion's head dims; the code differs little between architectures."""
-    head_dims = [f for d in (8, 40, 64, 128, 160) for f in ("--head-dim", str(d))]
+    """At Stable Diffusion's smallest and largest head dim; the code differs little between architectures."""
+    head_dims = [f for d in (40, 160) for f in ("--head-dim", str(d))]
     rows = check(compile_report("--dtype", dtype, "--arch", "80", "--arch", "90", "--arch", "120", *head_dims))
     for row in rows:
         if row["kernel"] in ("attention", "match"):

@@ -16,6 +16,7 @@ from diffusers.utils import deprecate
 from .. import ops
 from ..config import ToDoConfig
 from ..logs import logger
+from ..ops.tracing import constant_in_graphs
 from .grid import adopt_from_call_stack
 from .state import ATTRIBUTE, AttentionState, Plan
 
@@ -131,7 +132,7 @@ class ToDoProcessor:
             return None
         return plan
 
-    @torch.compiler.assume_constant_result  # traced, it runs while tracing
+    @constant_in_graphs  # traced, it runs while tracing
     def _warn_no_grid(self) -> None:
         if self._warned:
             return

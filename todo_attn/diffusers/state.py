@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import ToDoConfig
 from ..logs import logger
+from ..ops.tracing import constant_in_graphs
 
 _Args: TypeAlias = tuple[Any, ...]
 _Kwargs: TypeAlias = dict[str, Any]
@@ -80,7 +81,7 @@ class ModelState:
 
     # Where this is traced it runs while tracing: torch.compile neither breaks the graph at the logger nor guards on
     # what is read here.
-    @torch.compiler.assume_constant_result
+    @constant_in_graphs
     def _report_idle(self) -> None:
         """After the first call of the model, say so once if no self-attention had a factor above 1."""
         seen = [(t, t.plan.grid) for t in self._transformers if t.plan is not None]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from . import backends, checks
 from .downsample import coarse_tokens
 from .precision import as_given
+from .tracing import constant_in_graphs
 
 # The backward recomputes scores for as many queries at a time as fit in this many of them.
 _BACKWARD_SCORES = 1 << 24
@@ -115,7 +116,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 # Traced, it runs while tracing: up to torch 2.11 torch.compile cannot follow it.
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 

@@ -7,23 +7,25 @@ import os
 
 import torch
 
+from .tracing import constant_in_graphs
+
 BACKENDS = ("auto", "triton", "torch")
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
 
 
 # What torch.compile cannot follow (up to torch 2.11) runs while tracing instead.
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _why_not_gpu(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are not tuned or tested on ROCm"
