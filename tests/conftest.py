@@ -23,6 +23,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _this_process_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a benchmark sets its allocator lasts as long as its process, in which other tests measure memory."""
+    monkeypatch.setattr("todo_attn.bench.machine.keep_freed_memory", lambda: False)
+
+
 @pytest.fixture
 def needs_memory():
     """needs_memory(gib) skips the test where less is available; psutil, which knows, is not on every GPU machine."""
