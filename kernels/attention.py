@@ -231,6 +231,16 @@ def constants(
     }
 
 
+def log2_scales(scale: float) -> tuple[float, float]:
+    """What the kernel multiplies scores by: |scale| * log2(e), and the power of two at or above it, or 0 and 0."""
+    # As fp32 can hold it: infinity times a difference of 0 would be NaN, and what is below its normal numbers is 0.
+    fp32 = torch.finfo(torch.float32)
+    log2_scale = min(abs(scale) * LOG2_E, fp32.max)
+    if log2_scale < fp32.tiny:
+        return 0.0, 0.0
+    return log2_scale, 2.0 ** min(127, math.ceil(math.log2(log2_scale)))
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -259,11 +269,7 @@ def attention(
     coarse = (grid[0] // factor[0], grid[1] // factor[1])
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, run.block_n) * run.block_n
-    # As fp32 can hold it: infinity times a difference of 0 would be NaN, and what is below its normal numbers is 0.
-    fp32 = torch.finfo(torch.float32)
-    log2_scale = min(abs(scale) * LOG2_E, fp32.max)
-    if log2_scale < fp32.tiny:
-        log2_scale = 0.0
+    log2_scale, log2_power = log2_scales(scale)
 
     with torch.cuda.device_of(query):
         packed_key, packed_value = pack(key, value, grid, coarse, mode, scale < 0, rows, tile)
@@ -287,7 +293,7 @@ def attention(
             keys,
             rows,
             log2_scale,
-            2.0 ** min(127, math.ceil(math.log2(log2_scale))) if log2_scale else 0.0,
+            log2_power,
             **constants(head_dim, tile, run, copy_engine, tail=rows > keys, steep=log2_scale > 1),
             **run.options,
         )

@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benchmarks.candidates import hopper_step
 from benchmarks.candidates.hopper import attention_kernel
-from todo_attn.kernels.attention import LOG2_E
+from todo_attn.kernels.attention import LOG2_E, log2_scales
 from todo_attn.kernels.launch import COMPILER, Tiles, tiles
 from todo_attn.kernels.pack import pack
 
@@ -143,9 +143,6 @@ def launch(
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, run.block_n) * run.block_n
     work = triton.cdiv(tokens, run.consumers * ROWS) * batch * heads
-    log2_scale = abs(scale) * LOG2_E
-    if log2_scale < torch.finfo(torch.float32).tiny:
-        log2_scale = 0.0
     packed_key, packed_value = pack(key, value, grid, coarse, mode, scale < 0, rows, tile)
 
     def box(x: torch.Tensor, columns: int) -> TensorDescriptor:
@@ -165,8 +162,7 @@ def launch(
         tokens,
         keys,
         rows,
-        log2_scale,
-        2.0 ** math.ceil(math.log2(log2_scale)) if log2_scale else 0.0,
+        *log2_scales(scale),
         PLAN=plan(head_dim, tile, run),
         **OPTIONS,
     )
