@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -38,8 +38,7 @@ def main(
 ) -> None:
     """Time ours and its peers, alternating in one run."""
     where = chosen_device(device)
-    if unknown := set(only or ()) - set(cases.BENCHMARKS):
-        raise typer.BadParameter(f"--only must be among {', '.join(cases.BENCHMARKS)}, got {', '.join(unknown)}")
+    check_among("only", only or (), cases.BENCHMARKS)
     path = checked_out(out or RESULTS / f"kernels-{machine.slug(where)}.jsonl")
     if where.type == "cpu":
         machine.keep_freed_memory()
@@ -51,6 +50,17 @@ def main(
     for sentence in report.slower(rows):
         typer.echo(sentence, err=True)
     fail_if_refused(rows)
+
+
+def check_among(option: str, given: Iterable[object], known: Collection[object]) -> None:
+    """Refuse values that an option does not know.
+
+    Raises:
+        typer.BadParameter: naming the option.
+    """
+    if unknown := [value for value in given if value not in known]:
+        names, wrong = (", ".join(map(str, values)) for values in (known, unknown))
+        raise typer.BadParameter(f"--{option} must be among {names}, got {wrong}")
 
 
 def chosen_device(name: str) -> torch.device:

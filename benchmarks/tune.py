@@ -14,21 +14,23 @@ of the shipped one was wrong.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from benchmarks import RESULTS
-from benchmarks.kernels import checked_out, chosen_device, collect, fail_if_refused
+from benchmarks.kernels import check_among, checked_out, chosen_device, collect, fail_if_refused
 from todo_attn.bench import attention, kernels, machine, report
-from todo_attn.bench.attention import Call, Inputs
+from todo_attn.bench.attention import Call
 from todo_attn.bench.cases import Case
 from todo_attn.bench.trial import Trial
 from todo_attn.kernels.attention import attention as downsampled_attention
-from todo_attn.kernels.launch import Settings, Tiles, tiles
+from todo_attn.kernels.launch import Settings, tiles
 
 # By the columns of a K tile. Queries and keys per tile, warps, stages; polynomial for one exp2 in eight.
 _SMALL = [
@@ -66,9 +68,9 @@ CASES = {
 def variants(case: Case) -> dict[str, Call]:
     """By name, every other way to launch the kernel that is tried at the case's head dim."""
     usual = tiles(case.head_dim)
-    calls = {_name(run): _call(case, run, None) for run in ALTERNATIVES[case.head_dim]}
+    calls = {_name(run): _call(case, partial(downsampled_attention, run=run)) for run in ALTERNATIVES[case.head_dim]}
     if usual.v != usual.k:  # P V as one product of 64 columns, or as 32 + 16
-        calls["P V as Q K"] = _call(case, None, replace(usual, v=usual.k))
+        calls["P V as Q K"] = _call(case, partial(downsampled_attention, tile=replace(usual, v=usual.k)))
     return calls
 
 
@@ -84,15 +86,8 @@ def candidates(case: Case) -> dict[str, Call]:
         if error := check.row(case.head_dim, run)["error"]:
             typer.echo(f"{case.head_dim}, {name}: not timed, {error}", err=True)
         else:
-            calls[name] = _hopper(case, run)
+            calls[name] = _call(case, partial(hopper_launch.attention, run=run))
     return calls
-
-
-def _hopper(case: Case, run: Any) -> Call:
-    from benchmarks.candidates import hopper_launch
-
-    scale = case.head_dim**-0.5
-    return lambda x: hopper_launch.attention(x.query, x.key, x.value, case.grid, case.factor, "nearest", scale, run)
 
 
 def _name(run: Settings) -> str:
@@ -100,13 +95,9 @@ def _name(run: Settings) -> str:
     return f"{run.block_m}x{run.block_n}, {run.num_warps} warps, {run.num_stages} stages{polynomial}"
 
 
-def _call(case: Case, run: Settings | None, tile: Tiles | None) -> Call:
+def _call(case: Case, attend: Callable[..., torch.Tensor]) -> Call:
     scale = case.head_dim**-0.5
-
-    def call(x: Inputs) -> torch.Tensor:
-        return downsampled_attention(x.query, x.key, x.value, case.grid, case.factor, "nearest", scale, run, tile)
-
-    return call
+    return lambda x: attend(x.query, x.key, x.value, case.grid, case.factor, "nearest", scale)
 
 
 def trial(case: Case, device: torch.device) -> Trial:
@@ -136,9 +127,7 @@ def main(
 ) -> None:
     """Time the attention kernel's other settings against the shipped, alternating in one run."""
     where = chosen_device(device)
-    if unknown := set(head_dim or ()) - set(CASES):
-        known = ", ".join(map(str, CASES))
-        raise typer.BadParameter(f"--head-dim must be among {known}, got {', '.join(map(str, unknown))}")
+    check_among("head-dim", head_dim or (), CASES)
     if size % 64:
         raise typer.BadParameter(f"--size must be a multiple of 64, got {size}")
     chosen = [replace(CASES[each], height=size, width=size) for each in head_dim or CASES]

@@ -27,14 +27,13 @@ import typer
 from diffusers.models import UNet2DConditionModel
 
 from benchmarks import RESULTS, models
-from benchmarks.kernels import checked_out, chosen_device
+from benchmarks.kernels import check_among, checked_out, chosen_device
 from benchmarks.unet_plan import (
     PEERS,
     Choice,
     Contender,
     Size,
     calls_of,
-    check_among,
     check_sizes,
     kinds_of,
     parse_size,

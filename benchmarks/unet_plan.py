@@ -11,6 +11,7 @@ import torch
 import typer
 
 from benchmarks import models
+from benchmarks.kernels import check_among
 from todo_attn.compare_methods import KINDS, MethodOptions, SettingError
 from todo_attn.schedule import names as published
 
@@ -146,16 +147,6 @@ def parse_size(text: str) -> Size:
     if not (width.isdecimal() and height.isdecimal()):
         raise typer.BadParameter(f"--size must be as 1024 or 1280x720, got {text!r}")
     return int(height), int(width)
-
-
-def check_among(option: str, given: Sequence[str], known: Collection[str]) -> None:
-    """Refuse values that an option does not know.
-
-    Raises:
-        typer.BadParameter: naming the option.
-    """
-    if unknown := [value for value in given if value not in known]:
-        raise typer.BadParameter(f"--{option} must be among {', '.join(known)}, got {', '.join(unknown)}")
 
 
 def check_sizes(sizes: Sequence[Size]) -> None:

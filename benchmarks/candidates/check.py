@@ -25,6 +25,7 @@ import typer
 from tabulate import tabulate
 
 from benchmarks.candidates.hopper_launch import RUNS, Run, attention
+from benchmarks.kernels import check_among
 from todo_attn import reference
 
 BOUND = 2.0  # of "worst"
@@ -100,9 +101,7 @@ def main(
         number, run = json.loads(child)
         print(worst(number, Run(**run)))
         return
-    if unknown := set(head_dim or ()) - set(RUNS):
-        known = ", ".join(map(str, RUNS))
-        raise typer.BadParameter(f"--head-dim must be among {known}, got {', '.join(map(str, unknown))}")
+    check_among("head-dim", head_dim or (), RUNS)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise typer.BadParameter("the candidate needs a GPU of compute capability 9.0, and there is none here")
     rows = []
