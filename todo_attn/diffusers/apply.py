@@ -122,16 +122,20 @@ def _flatten(model: Any) -> list[nn.Module]:
         return [m for part in model for m in _flatten(part)]
     if not isinstance(model, nn.Module):
         return []
-    while model is not (inner := unwrap(model)):
-        model = inner
+    model = unwrap(model)
     nets = getattr(model, "nets", None)  # MultiControlNetModel
     return _flatten(nets) if isinstance(nets, nn.ModuleList) else [model]
 
 
 def unwrap(model: Any) -> Any:
-    """``model`` out of one wrapper, torch.compile's or a data-parallel one; itself where it has none."""
-    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    return model.module if parallel else unwrap_module(model)
+    """``model`` out of every wrapper, torch.compile's and data-parallel ones; anything else as it is."""
+    while isinstance(model, nn.Module):
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = model.module if parallel else unwrap_module(model)
+        if inner is model:
+            break
+        model = inner
+    return model
 
 
 def _check_processors(model: nn.Module) -> None:

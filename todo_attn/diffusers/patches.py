@@ -16,3 +16,13 @@ def has_deepcache(model: nn.Module) -> bool:
     """Whether DeepCache has replaced the forward of ``model`` or of a part of it."""
     forwards = (module.__dict__.get("forward") for module in model.modules())
     return any((getattr(forward, "__module__", None) or "").startswith("DeepCache") for forward in forwards)
+
+
+def keeps_maps(processor: object) -> bool:
+    """Whether an attention processor keeps the attention's maps, which its pipeline reads after each call."""
+    return any(hasattr(processor, name) for name in ("attention_probs", "attnstore", "attention_store"))
+
+
+def keeps_attention_maps(model: nn.Module) -> bool:
+    """Whether an attention of ``model`` has such a processor: SAG's, Attend-and-Excite's, LEDITS++'s."""
+    return any(keeps_maps(getattr(module, "processor", None)) for module in model.modules())

@@ -24,12 +24,18 @@ def any_unet(make_unet, _deep):
 
 @pytest.fixture
 def inputs():
-    """inputs(unet, size, batch, seed) -> sample and keyword arguments of a call, by ``seed``."""
+    """inputs(unet, size, batch, seed) -> sample, by ``seed``, and keyword arguments of a call.
+
+    The prompt embeddings are one tensor for each batch size, as in a run.
+    """
+    prompts = {}
 
     def inputs(unet, size=(16, 12), batch=2, seed=0):
         generator = torch.Generator().manual_seed(seed)
         sample = torch.randn(batch, 4, *size, generator=generator)
-        kwargs = {"encoder_hidden_states": torch.randn(batch, 5, 8, generator=generator)}
+        if batch not in prompts:
+            prompts[batch] = torch.randn(batch, 5, 8, generator=torch.Generator().manual_seed(99))
+        kwargs = {"encoder_hidden_states": prompts[batch]}
         if unet.config.addition_embed_type == "text_time":
             pooled = torch.randn(batch, 8, generator=generator)
             kwargs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.arange(6.0).repeat(batch, 1)}

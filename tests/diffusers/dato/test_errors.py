@@ -1,5 +1,8 @@
 """What apply_dato refuses, and that the model is as it was then."""
 
+import copy
+import io
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -186,3 +189,56 @@ def test_group_offloading_with_a_schedule(unet):
         apply_dato(unet, DaToConfig(cache_schedule="1"))
     assert state(unet) == before
     apply_dato(unet, DaToConfig())
+
+
+COPIES = {
+    "deep copy of the UNet": lambda pipe: copy.deepcopy(pipe.unet),
+    "deep copy of the pipeline": copy.deepcopy,
+    "pickle": lambda pipe: pickle.dumps(pipe.unet),
+    "torch.save": lambda pipe: torch.save(pipe.unet, io.BytesIO()),
+}
+
+
+@pytest.mark.parametrize("cache_schedule", [None, "101"])
+@pytest.mark.parametrize("how", COPIES)
+def test_copies(pipe, generate, how, cache_schedule):
+    """The hooks of a copy would run the original's blocks."""
+    apply_dato(pipe, DaToConfig(cache_schedule=cache_schedule))
+    first, before = generate(pipe, height=16, width=16), state(pipe.unet)
+    with pytest.raises(RuntimeError, match=r"cannot be copied or pickled: remove_dato\(pipe\) first"):
+        COPIES[how](pipe)
+    assert state(pipe.unet) == before
+    assert torch.equal(generate(pipe, height=16, width=16), first)
+    remove_dato(pipe)
+    COPIES[how](pipe)
+
+
+class Positional(torch.nn.Module):
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample, timestep, prompt):
+        return self.unet(sample, timestep, prompt, return_dict=False)[0]
+
+
+EXPORTS = {
+    "torch.export": lambda module, arguments: torch.export.export(module, arguments),
+    "torch.export, strict": lambda module, arguments: torch.export.export(module, arguments, strict=True),
+    "torch.jit.trace": lambda module, arguments: torch.jit.trace(module, arguments, check_trace=False),
+}
+
+
+@pytest.mark.parametrize("how", EXPORTS)
+def test_exports(make_unet, inputs, how, fresh_dynamo):
+    """A graph holds one kind of call only."""
+    unet = make_unet("small")
+    given = inputs(unet, (8, 8))
+    arguments = (given.sample, torch.tensor(900), given.kwargs["encoder_hidden_states"])
+    apply_dato(unet, DaToConfig(cache_schedule="101"))
+    with torch.no_grad():
+        expected = unet(*arguments).sample
+        reset_dato(unet)
+        with pytest.raises(RuntimeError, match=r"remove_dato\(pipe\) first"):
+            EXPORTS[how](Positional(unet), arguments)
+        assert torch.equal(unet(*arguments).sample, expected)

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
 
 from todo_attn.dato_config import DaToConfig
 from todo_attn.diffusers.dato import apply_dato
@@ -46,7 +47,7 @@ class Reference:
         (batch, tokens, _), (height, width), (sy, sx) = x.shape, self.size, self.config.patch
         assert tokens == height * width
         images = batch // 2 if self.paired else batch
-        score = noise = torch.randn(images, tokens, generator=self.noise)
+        score = noise = torch.randn(1, tokens, generator=self.noise).expand(images, -1)
         if len(self.outputs) >= 2 and self.outputs[-1] is not None and self.outputs[-2] is not None:
             change = (self.outputs[-1] - self.outputs[-2]).abs().mean(1)
             change = F.interpolate(change[:, None], size=(height, width), mode="area").flatten(1)[:images]
@@ -160,6 +161,37 @@ def test_after_a_reused_output_the_score_is_noise_alone(make_unet, inputs):
             expected = dense(given.sample, timestep, **given.kwargs).sample
             assert (actual[-1] - expected).abs().max() < 2e-5, i
             reference.outputs.append(expected)
+
+
+def test_without_noise_each_patch_keeps_its_first_token_after_a_reused_output(make_unet, inputs):
+    """The difference is 0 everywhere then, as published, and noise of weight 0 must not decide instead."""
+    unet, chosen = make_unet("small"), []
+    apply_dato(unet, DaToConfig(cache_schedule="22022", noise_weight=0.0, dynamics_weight=1.0))
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    pruning = unet._todo_attn_dato._pruning[0]._blocks[0]
+    block.register_forward_pre_hook(lambda *_: chosen.append(pruning.score.clone()))
+    with torch.no_grad():
+        for i in range(6):
+            given = inputs(unet, (8, 6), 2, seed=i)
+            unet(given.sample, 900 - i, **given.kwargs)
+    assert [bool(score.any()) for score in chosen] == [True, True, True, False, True]  # no block runs in the "0" call
+
+
+def test_feed_forward_in_chunks_is_not_pruned_and_that_is_said(make_unet, inputs, caplog):
+    unet, plain = make_unet("small"), make_unet("small")
+    apply_dato(unet, DaToConfig(prune_feed_forward=True))
+    apply_dato(plain, DaToConfig())
+    for net in (unet, plain):
+        for module in net.modules():
+            if isinstance(module, BasicTransformerBlock):
+                module.set_chunk_feed_forward(8, dim=1)
+    given = inputs(unet, (8, 8))
+    with torch.no_grad():
+        for i in range(2):
+            actual, expected = (net(given.sample, 900 - i, **given.kwargs).sample for net in (unet, plain))
+            assert torch.equal(actual, expected)
+    messages = [r.getMessage() for r in caplog.records if r.name == "todo_attn"]
+    assert messages == ["DaTo: prune_feed_forward does nothing while feed-forward layers run in chunks of the tokens."]
 
 
 def test_a_shallow_call_prunes_its_one_attention(make_unet, inputs):

@@ -5,7 +5,6 @@ import torch
 
 from todo_attn.dato_config import DaToConfig
 from todo_attn.diffusers.dato import apply_dato, reset_dato
-from todo_attn.diffusers.dato.run import Run
 
 
 def as_number(t):
@@ -39,12 +38,39 @@ def played(unet, inputs, kinds):
 @pytest.mark.parametrize("form", [as_number, float, as_tensor, as_batch])
 def test_a_run_starts_where_the_timestep_rises(unet, played, form):
     apply_dato(unet, DaToConfig(cache_schedule="1012"))
-    falling = [form(t) for t in (981, 961, 961, 941, 1)]
+    falling = [form(t) for t in (981, 961, 951, 941, 1)]
     assert played(falling) == "21012"
     assert played(falling) == "21012"
     assert played(falling[:3] + falling) == "21021012"
     reset_dato(unet)
-    assert played([form(0), form(0)]) == "21"
+    assert played(falling[1:3]) == "21"
+
+
+@pytest.mark.parametrize("form", [as_number, float, as_tensor, as_batch])
+def test_the_same_timestep_twice(unet, played, caplog, form):
+    """PNDM's second call, another image, a perturbed one: they and the next are full, which is right for all three."""
+    apply_dato(unet, DaToConfig(cache_schedule="11111"))
+    assert played([form(t) for t in (981, 961, 961, 941, 921, 901)]) == "212211"
+    messages = [r.getMessage() for r in caplog.records if r.name == "todo_attn"]
+    assert len(messages) == 1
+    assert "more than once at a timestep" in messages[0]
+
+
+def test_rising_numbers(unet, played, caplog):
+    """Each could be the start of a run; what they are the elements of would tell."""
+    apply_dato(unet, DaToConfig(cache_schedule="1111"))
+    assert played([1, 200, 400, 600]) == "2222"
+    messages = [r.getMessage() for r in caplog.records if r.name == "todo_attn"]
+    assert len(messages) == 1
+    assert "rises from call to call" in messages[0]
+
+
+def test_rising_elements(unet, played):
+    """An inversion: from the image to noise."""
+    apply_dato(unet, DaToConfig(cache_schedule="1012"))
+    timesteps = torch.tensor([1, 200, 400, 600, 800])
+    assert played(timesteps) == "21012"
+    assert played(timesteps) == "21012"
 
 
 def test_one_tensor_written_in_place(unet, played):
@@ -71,7 +97,7 @@ class OnDevice(torch.Tensor):
     """A tensor that says it is on a GPU, and that nobody may read."""
 
     LAYOUT = (
-        "storage_offset", "untyped_storage", "numel", "element_size", "dim", "unbind", "as_subclass",
+        "storage_offset", "untyped_storage", "element_size", "dim", "stride", "expand", "unbind", "as_subclass",
         "__len__", "__iter__", "__getitem__", "__get__",
     )  # fmt: skip
     device = property(lambda self: torch.device("cuda"))
@@ -93,24 +119,41 @@ def device_unet(unet):
     def unveil(unet, args):
         return (args[0], args[1].as_subclass(torch.Tensor), *args[2:]) if isinstance(args[1], OnDevice) else None
 
-    def after_dato(config, pipe=None):
-        apply_dato(unet if pipe is None else pipe, config)
+    def after_dato(config):
+        apply_dato(unet, config)
         unet.register_forward_pre_hook(unveil)
 
     return after_dato
 
 
 def test_a_device_timestep_is_the_next_element_of_the_same_tensor(device_unet, played):
-    device_unet(DaToConfig(cache_schedule="1012"))
+    """The schedule is laid over the elements that are left."""
+    config = DaToConfig(cache_schedule="1012")
+    short = "2" + config.schedule_for(3)
+    device_unet(config)
     timesteps = on_device([981, 961, 961, 941, 1])
     assert played(timesteps) == "21012"
     assert played(timesteps) == "21012"
     assert played([*timesteps[:2], *timesteps]) == "2121012"
-    assert played(timesteps[2:]) == "210"
-    assert played(on_device([5, 4, 3])) == "210"
+    assert played(timesteps[2:]) == short
+    assert played(on_device([5, 4, 3])) == short
     assert played([timesteps[0], timesteps[2], timesteps[3]]) == "221"
-    assert played([on_device(t) for t in (9, 8, 7)]) == "222"
     assert played([*timesteps[:2], 941, 921, *timesteps[:2]]) == "212121"
+
+
+def test_a_batch_of_one_device_timestep(device_unet, played):
+    """However large the batch is."""
+    device_unet(DaToConfig(cache_schedule="101"))
+    assert played([t.expand(8) for t in on_device([4, 3, 2, 1])], batch=8) == "2101"
+
+
+def test_device_timesteps_that_cannot_be_placed(device_unet, played, caplog):
+    device_unet(DaToConfig(cache_schedule="111"))
+    assert played([on_device(t) for t in (9, 8, 7)]) == "222"
+    assert played([on_device([t])[0] for t in (9, 8, 7)]) == "222"
+    messages = [r.getMessage() for r in caplog.records if r.name == "todo_attn"]
+    assert len(messages) == 1
+    assert "Pass the elements of scheduler.timesteps" in messages[0]
 
 
 def test_a_device_timestep_can_be_reset(device_unet, unet, played):
@@ -119,18 +162,6 @@ def test_a_device_timestep_can_be_reset(device_unet, unet, played):
     assert played(timesteps[:2]) == "21"
     reset_dato(unet)
     assert played(timesteps[2:]) == "21"
-
-
-def test_a_device_timestep_with_a_pipeline(pipe, device_unet, played):
-    device_unet(DaToConfig(cache_schedule="111"), pipe)
-    for _ in range(2):
-        pipe.scheduler.timesteps = timesteps = on_device([9, 8, 7, 6])
-        assert played(timesteps) == "2111"
-        assert played(timesteps) == "2111"
-    pipe.scheduler.timesteps = on_device([9, 8, 7, 6])
-    assert played([on_device([t])[0] for t in (9, 8, 7, 6)]) == "2111"  # copies: only set_timesteps tells
-    pipe.scheduler.timesteps = on_device([9, 8, 7, 6])
-    assert played(pipe.scheduler.timesteps[2:]) == "21"
 
 
 def test_another_shape_batch_or_dtype_starts_a_run(unet, inputs, kinds):
@@ -175,25 +206,30 @@ def test_a_new_run_forgets_the_last(unet, inputs):
     assert all(map(torch.equal, image(0), first))
 
 
-def test_reset_frees_what_was_kept():
-    run = Run(DaToConfig())
-    sample = torch.zeros(1, 4, 2, 2)
-    run.begin(sample, 5)
-    run.hidden = run.end(sample)
-    assert any(isinstance(x, torch.Tensor) for x in vars(run).values())
-    run.reset()
-    assert not any(isinstance(x, torch.Tensor) for x in vars(run).values())
+def kept(unet):
+    """How many streams of ``unet`` DaTo keeps something of."""
+    return len(unet._todo_attn_dato.run.streams)
 
 
-def test_a_loop_over_another_schedulers_timesteps_on_a_device(pipe, device_unet, played):
-    device_unet(DaToConfig(cache_schedule="111"), pipe)
-    other = on_device([9, 8, 7, 6])
-    assert played(other) == "2111"
-    assert played(other) == "2111"
+def test_reset_frees_what_was_kept(unet, played):
+    apply_dato(unet, DaToConfig(cache_schedule="11"))
+    played([900, 800])
+    assert kept(unet) == 1
+    reset_dato(unet)
+    assert kept(unet) == 0
 
 
-def test_runs_of_one_step_with_a_pipeline(pipe, device_unet, played):
-    device_unet(DaToConfig(cache_schedule="0"), pipe)
-    pipe.scheduler.timesteps = on_device([999])
-    assert played(pipe.scheduler.timesteps) == "2"
-    assert played(pipe.scheduler.timesteps) == "2"
+def test_a_finished_run_keeps_nothing(unet, played):
+    apply_dato(unet, DaToConfig(cache_schedule="1111"))
+    timesteps = torch.tensor([9, 8, 7, 6, 5])
+    assert played(timesteps[:4]) == "2111"
+    assert kept(unet) == 1
+    assert played(timesteps[4:]) == "1"
+    assert kept(unet) == 0
+
+
+def test_runs_of_one_step(device_unet, unet, played):
+    device_unet(DaToConfig(cache_schedule="0"))
+    for _ in range(2):
+        assert played(on_device([999])) == "2"
+        assert kept(unet) <= 1

@@ -22,6 +22,11 @@ from .run import Run
 _Args: TypeAlias = tuple[Any, ...]
 _Kwargs: TypeAlias = dict[str, Any]
 
+_NO_EXPORT = (
+    "a UNet under DaTo cannot be exported or traced into one graph, which would hold one kind of call only: "
+    "remove_dato(pipe) first (torch.compile is no export, and works)"
+)
+
 # Under this name a UNet has its DaToState.
 ATTRIBUTE = "_todo_attn_dato"
 
@@ -49,6 +54,12 @@ class DaToState:
             unet.register_forward_hook(self._after),
         ]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copy.deepcopy and pickle, which would leave hooks that run the blocks of the model they were made for."""
+        raise RuntimeError(
+            "a UNet under DaTo cannot be copied or pickled: remove_dato(pipe) first, and apply_dato to the copy as well"
+        )
+
     def detach(self, unet: UNet2DConditionModel) -> None:
         if self._cache:
             cache.detach(unet)
@@ -62,13 +73,18 @@ class DaToState:
         """Those of them that are there still."""
         return [model for model in (ref() for ref in self._todo) if model is not None]
 
-    # Hooks of the UNet itself stay outside of its graphs, where it is torch.compile(unet) that is called. Everything
+    # Hooks of the UNet itself stay outside of its graphs, if it is torch.compile(unet) that is called. Everything
     # that differs from call to call is decided here; the graphs see the kind of call, and tensors.
-    @torch.compiler.disable(reason="DaTo decides here how much of the UNet a call computes")
+    @torch.compiler.disable(reason=f"DaTo decides here how much of the UNet a call computes; {_NO_EXPORT}")
     def _before(self, unet: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise RuntimeError(_NO_EXPORT)
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        self.run.begin(sample, timestep)
+        prompt = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+        stream = self.run.begin(unet, sample, timestep, prompt)
+        for hook, shapes in zip(self._cache, stream.shapes, strict=False):  # of a stream that starts none are known
+            hook.shapes = shapes
         grid = grid_at(unet, self._finest, sample.shape[-2:])
         for pruning in self._pruning:
             pruning.begin(sample, grid)
@@ -86,6 +102,7 @@ class DaToState:
         if self.run.kind == FULL:
             for hook in self._cache:
                 hook.keep()
+            self.run.stream.shapes = [hook.shapes for hook in self._cache]
         sample = self.run.end(output[0])
         if self.run.kind != REUSE:
             return None
@@ -97,21 +114,27 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
 
     In place, and undone by :func:`remove_dato`. Each image is a *run* of calls of the UNet. Its first call is computed
     in full; the others as ``config.cache_schedule`` says: in full, only the last layers, or not at all. What is
-    computed prunes tokens in the self-attentions of the UNet's finest level. Given a pipeline, it knows from its
-    scheduler where a run starts and how many calls it has, and resamples a schedule made for another number. Given a
-    UNet alone, a run starts where the timestep rises (numbers and CPU tensors), or where it is not the next element of
-    the tensor that the last one was from (device tensors, which are never read); :func:`reset_dato` starts one in any
-    case.
+    computed prunes tokens in the self-attentions of the UNet's finest level.
+
+    A call goes on from the one before it of the same stream: the same tensor of timesteps, the same tensor of prompt
+    embeddings, the same shape, at the next step. So it does not matter which pipeline calls, or whether guidance is one
+    call a step or two, and runs may take turns. A schedule made for another number of calls is resampled for those
+    that will come: those of the tensor of timesteps, or fewer if the pipeline that calls says so (``strength``,
+    ``denoising_end``). Timesteps given as plain numbers or CPU tensors start a run when they rise. If it cannot be
+    known from which call one goes on, that is logged once, and the call is computed in full: two calls at a step with
+    the same prompt embeddings, embeddings made anew for every call, a timestep on a device that is no element of a
+    longer tensor (it is never read). :func:`reset_dato` starts a run in any case.
 
     Works at every height and width, with guidance on or off, and together with LoRA, IP-Adapter, ControlNet,
     T2I-Adapter, FreeU, offloading and :func:`todo_attn.apply_todo`, whichever comes first. Applied again it replaces.
-    Remove it before a deep copy of the UNet, whose blocks would be the original's. The UNet or its repeated blocks may
-    be compiled before or after, with ``fullgraph=True`` or without: a run compiles one graph of the UNet for each kind
-    of call, at most three, or twice as many where some ratios are 0 and others not.
+    The UNet or its repeated blocks may be compiled before or after, with ``fullgraph=True`` or without: a run compiles
+    one graph of the UNet for each kind of call, at most three, or twice as many where some ratios are 0 and others not.
 
-    It counts on one call of the UNet a timestep for a batch of images, which pipelines that work in tiles or views do
-    not keep to. Of a UNet alone every even batch is taken for the two halves of guidance: without guidance set
-    ``align_guidance=False``; and runs of one step need :func:`reset_dato` between them.
+    A UNet under DaTo cannot be copied, pickled, exported or traced: that is an error which says so. Two threads must
+    not call it at the same time.
+
+    In a loop of one's own every even batch is taken for the two halves of guidance: without guidance set
+    ``align_guidance=False``.
 
     Args:
         pipe_or_unet: a pipeline with a ``unet``, or a ``UNet2DConditionModel`` itself, compiled or not.
@@ -125,7 +148,7 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     config = DaToConfig() if config is None else config
     if not isinstance(config, DaToConfig):
         raise ValueError(f"config must be a DaToConfig or None, got {type(config).__name__}")
-    unet, pipe = _unet_of(pipe_or_unet)
+    unet = _unet_of(pipe_or_unet)
     _check_structure(unet)
     _check_foreign(unet)
     if config.cache_schedule is not None:
@@ -146,7 +169,7 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
             remove_todo(model)
     if previous is not None:
         _take_off(unet, previous)
-    setattr(unet, ATTRIBUTE, DaToState(unet, Run(config, pipe), models))
+    setattr(unet, ATTRIBUTE, DaToState(unet, Run(config), models))
     log_dato(pipe_or_unet, unet, config)
 
 
@@ -156,7 +179,7 @@ def remove_dato(pipe_or_unet: Any) -> None:
     Raises:
         ValueError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
     """
-    unet, _ = _unet_of(pipe_or_unet)
+    unet = _unet_of(pipe_or_unet)
     state: DaToState | None = getattr(unet, ATTRIBUTE, None)
     if state is None:
         return
@@ -171,7 +194,7 @@ def reset_dato(pipe_or_unet: Any) -> None:
     Raises:
         ValueError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
     """
-    unet, _ = _unet_of(pipe_or_unet)
+    unet = _unet_of(pipe_or_unet)
     state: DaToState | None = getattr(unet, ATTRIBUTE, None)
     if state is not None:
         state.run.reset()
@@ -182,18 +205,15 @@ def _take_off(unet: UNet2DConditionModel, state: DaToState) -> None:
     delattr(unet, ATTRIBUTE)
 
 
-def _unet_of(pipe_or_unet: Any) -> tuple[UNet2DConditionModel, Any | None]:
-    """The UNet, out of any wrapper, and the pipeline where that was given."""
-    pipe = None if isinstance(pipe_or_unet, nn.Module) else pipe_or_unet
-    unet = pipe_or_unet if pipe is None else getattr(pipe, "unet", None)
-    while isinstance(unet, nn.Module) and unet is not (inner := unwrap(unet)):
-        unet = inner
+def _unet_of(pipe_or_unet: Any) -> UNet2DConditionModel:
+    """The UNet, out of any wrapper."""
+    unet = unwrap(pipe_or_unet if isinstance(pipe_or_unet, nn.Module) else getattr(pipe_or_unet, "unet", None))
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(
             "pipe_or_unet must be a diffusers pipeline with a UNet2DConditionModel, or such a UNet, got "
             f"{type(pipe_or_unet).__name__}"
         )
-    return unet, pipe
+    return unet
 
 
 def _check_structure(unet: UNet2DConditionModel) -> None:

@@ -28,7 +28,7 @@ class SkipHook(ModelHook):
         self.run = run
         self.skipped_in = skipped_in
         self._seen: Any = ()  # what the module returned in a full call, as _Like or tuples of it
-        self._like: Any = ()  # the same as tensors of one element, expanded
+        self.shapes: Any = ()  # the same as tensors of one element, expanded; of the stream that is running
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.run.kind in self.skipped_in:
@@ -47,10 +47,10 @@ class SkipHook(ModelHook):
 
         A tensor, because a graph takes every size of it, where it would be compiled anew for numbers.
         """
-        self._like = _map(_Like.tensor, self._seen)
+        self.shapes = _map(_Like.tensor, self._seen)
 
     def stand_in(self) -> Any:
-        return _map(_zeros, self._like)
+        return _map(_zeros, self.shapes)
 
 
 class HiddenHook(SkipHook):
@@ -69,7 +69,7 @@ class HiddenHook(SkipHook):
     def stand_in(self) -> Any:
         assert self.run.hidden is not None
         hidden = self.run.hidden.clone()
-        return (hidden,) if isinstance(self._like, tuple) else hidden
+        return (hidden,) if isinstance(self.shapes, tuple) else hidden
 
 
 class _Like:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ... import ops
 from ...ops.pruning import check_ratio, plan_from_bases
 from ..grid import adopt_from_call_stack
+from ..patches import keeps_maps
 from ..processor import ToDoProcessor
 from ..state import ATTRIBUTE, AttentionState, Plan
 from .run import Run
@@ -72,6 +74,10 @@ class TransformerPruning:
         no difference of outputs to take.
         """
         pruned = self._count(grid) if self.run.kind in self._kinds else 0
+        if pruned and self.run.config.prune_feed_forward and any(block.chunks for block in self._blocks):
+            self.run.say(
+                "chunks", "prune_feed_forward does nothing while feed-forward layers run in chunks of the tokens"
+            )
         # A number would be a constant of a graph. The size of a tensor can be marked, before the first graph is made,
         # as one that changes; one element in memory.
         like = torch.empty((), device=sample.device).expand(pruned)
@@ -90,9 +96,8 @@ class TransformerPruning:
 
     def _score(self, sample: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N) fp32."""
-        run, batch = self.run, sample.shape[0]
-        paired = run.guidance_pairs(batch)
-        score = run.score(batch // 2 if paired else batch, grid, sample.device)
+        paired, batch = self.run.stream.paired, sample.shape[0]
+        score = self.run.score(batch // 2 if paired else batch, grid, sample.device)
         return torch.cat((score, score)) if paired else score
 
     def detach(self) -> None:
@@ -100,7 +105,7 @@ class TransformerPruning:
             handle.remove()
 
     def _attach(self, block: Any) -> None:
-        state = BlockPruning(self)
+        state = BlockPruning(self, block)
         self._blocks.append(state)
         self._handles += [
             block.register_forward_pre_hook(state.choose, with_kwargs=True),
@@ -125,12 +130,19 @@ class TransformerPruning:
 class BlockPruning:
     """On one transformer block: the tokens that its running call keeps."""
 
-    def __init__(self, transformer: TransformerPruning) -> None:
+    def __init__(self, transformer: TransformerPruning, block: Any) -> None:
         self.transformer = transformer
+        self._block = weakref.ref(block)
         self.score: torch.Tensor | None = None  # (B, N), of the running call; None where nothing is pruned
         self.like_pruned: torch.Tensor | None = None  # has as many elements as tokens are pruned in it
         self.pruned: Pruned | None = None
         self._entered = False
+
+    @property
+    def chunks(self) -> bool:
+        """Whether the block's feed-forward is called for some of the tokens at a time (``enable_forward_chunking``)."""
+        block = self._block()
+        return block is not None and block._chunk_size is not None and block._chunk_dim == 1
 
     @torch.no_grad()
     def choose(self, block: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
@@ -163,6 +175,8 @@ class BlockPruning:
         """A mask has a column for every token, and is left alone. Under ToDo queries are kept, keys are the grid's."""
         self._entered = False
         if self.pruned is None or kwargs.get("attention_mask") is not None:
+            return None
+        if keeps_maps(attn.processor):  # of all tokens
             return None
         if kwargs.get("encoder_hidden_states") is not None:
             return None

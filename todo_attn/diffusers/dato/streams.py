@@ -1,0 +1,225 @@
+"""To which stream a call of the UNet belongs: host logic alone, without a UNet, and no tensor is read for it.
+
+A *stream* is the calls that follow one image, or one batch of images, from step to step: the same timesteps, the same
+prompt embeddings, the same shape. Guidance in one batched call is one stream, guidance in two calls a step is two, and
+requests that take turns on a UNet have one each. What DaTo keeps from call to call belongs to a stream.
+
+Tensors are told apart by the memory that they lie in, and a stream holds those it is known by, so that no other tensor
+can take their place there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+# Runs that were given up keep their memory until this many others have been called since.
+_MOST = 16
+
+# What tells a stream from others of the same timesteps and prompt: shape, dtype and device of the sample.
+Inputs: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
+
+
+class Stream:
+    """One stream: where it is, and what DaTo keeps of it."""
+
+    def __init__(self, timestep: Any, prompt: Any, inputs: Inputs) -> None:
+        self.timestep = timestep  # of the last call
+        self.prompt = prompt
+        self.inputs = inputs
+        self.owner: weakref.ref[Any] | None = None  # the pipeline that calls, if it is known
+        self.position: float | None = None  # of the last call: rises along a run
+        self.index = 0  # of the last call, among the ``calls`` of its run
+        self.calls: int | None = None  # None if that is not known
+        self.running = False  # in a call that has not ended
+        self.repeated = False  # called more than once at ``position``
+        self.rises = 0  # how often in a row a call had a higher number than the one before
+        self.forget()
+
+    def forget(self) -> None:
+        """Keep nothing: the next call is computed in full."""
+        self.fresh = True
+        self.joined = False  # another stream was at this step before
+        self.digits: str | None = None  # the schedule of its run; None computes every call in full
+        self.paired = False  # whether the batch is two halves of the same images, without and with their prompts
+        self.hidden: torch.Tensor | None = None  # what a shallow call starts from
+        self.shapes: list[Any] = []  # what the blocks that are left out return, as tensors of one element, expanded
+        self.output: torch.Tensor | None = None
+        self.before: torch.Tensor | None = None  # the output before that
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last call was the last of its run."""
+        return self.calls is not None and self.index >= self.calls - 1
+
+    def is_for(self, timestep: Any, prompt: Any, inputs: Inputs) -> bool:
+        return self.inputs == inputs and _same(self.prompt, prompt) and self.is_along(timestep)
+
+    def is_along(self, timestep: Any) -> bool:
+        """Whether ``timestep`` is of the same timesteps: an element of the same tensor; any number, of numbers."""
+        if not is_element(timestep) or not is_element(self.timestep):
+            return not is_element(timestep) and not is_element(self.timestep)
+        return shares_memory(timestep, self.timestep)
+
+
+class Streams:
+    """The streams of one UNet. ``say(key, what)`` is told once what cannot be known, and so is computed in full."""
+
+    def __init__(self, say: Callable[[str, str], None]) -> None:
+        self._streams: list[Stream] = []  # the one called last is the last
+        self._say = say
+
+    def of(self, timestep: Any, prompt: Any, inputs: Inputs) -> Stream:
+        """The stream that a call belongs to, moved on to this call; ``fresh`` if nothing that is kept may serve it.
+
+        A stream goes on with the next element of its timesteps, or with a lower number. Anything else starts it anew:
+        an element that is not the next, a higher number, a call that never ended, a timestep on a device that is no
+        element of a longer tensor, and so cannot be placed without reading it. Two calls at the same element with the
+        same prompt may be two images, or one that starts over: both are fresh, and so is the call after them.
+        """
+        position = position_of(timestep)
+        along = [stream for stream in self._streams if stream.is_along(timestep)]
+        stream = next((s for s in along if s.is_for(timestep, prompt, inputs)), None)
+        step = _step(along, stream, timestep, position)
+        if stream is None:
+            if step is not None and step[0] > 0 and not any(s.position == position for s in along):
+                self._say(
+                    "prompt",
+                    f"in call {step[0] + 1} of a run the prompt embeddings (encoder_hidden_states) are another tensor "
+                    "than before, so it is computed in full. A loop that makes them anew in every step saves "
+                    "nothing: make them once, before it",
+                )
+            stream = Stream(timestep, prompt, inputs)
+        else:
+            self._streams.remove(stream)
+            self._move(stream, timestep, position)
+        if stream.fresh:
+            stream.index, stream.calls = step or (0, None)
+            stream.joined = any(other is not stream and other.position == position for other in along)
+        stream.timestep, stream.position = timestep, position
+        self._streams = [*self._streams[-(_MOST - 1) :], stream]
+        return stream
+
+    def drop(self, stream: Stream) -> None:
+        """Forget ``stream``, whose run has ended."""
+        self._streams = [other for other in self._streams if other is not stream]
+
+    def give_to(self, stream: Stream, pipe: Any) -> None:
+        """``pipe`` makes ``stream``, which starts a run: what it has not finished before, it never will."""
+        stream.owner = weakref.ref(pipe)
+        self._streams = [
+            other
+            for other in self._streams
+            if other.owner is None or other.owner() is not pipe or other.is_along(stream.timestep)
+        ]
+
+    def clear(self) -> None:
+        self._streams = []
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def _move(self, stream: Stream, timestep: Any, position: float | None) -> None:
+        """Decide whether ``stream`` goes on at ``position``; otherwise it starts anew."""
+        before, element = stream.position, is_element(timestep)
+        again = position is not None and position == before and not stream.running
+        if position is None or before is None:
+            self._say(
+                "unplaced",
+                "the timestep is a tensor of its own on a device, which is not read: which step of a run it belongs to "
+                "cannot be known, so every call is computed in full. Pass the elements of scheduler.timesteps",
+            )
+            goes_on = False
+        elif again:
+            self._say(
+                "repeated",
+                "the UNet is called more than once at a timestep with the same prompt embeddings: which call goes on "
+                "from which cannot be known, so they are computed in full",
+            )
+            goes_on = False
+        else:
+            stream.rises = stream.rises + 1 if position < before and not element else 0
+            if stream.rises == 2:
+                self._say(
+                    "rising",
+                    "the timestep rises from call to call. As plain numbers each rise starts a run, computed in full. "
+                    "Pass the elements of the scheduler's timesteps",
+                )
+            follows = position == before + 1 if element else position > before
+            goes_on = follows and not (stream.running or stream.repeated)
+        if goes_on:
+            stream.index += 1
+            stream.fresh = False
+        else:
+            stream.forget()
+        stream.repeated = again
+
+
+def _step(
+    along: list[Stream], stream: Stream | None, timestep: Any, position: float | None
+) -> tuple[int, int | None] | None:
+    """Which call of how many this is, by its own stream or another that is at this step or the one before.
+
+    None if it starts a run. So guidance in two calls a step has both computed in full at the same steps, also if one of
+    them joins late.
+    """
+    element = is_element(timestep)
+    for other in reversed(along):
+        if position is None or other.position is None or position < other.position:
+            continue
+        steps = int(position - other.position) if element else int(position > other.position)
+        if other is stream or position - other.position <= int(element):
+            return other.index + steps, other.calls
+    return None
+
+
+def position_of(timestep: Any) -> float | None:
+    """Where ``timestep`` stands, rising along a run: an element's place in its tensor, or the negative of a number.
+
+    A tensor on the CPU is a number too. None for one on a device: reading it would wait for everything before it.
+    """
+    if is_element(timestep):
+        return float(timestep.storage_offset())
+    if not isinstance(timestep, torch.Tensor):
+        return -float(timestep)
+    return -float(timestep.max()) if timestep.device.type == "cpu" else None
+
+
+def elements_from(timestep: Any) -> int | None:
+    """How many elements its tensor has from ``timestep`` on; None if it is not an element of a longer one."""
+    if not is_element(timestep):
+        return None
+    return int(timestep.untyped_storage().nbytes() // timestep.element_size() - timestep.storage_offset())
+
+
+def is_element(timestep: Any) -> bool:
+    """Whether it is one element of a longer tensor, as in ``for t in scheduler.timesteps``, expanded or not."""
+    if not isinstance(timestep, torch.Tensor):
+        return False
+    if any(size > 1 and stride > 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True)):
+        return False
+    return timestep.untyped_storage().nbytes() > timestep.element_size()
+
+
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.device == other.device and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether both are the same part of the same tensor, or the same object."""
+    if one is other:
+        return True
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return False
+    return (
+        one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+        and one.storage_offset() == other.storage_offset()
+        and one.device.type != "meta"
+        and shares_memory(one, other)
+    )
