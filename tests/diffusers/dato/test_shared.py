@@ -215,6 +215,28 @@ def test_a_schedule_is_laid_over_the_calls_that_run(make_unet, pipe, kinds):
     assert "".join(log) == "2" + config.schedule_for(10)
 
 
+def test_a_modular_pipeline(make_unet, pipe, kinds):
+    """Its guider calls the UNet for each part of a step: the same schedule for both, and no row is another's half."""
+    from diffusers import ClassifierFreeGuidance
+    from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
+
+    blocks = StableDiffusionXLAutoBlocks()
+    for name in [name for name in blocks.sub_blocks if name != "denoise"]:
+        del blocks.sub_blocks[name]
+    modular, unet = blocks.init_pipeline(), make_unet("sdxl")
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    modular.update_components(unet=unet, vae=pipe.vae, scheduler=scheduler, guider=ClassifierFreeGuidance(5.0))
+    config = DaToConfig(cache_schedule="1012101210121012101")
+    apply_dato(modular, config)
+    log, (prompt, pooled) = kinds(unet), (torch.randn(2, 5, 8), torch.randn(2, 8))
+    modular(
+        prompt_embeds=prompt, negative_prompt_embeds=-prompt, pooled_prompt_embeds=pooled,
+        negative_pooled_prompt_embeds=-pooled, num_inference_steps=8, height=16, width=16, output="latents",
+    )  # fmt: skip
+    assert "".join(log) == "".join(2 * digit for digit in "2" + config.schedule_for(8))
+    assert not unet._todo_attn_dato.run.stream.paired
+
+
 @pytest.mark.parametrize("mid_is_finest", [False, True])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_self_attention_guidance(pipe, generate, kinds, caplog, guidance_scale, mid_is_finest):
