@@ -106,19 +106,20 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
 
         return command
 
-    def settings(seconds: float) -> Command:
-        # A head dim takes about a minute: compiling each variant, its oracle, 6 s of rounds.
-        minutes = max(0.0, seconds - 60) / 60
-        return module("benchmarks.tune", "--device", device, "--out", out / "tune.jsonl", "--minutes", f"{minutes:.2f}")
+    def tuning(name: str) -> Callable[[float], Command]:
+        def command(seconds: float) -> Command:
+            # A head dim takes about a minute: compiling each variant, its oracle, 6 s of rounds.
+            minutes = max(0.0, seconds - 60) / 60
+            return module(name, "--device", device, "--out", out / "tune.jsonl", "--minutes", f"{minutes:.2f}")
 
-    def candidates(seconds: float) -> Command:
-        return [*settings(seconds), "--candidates"]
+        return command
 
     if tune:
         return [
             Step("every op against its oracle", "doctor.log", 30, doctor),
-            Step("settings", "tune.log", 260, settings),
-            Step("candidates", "tune.log", 230, candidates),  # last: one that hangs takes its time limit
+            Step("settings", "tune.log", 260, tuning("benchmarks.tune")),
+            # Last: one that hangs takes its time limit.
+            Step("candidates", "tune.log", 230, tuning("benchmarks.experiments.hopper.tune")),
         ]
     many = ["--calls", 50 if gpu else 4]
     ours = ["tests/ops", "tests/kernels/test_exp2.py"] if gpu else ["tests/ops/test_tokens.py"]

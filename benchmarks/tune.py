@@ -3,7 +3,6 @@
 python -m benchmarks.tune                                every head dim
 python -m benchmarks.tune --head-dim 40 --head-dim 64    some
 python -m benchmarks.tune --minutes 4 --out rows.jsonl   starts no head dim after four minutes
-python -m benchmarks.tune --candidates                   benchmarks/candidates in place of settings
 
 Compiled code says what a loop costs, not how well two of them overlap; this is what only a GPU can tell. Each row is
 one other setting (``contender``) against the shipped (``baseline``), both checked first, in one run, the packing of
@@ -68,25 +67,9 @@ CASES = {
 def variants(case: Case) -> dict[str, Call]:
     """By name, every other way to launch the kernel that is tried at the case's head dim."""
     usual = tiles(case.head_dim)
-    calls = {_name(run): _call(case, partial(downsampled_attention, run=run)) for run in ALTERNATIVES[case.head_dim]}
+    calls = {_name(run): call(case, partial(downsampled_attention, run=run)) for run in ALTERNATIVES[case.head_dim]}
     if usual.v != usual.k:  # P V as one product of 64 columns, or as 32 + 16
-        calls["P V as Q K"] = _call(case, partial(downsampled_attention, tile=replace(usual, v=usual.k)))
-    return calls
-
-
-def candidates(case: Case) -> dict[str, Call]:
-    """By name, the Hopper candidate in each of its settings that is right here; said of those that are not."""
-    from benchmarks.candidates import check, hopper_launch
-
-    calls = {}
-    for run in hopper_launch.RUNS[case.head_dim]:
-        flags = [name for name in ("ahead", "halves", "persistent") if getattr(run, name)]
-        name = ", ".join([f"hopper {run.consumers}x64x{run.block_n}", f"{run.stages} slots", *flags])
-        # In a process of its own, with a time limit: a wrong barrier is a hang, and would take all other rows along.
-        if error := check.row(case.head_dim, run)["error"]:
-            typer.echo(f"{case.head_dim}, {name}: not timed, {error}", err=True)
-        else:
-            calls[name] = _call(case, partial(hopper_launch.attention, run=run))
+        calls["P V as Q K"] = call(case, partial(downsampled_attention, tile=replace(usual, v=usual.k)))
     return calls
 
 
@@ -95,7 +78,7 @@ def _name(run: Settings) -> str:
     return f"{run.block_m}x{run.block_n}, {run.num_warps} warps, {run.num_stages} stages{polynomial}"
 
 
-def _call(case: Case, attend: Callable[..., torch.Tensor]) -> Call:
+def call(case: Case, attend: Callable[..., torch.Tensor]) -> Call:
     scale = case.head_dim**-0.5
     return lambda x: attend(x.query, x.key, x.value, case.grid, case.factor, "nearest", scale)
 
@@ -105,34 +88,43 @@ def trial(case: Case, device: torch.device) -> Trial:
     return attention.trial(case, device, variants(case))
 
 
-def candidates_trial(case: Case, device: torch.device) -> Trial:
-    """Every candidate against the kernel as it is shipped.
-
-    Raises:
-        RuntimeError: there is none that is right here.
-    """
-    if not (calls := candidates(case)):
-        raise RuntimeError("no candidate is right on this device")
-    return attention.trial(case, device, calls)
+HeadDims = Annotated[list[int] | None, typer.Option(help=f"Of {', '.join(map(str, CASES))}; repeatable.")]
+Size = Annotated[int, typer.Option(min=64, help="Of the picture, in pixels; a multiple of 64.")]
+Device = Annotated[str, typer.Option(help="cuda; cpu only under TRITON_INTERPRET=1.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Start no head dim after that.")]
+Out = Annotated[Path | None, typer.Option(help="Rows go there; benchmarks/results/tune-DEVICE.jsonl.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON, no table.")]
 
 
 def main(
-    head_dim: Annotated[list[int] | None, typer.Option(help=f"Of {', '.join(map(str, CASES))}; repeatable.")] = None,
-    size: Annotated[int, typer.Option(min=64, help="Of the picture, in pixels; a multiple of 64.")] = 2048,
-    device: Annotated[str, typer.Option(help="cuda; cpu only under TRITON_INTERPRET=1.")] = "cuda",
-    other: Annotated[bool, typer.Option("--candidates", help="Other kernels in place of settings; Hopper.")] = False,
-    minutes: Annotated[float, typer.Option(min=0, help="Start no head dim after that.")] = float("inf"),
-    out: Annotated[Path | None, typer.Option(help="Rows go there; benchmarks/results/tune-DEVICE.jsonl.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, no table.")] = False,
+    head_dim: HeadDims = None,
+    size: Size = 2048,
+    device: Device = "cuda",
+    minutes: Minutes = float("inf"),
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time the attention kernel's other settings against the shipped, alternating in one run."""
+    run(trial, head_dim, size, device, minutes, out, as_json)
+
+
+def run(
+    make: Callable[[Case, torch.device], Trial],
+    head_dim: list[int] | None,
+    size: int,
+    device: str,
+    minutes: float,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Time what ``make`` gives for each head dim; write and print the rows. Exits with 1 if the shipped was wrong."""
     where = chosen_device(device)
     check_among("head-dim", head_dim or (), CASES)
     if size % 64:
         raise typer.BadParameter(f"--size must be a multiple of 64, got {size}")
     chosen = [replace(CASES[each], height=size, width=size) for each in head_dim or CASES]
     path = checked_out(out or RESULTS / f"tune-{machine.slug(where)}.jsonl")
-    make, often = candidates_trial if other else trial, kernels.rounds_for(where)
+    often = kernels.rounds_for(where)
     rows = collect(chosen, path, minutes, lambda some: kernels.run(some, where, often, make))
     typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
     fail_if_refused(rows)

@@ -95,24 +95,3 @@ def test_the_settings_tried_are_others_than_the_shipped(monkeypatch):
         assert shipped not in ALTERNATIVES[head_dim]
         names = list(tune.variants(case))
         assert len(names) == len(ALTERNATIVES[head_dim]) + (head_dim == 40)
-
-
-def test_a_candidate_is_timed_where_it_is_right(monkeypatch, cli, capfd):
-    """None is without a Hopper GPU, and the rest goes on."""
-    from benchmarks.candidates import check, hopper_launch
-    from todo_attn import ops
-
-    def attend(query, key, value, grid, factor, mode, scale, run):
-        return ops.downsampled_attention(query, key, value, grid, factor, mode=mode, scale=scale)
-
-    right = hopper_launch.RUNS[80][0]
-    monkeypatch.setattr(hopper_launch, "attention", attend)
-    monkeypatch.setattr(check, "row", lambda head_dim, run: {"error": None if run == right else "no end after 1 s"})
-    result, path = cli("--head-dim", "80", "--candidates")
-    assert result.exit_code == 0, result.output
-    (row,) = harness.read(path)
-    assert row["contender"]["name"].startswith("hopper 2x64x64, 4 slots") and row["speedup"]
-    assert result.stderr.count("no end after 1 s") == len(hopper_launch.RUNS[80]) - 1
-    monkeypatch.setattr(check, "row", lambda head_dim, run: {"error": "needs a Hopper GPU"})
-    result, path = cli("--head-dim", "40", "--candidates")
-    assert "no candidate is right on this device" in harness.read(path)[-1]["contender"]["error"]

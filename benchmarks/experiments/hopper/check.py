@@ -1,7 +1,7 @@
 """The Hopper candidate against the oracle on a GPU: the first thing to run there, before anything times it.
 
-python -m benchmarks.candidates.check                              every setting that is worth a measurement
-python -m benchmarks.candidates.check --head-dim 40 --seconds 30   some, with less patience
+python -m benchmarks.experiments.hopper.check                              every setting that is worth a measurement
+python -m benchmarks.experiments.hopper.check --head-dim 40 --seconds 30   some, with less patience
 
 Each setting is tried in a process of its own with a time limit: a wrong barrier is a hang, and must not take the rest
 along. "worst" is the largest error, over that of torch's own attention in the same dtype; it must be below 2. A hang
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import typer
 from tabulate import tabulate
 
-from benchmarks.candidates.hopper_launch import RUNS, Run, attention
+from benchmarks.experiments.hopper.launch import RUNS, Run, attention
 from benchmarks.kernels import check_among
 from todo_attn import reference
 
@@ -73,8 +73,8 @@ def row(head_dim: int, run: Run, seconds: float = SECONDS) -> dict[str, Any]:
     result: dict[str, Any] = {"head_dim": head_dim, **asdict(run), "worst": None, "error": None}
     try:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.candidates.check", "--child", child],
-            cwd=Path(__file__).parents[2],
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.experiments.hopper.check", "--child", child],
+            cwd=Path(__file__).parents[3],
             env=os.environ | {"TRITON_INTERPRET": "0"},
             capture_output=True,
             text=True,

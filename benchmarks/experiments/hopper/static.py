@@ -1,8 +1,8 @@
 """Compile the Hopper candidate for sm_90 without a GPU: what it uses, and what the loop of a consumer costs.
 
-python -m benchmarks.candidates.static                      as it would be launched
-python -m benchmarks.candidates.static --head-dim 40 --all  every setting that is worth a measurement
-python -m benchmarks.candidates.static --dump build/cubins  and the machine code
+python -m benchmarks.experiments.hopper.static                      as it would be launched
+python -m benchmarks.experiments.hopper.static --head-dim 40 --all  every setting that is worth a measurement
+python -m benchmarks.experiments.hopper.static --dump build/cubins  and the machine code
 
 Each consumer has a copy of the loop; one copy is counted. A trip is two steps, 64 queries by 2 * block_n keys, done by
 4 warps, one on each SM sub-partition. Columns as in ``python -m benchmarks.compile_report``, and
@@ -34,8 +34,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks import sass
-from benchmarks.candidates.hopper import attention_kernel
-from benchmarks.candidates.hopper_launch import OPTIONS, RUNS, Run, layout, plan, settings
+from benchmarks.experiments.hopper.kernel import attention_kernel
+from benchmarks.experiments.hopper.launch import OPTIONS, RUNS, Run, layout, plan, settings
 from todo_attn.kernels.launch import tiles
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -1,4 +1,4 @@
-"""What a consumer of ``hopper.py`` does with one tile of keys and values.
+"""What a consumer of ``kernel.py`` does with one tile of keys and values.
 
 wgmmas are asynchronous: what a function here "starts" may be read only after a wait, and its operands in shared memory
 must stay as they are until then.

@@ -1,7 +1,7 @@
-"""Shared by the tests of candidates.
+"""Shared by the experiment's tests, beside what the suite's own ``tests/conftest.py`` shares.
 
-The benchmarks and the simulator are not installed: they are importable here wherever pytest was started, from the end
-of the path, because the checkout's ``kernels`` must not shadow the package of that name.
+Importable wherever pytest was started, from the end of the path, because the checkout's ``kernels`` must not shadow the
+package of that name.
 """
 
 import json
@@ -12,14 +12,21 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-sys.path += [str(ROOT), str(HERE)]
+ROOT = Path(__file__).parents[4]
+sys.path.append(str(ROOT))
+
+from tests.conftest import (  # noqa: E402, F401
+    _seed,
+    _this_process_gives_memory_back,
+    bf16_in_the_interpreter,
+    pytest_collection_modifyitems,
+    pytest_configure,
+)
 
 
 def _static(*arguments):
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.candidates.static", *arguments],
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.experiments.hopper.static", *arguments],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
@@ -29,7 +36,7 @@ def _static(*arguments):
 
 @pytest.fixture
 def static():
-    """static(*arguments) runs benchmarks.candidates.static in a process of its own, where nothing is interpreted."""
+    """static(*arguments) runs this experiment's ``static`` in a process of its own, where nothing is interpreted."""
     return _static
 
 

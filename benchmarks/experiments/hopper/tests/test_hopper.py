@@ -9,8 +9,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.candidates import check, hopper_launch
-from benchmarks.candidates.hopper_launch import RUNS, Run
+from benchmarks.experiments.hopper import check, launch
+from benchmarks.experiments.hopper.launch import RUNS, Run
 from todo_attn.kernels import attention as shipped
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -78,7 +78,7 @@ def inputs(head_dim=40, dtype=torch.float16, tokens=4):
 )
 def test_what_it_does_not_take(head_dim, dtype, scale, message):
     with pytest.raises(ValueError, match=message):
-        hopper_launch.attention(*inputs(head_dim, dtype), scale)
+        launch.attention(*inputs(head_dim, dtype), scale)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_settings_that_the_kernel_is_not_written_for(numbers, message):
 def test_signature_of_the_shipped_kernel():
     names = [
         function.__code__.co_varnames[: function.__code__.co_argcount]
-        for function in (hopper_launch.attention, shipped.attention)
+        for function in (launch.attention, shipped.attention)
     ]
     assert names[0][:7] == names[1][:7]
 
 
 def test_the_chosen_settings_are_measured_first():
     for head_dim, runs in RUNS.items():
-        assert runs[0] == hopper_launch.settings(head_dim)
+        assert runs[0] == launch.settings(head_dim)
         assert len(set(runs)) == len(runs)
 
 

@@ -14,8 +14,8 @@ import types
 from pathlib import Path
 from typing import Any
 
-from gluon_simulator import language
-from gluon_simulator.machine import MachineError
+from benchmarks.experiments.hopper.simulator import language
+from benchmarks.experiments.hopper.simulator.machine import MachineError
 
 __all__ = ["MachineError", "kernel"]
 

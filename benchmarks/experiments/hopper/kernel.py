@@ -29,7 +29,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from benchmarks.candidates.hopper_step import ROWS, scores, step
+from benchmarks.experiments.hopper.step import ROWS, scores, step
 
 # Its name up to Triton 3.6; 3.9 keeps that one only to raise.
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -193,7 +193,7 @@ def attention_kernel(
     rows,
     log2_scale,  # |scale| * log2(e); a negative scale has turned the sign of the packed keys
     log2_power,  # the power of two at or above log2_scale
-    PLAN: gl.constexpr,  # a Plan of hopper_launch.py
+    PLAN: gl.constexpr,  # a Plan of launch.py
 ):
     dtype: gl.constexpr = key_a.dtype
     K_A: gl.constexpr = PLAN.k_a

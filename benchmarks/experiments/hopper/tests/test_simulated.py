@@ -4,20 +4,20 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import gluon_simulator
 import pytest
 import torch
-from gluon_simulator import MachineError
 
+from benchmarks.experiments.hopper import simulator
+from benchmarks.experiments.hopper.simulator import MachineError
 from todo_attn import reference
 
 pytest.importorskip("triton")
 
-from benchmarks.candidates import hopper_launch
-from benchmarks.candidates.hopper_launch import Run
+from benchmarks.experiments.hopper import launch
+from benchmarks.experiments.hopper.launch import Run
 
-FOLDER = Path(hopper_launch.__file__).parent
-SOURCES = {f"benchmarks.candidates.{name}": FOLDER / f"{name}.py" for name in ("hopper_step", "hopper")}
+FOLDER = Path(launch.__file__).parent
+SOURCES = {f"benchmarks.experiments.hopper.{name}": FOLDER / f"{name}.py" for name in ("step", "kernel")}
 BOUND = 2.0  # times the error of torch's own attention in the same dtype
 NONE = {"ahead": False, "halves": False}
 
@@ -41,14 +41,12 @@ class Case:
 
 
 def simulated(monkeypatch, edits=None):
-    """``hopper_launch``, with a simulated kernel under it, and the kernel; packing runs where Triton's kernels can."""
-    kernel = gluon_simulator.kernel("attention_kernel", SOURCES, edits)
-    monkeypatch.setattr(hopper_launch, "attention_kernel", kernel)
+    """``launch``, with a simulated kernel under it, and the kernel; packing runs where Triton's kernels can."""
+    kernel = simulator.kernel("attention_kernel", SOURCES, edits)
+    monkeypatch.setattr(launch, "attention_kernel", kernel)
     if torch.cuda.is_available():
-        pack = hopper_launch.pack
-        monkeypatch.setattr(
-            hopper_launch, "pack", lambda k, v, *more: tuple(t.cpu() for t in pack(k.cuda(), v.cuda(), *more))
-        )
+        pack = launch.pack
+        monkeypatch.setattr(launch, "pack", lambda k, v, *more: tuple(t.cpu() for t in pack(k.cuda(), v.cuda(), *more)))
     return kernel
 
 
@@ -65,9 +63,7 @@ def error(case: Case, kernel, seed: int) -> float:
     query = query[..., : case.head_dim]
     shape = (case.batch, case.grid[0] * case.grid[1], case.heads, case.head_dim)
     key, value = (torch.randn(shape).to(case.dtype) for _ in "kv")
-    got = hopper_launch.launch(
-        query, key, value, case.grid, case.factor, case.mode, scale, case.run, processors=case.programs
-    )
+    got = launch.launch(query, key, value, case.grid, case.factor, case.mode, scale, case.run, processors=case.programs)
     wide = (query.double(), key.double(), value.double())
     exact = reference.downsampled_attention(*wide, case.grid, case.factor, mode=case.mode, scale=scale)
     coarse = [
@@ -184,10 +180,10 @@ def test_the_same_seed_meets_the_same_fault(monkeypatch):
 
 def test_no_stand_in_is_left_behind():
     before = dict(sys.modules)
-    gluon_simulator.kernel("attention_kernel", SOURCES)
+    simulator.kernel("attention_kernel", SOURCES)
     assert {name for name, module in sys.modules.items() if before.get(name) is not module} == set()
 
 
 def test_an_edit_of_what_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="hopper_step must have 'nothing of the kind'"):
-        gluon_simulator.kernel("attention_kernel", SOURCES, {STEP: [("nothing of the kind", "")]})
+    with pytest.raises(ValueError, match=r"hopper\.step must have 'nothing of the kind'"):
+        simulator.kernel("attention_kernel", SOURCES, {STEP: [("nothing of the kind", "")]})

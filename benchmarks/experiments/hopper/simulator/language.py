@@ -1,6 +1,6 @@
 """Stand-ins for Gluon: tensors in registers and in shared memory, the functions on them, and how a kernel is launched.
 
-Only what ``benchmarks/candidates`` uses. Layouts are carried along and never looked at.
+Only what ``benchmarks/experiments/hopper`` uses. Layouts are carried along and never looked at.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import types
 
 import torch
 
-from gluon_simulator.machine import Accumulator, Barrier, Program, must
+from benchmarks.experiments.hopper.simulator.machine import Accumulator, Barrier, Program, must
 
 program: Program = None  # type: ignore[assignment]  # the one that runs
 

@@ -1,4 +1,4 @@
-"""How the kernel of ``hopper.py`` is launched: its settings, and a function with the shipped kernel's signature."""
+"""How the kernel of ``kernel.py`` is launched: its settings, and a function with the shipped kernel's signature."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benchmarks.candidates import hopper_step
-from benchmarks.candidates.hopper import attention_kernel
+from benchmarks.experiments.hopper import step
+from benchmarks.experiments.hopper.kernel import attention_kernel
 from todo_attn.kernels.attention import LOG2_E, log2_scales
 from todo_attn.kernels.launch import COMPILER, Tiles, tiles
 from todo_attn.kernels.pack import pack
 
-ROWS: int = hopper_step.ROWS.value  # queries of a consumer
+ROWS: int = step.ROWS.value  # queries of a consumer
 MAX_HEAD_DIM = 160
 OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}  # warps of the first consumer
 

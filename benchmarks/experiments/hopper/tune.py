@@ -1,0 +1,61 @@
+"""The Hopper candidate in each of its settings against the shipped kernel, at the shapes that have a target.
+
+python -m benchmarks.experiments.hopper.tune --head-dim 40    options as of ``python -m benchmarks.tune``
+
+Each setting is checked first, in a process of its own; one that is not right is said and not timed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import typer
+
+from benchmarks import tune
+from benchmarks.experiments.hopper import check, launch
+from todo_attn.bench import attention
+from todo_attn.bench.attention import Call
+from todo_attn.bench.cases import Case
+from todo_attn.bench.trial import Trial
+
+
+def calls(case: Case) -> dict[str, Call]:
+    """By name, the candidate in each setting that is right here; said of those that are not."""
+    found = {}
+    for run in launch.RUNS[case.head_dim]:
+        flags = [name for name in ("ahead", "halves", "persistent") if getattr(run, name)]
+        name = ", ".join([f"hopper {run.consumers}x64x{run.block_n}", f"{run.stages} slots", *flags])
+        # In a process of its own, with a time limit: a wrong barrier is a hang, and would take all other rows along.
+        if error := check.row(case.head_dim, run)["error"]:
+            typer.echo(f"{case.head_dim}, {name}: not timed, {error}", err=True)
+        else:
+            found[name] = tune.call(case, partial(launch.attention, run=run))
+    return found
+
+
+def trial(case: Case, device: torch.device) -> Trial:
+    """Every setting that is right against the kernel as it is shipped.
+
+    Raises:
+        RuntimeError: none is right here.
+    """
+    if not (found := calls(case)):
+        raise RuntimeError("no candidate is right on this device")
+    return attention.trial(case, device, found)
+
+
+def main(
+    head_dim: tune.HeadDims = None,
+    size: tune.Size = 2048,
+    device: tune.Device = "cuda",
+    minutes: tune.Minutes = float("inf"),
+    out: tune.Out = None,
+    as_json: tune.AsJson = False,
+) -> None:
+    """Time the Hopper candidate against the shipped kernel, alternating in one run."""
+    tune.run(trial, head_dim, size, device, minutes, out, as_json)
+
+
+if __name__ == "__main__":
+    typer.run(main)
