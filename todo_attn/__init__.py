@@ -10,9 +10,13 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from . import ops
-from .config import ToDoConfig
-from .dato_config import DaToConfig
+from .interrupt import leave_on_interrupt
+
+leave_on_interrupt()  # first: torch takes seconds to import
+
+from . import ops  # noqa: E402
+from .config import ToDoConfig  # noqa: E402
+from .dato_config import DaToConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from .diffusers import ToDoProcessor, apply_dato, apply_todo, remove_dato, remove_todo, reset_dato

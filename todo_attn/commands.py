@@ -8,17 +8,26 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .compare_methods import METHODS_TEXT, SettingError
+from . import __version__, schedule
+from .compare_methods import METHODS_TEXT, NO_SCHEDULE, SettingError
 from .compare_settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings, shipped_pipeline
 from .modes import MODES
-from .printing import compare_table, print_examination, schedules_notes, schedules_table
+from .printing import (
+    DIGITS_NOTE,
+    compare_table,
+    print_examination,
+    schedule_lines,
+    schedules_notes,
+    schedules_table,
+)
+from .schedule import FEWEST_CALLS
 
 if TYPE_CHECKING:
     from .diffusers import compare as comparing
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="todo-attn",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -35,6 +44,7 @@ app = typer.Typer(
 
 # The methods whose gain doctor tells.
 _ADVISED = "dense,todo,dato,todo+dato"
+_PRESET = "coco"  # the schedule that it takes by itself
 # Options that doctor and schedules share.
 _Architecture = Annotated[
     str | None,
@@ -51,6 +61,25 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+    def format_message(self) -> str:
+        """As the parser's own complaints have it."""
+        return str(self)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"todo-attn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 _COMPARE_HELP = """Make the same pictures by each method, taking turns; write them, a contact sheet and report.json.
@@ -231,6 +260,7 @@ predicted from the operations that they leave out, and with `--measure` timed; o
 - what works here: `todo-attn doctor`
 - is it worth it: `todo-attn doctor --model sd15 --height 1024 --width 1024`
 - timed on your own model: `todo-attn doctor --model ./my-model --height 1536 --width 1536 --measure`
+- with a few-step model, such as LCM: `todo-attn doctor --model ./my-lcm --steps 4`
 """
 
 
@@ -241,9 +271,17 @@ def doctor_command(
     height: _Side = None,
     width: _Side = None,
     max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto leaves.")] = 4096,
-    schedule: Annotated[str, typer.Option(help="DaTo: the name of a published schedule, or a JSON file.")] = "coco",
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help=f"DaTo: the name of a published schedule, a JSON file, or {NO_SCHEDULE} to prune alone.",
+            show_default=f"{_PRESET}, or {NO_SCHEDULE} below {FEWEST_CALLS} calls of the UNet",
+        ),
+    ] = None,
     prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
-    steps: Annotated[int, typer.Option(help="DaTo: of the scheduler; schedules are resampled to them.")] = 50,
+    steps: Annotated[
+        int, typer.Option(help="DaTo: of the scheduler, one fewer than calls of the UNet; schedules are resampled.")
+    ] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[
         str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
@@ -261,7 +299,7 @@ def doctor_command(
             height=height,
             width=width,
             max_kv_tokens=max_kv_tokens,
-            schedule=schedule,
+            schedule=schedule or (NO_SCHEDULE if steps + 1 < FEWEST_CALLS else _PRESET),
             prune_ratio=prune_ratio,
             steps=steps,
             device=device,
@@ -270,8 +308,13 @@ def doctor_command(
         _advise(str(shipped_pipeline()) if model is None else model, settings, measure, as_json)
     except SettingError as error:
         raise UserError(f"--{error.name.replace('_', '-')} {error.problem}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError("out of memory: a smaller --height and --width, or --dtype float16, may fit", 1) from error
+
+
+def _tell(lines: list[str], *, stderr: bool = False) -> None:
+    """A line each, which a terminal gets broken between words and all else whole."""
+    console = Console(stderr=stderr)
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def _examine(as_json: bool) -> None:
@@ -316,13 +359,14 @@ def _advise(model: str, settings: CompareSettings, measure: bool, as_json: bool)
     if as_json:
         print(json.dumps(advice, indent=2, allow_nan=False))
         return
-    for line in advice_lines(advice):
-        print(line)
+    _tell(advice_lines(advice))
 
 
 @app.command("bench")
 def bench_command(
-    model: Annotated[str, typer.Option(help="sd15 or sdxl: whose self-attentions.")] = "sd15",
+    model: Annotated[
+        str, typer.Option(help="sd15, sdxl, a folder saved by diffusers, or a Hub id: whose self-attentions.")
+    ] = "sd15",
     height: Annotated[int | None, typer.Option(help="In pixels.", show_default="2048 on a GPU, 768 on a CPU")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the height")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -337,24 +381,39 @@ def bench_command(
 
     **Example:** `todo-attn bench --height 1024 --width 1536`
     """
-    from .bench import harness, report
+    timed = _bench(model, height, width, device, dtype, out)
+    from .bench import report
+
+    print(json.dumps(timed, indent=2, allow_nan=False) if as_json else report.table(timed["rows"]))
+    notes = [f"note: {note}" for note in timed["notes"]]
+    _tell(notes if as_json else [report.LEGEND, *notes], stderr=as_json)
+    if refused := report.refused(timed["rows"]):
+        raise UserError("; ".join(refused), 1)
+    if report.found_no_memory(timed["rows"]):
+        raise MemoryError
+
+
+def _bench(
+    model: str, height: int | None, width: int | None, device: str, dtype: str, out: Path | None
+) -> dict[str, Any]:
+    """Time and write."""
+    from .bench import cases, harness
     from .bench_command import bench
 
-    notes = Console(stderr=True)
     try:
         if out is not None:
             harness.check_appendable(out)
-        timed = bench(device, dtype, model, height, width, lambda rows: harness.append(out, rows) if out else None)
+        architecture = None if model in cases.MODELS else _read_architecture(model)  # their shapes are known
+
+        def show(rows: list[dict[str, Any]]) -> None:
+            if out is not None:
+                harness.append(out, rows)
+
+        return bench(device, dtype, model, height, width, show, architecture)
     except ValueError as error:  # its first word is the option
         raise UserError(f"--{error}") from error
     except OSError as error:
         raise UserError(f"--out cannot be written: {error}", 1) from error
-    print(json.dumps(timed, indent=2, allow_nan=False) if as_json else report.table(timed["rows"]))
-    console = notes if as_json else Console()
-    for note in timed["notes"]:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
-    if refused := report.refused(timed["rows"]):
-        raise UserError("; ".join(refused), 1)
 
 
 @app.command("schedules")
@@ -363,31 +422,69 @@ def schedules_command(
     height: _Side = None,
     width: _Side = None,
     steps: Annotated[int, typer.Option(help="Of the scheduler; schedules are resampled to them.")] = 50,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="A published schedule, or a JSON file: this one alone, with its digits and source.",
+            autocompletion=schedule.names,
+            show_default="those with a name of their own",
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All published schedules.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all of them, or the one, as JSON, digits and sources included.")
+    ] = False,
 ) -> None:
     """List DaTo's published cache schedules, and the operations that each saves of a model.
 
     Only the configuration of the model is read: no weights, no GPU.
 
-    **Example:** `todo-attn schedules --model sd15 --height 768 --width 512 --steps 25`
+    **Examples**
+
+    - on Stable Diffusion 1.5: `todo-attn schedules --model sd15 --height 768 --width 512 --steps 25`
+    - the digits of one: `todo-attn schedules --name coco`
     """
     from .schedule_report import build_listing
 
-    notes = Console(stderr=True)
+    aside = Console(stderr=True)
+    if every and name is not None:
+        raise UserError(f"--name and --all cannot both be given, got --name {name}")
     try:
+        chosen = _chosen_schedules(name, every or as_json)
         architecture = _read_architecture(str(shipped_pipeline()) if model is None else model)
         columns = SpinnerColumn(), TextColumn("counting the operations of a call of each kind"), BarColumn()
-        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        with Progress(*columns, console=aside, transient=True, disable=not aside.is_terminal) as bar:
             task = bar.add_task("", total=None)
-            listing = build_listing(
-                architecture, height, width, steps, lambda done, total: bar.update(task, completed=done, total=total)
-            )
+
+            def watch(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            listing = build_listing(architecture, height, width, steps, chosen, watch)
     except ValueError as error:  # its first word is the option
         raise UserError(f"--{error}") from error
     if as_json:
         print(json.dumps(listing, indent=2, allow_nan=False))
         return
     console = Console()
-    console.print(schedules_table(listing))
-    for note in schedules_notes(listing):
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
+    if name is None:
+        console.print(schedules_table(listing))
+        notes = schedules_notes(listing)
+        if not every:
+            hidden = len(schedule.names()) - len(chosen)
+            notes.append(f"{hidden} more, which have only a number: --all. Digits and source of one: --name NAME")
+    else:
+        for line in schedule_lines(listing):
+            whole = line.startswith("digits:")  # to be copied
+            console.print(line, highlight=False, soft_wrap=whole, markup=False)
+        notes = ["", DIGITS_NOTE, *schedules_notes(listing)[1:]]
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def _chosen_schedules(name: str | None, every: bool) -> list[schedule.Schedule]:
+    if name is None:
+        return list(map(schedule.load, schedule.names() if every else schedule.named()))
+    try:
+        return [schedule.load(name)]
+    except ValueError as error:
+        raise SettingError("name", str(error).removeprefix("schedule ")) from error

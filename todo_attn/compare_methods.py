@@ -20,6 +20,7 @@ KINDS = {
     "deepcache": "INTERVAL",
 }
 METHODS_TEXT = ", ".join(kind if variant is None else f"{kind}, {kind}:{variant}" for kind, variant in KINDS.items())
+NO_SCHEDULE = "none"
 MAX_RATIO = 0.75  # tomesd and DaTo's default patch leave one token of each 2 x 2
 _ANY_SIZE = (512, 512)  # whether a factor can be read does not hang on the picture's size
 
@@ -54,8 +55,8 @@ class MethodOptions:
         factor, max_kv_tokens, mode: of :class:`~todo_attn.ToDoConfig`, for "todo" and "todo+dato"; see
             :func:`parse_factor`.
         tome_ratio: the share of tokens that "tome" merges, above 0 and at most 0.75.
-        schedule: of "dato" and "todo+dato": a name in :func:`todo_attn.schedule.names` or a JSON file. A variant is
-            such a name.
+        schedule: of "dato" and "todo+dato": a name in :func:`todo_attn.schedule.names`, a JSON file, or "none" to
+            prune alone. A variant is such a name, or "none".
         prune_ratio: the share of tokens that "dato" and "todo+dato" prune, from 0 to 0.75.
         cache_interval: "deepcache" computes every so many-th call of the UNet in full; at least 1.
 
@@ -131,9 +132,14 @@ class MethodOptions:
             raise SettingError("prune_ratio", f"must be from 0 to {MAX_RATIO}, got {self.prune_ratio}")
         todo = self.todo_config(Method("todo"), height, width) if method.kind == "todo+dato" else None
         config = DaToConfig(prune_ratio=self.prune_ratio, cache_schedule=self._digits_of(method), todo=todo)
+        if config.cache_schedule is None:
+            return config
         return replace(config, cache_schedule=config.schedule_for(calls) or None)  # one call has nothing to reuse
 
-    def _digits_of(self, method: Method) -> str:
+    def _digits_of(self, method: Method) -> str | None:
+        """Of the schedule, before it is resampled; None without one."""
+        if (method.variant or self.schedule) == NO_SCHEDULE:
+            return None
         if method.variant is not None and method.variant not in published():
             some = ", ".join(map(repr, published()[:3]))
             problem = f"must be published (todo-attn schedules lists them), such as {some}, got {method.variant!r}"

@@ -15,6 +15,7 @@ from .compare_methods import MethodOptions, SettingError
 
 SIZE_MULTIPLE = 8  # what diffusers' own pipelines ask for, whatever their VAE
 MIN_SIZE = 16  # SSIM's window is 11 pixels wide
+MAX_SIDE = 16384  # of a square: larger ones are beyond any machine, and what is predicted of them beyond its model
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Short name: diffusers' class and what its configuration gets on top of the pipeline's own.
@@ -146,6 +147,13 @@ def check_size(name: str, size: int | None, multiple: int) -> None:
     """Refuse a height or width, in pixels, that is given and does not fit."""
     if size is not None and (size < MIN_SIZE or size % multiple):
         raise SettingError(name, f"must be a multiple of {multiple} and at least {MIN_SIZE}, got {size}")
+
+
+def check_area(height: int, width: int) -> None:
+    """Refuse a picture of more pixels than make sense, which a panorama may have in any proportion."""
+    if height * width > MAX_SIDE**2:
+        most = f"as many pixels as {MAX_SIDE} x {MAX_SIDE}"
+        raise SettingError("height", f"times the width must be at most {most}, got {height} x {width}")
 
 
 def resolved_device(device: str, mps: bool = True) -> str:

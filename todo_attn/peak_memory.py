@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 _PROCESS = Path("/proc/self")
+# What torch says on a CPU and on MPS, in a plain RuntimeError.
+_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "out of memory"
 
 
 def watch_peak(device: torch.device) -> Callable[[], int | None]:
@@ -32,6 +34,13 @@ def watch_peak(device: torch.device) -> Callable[[], int | None]:
     except (OSError, LookupError):
         return lambda: None
     return lambda: max(0, _status_bytes("VmHWM") - before)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory, of a GPU or of the machine, did not suffice."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _status_bytes(key: str) -> int:

@@ -57,41 +57,58 @@ def _cells(method: dict[str, Any]) -> list[str]:
 
 
 def schedules_table(listing: dict[str, Any]) -> Table:
-    """One row per published schedule, of :func:`todo_attn.schedule_report.build_listing`."""
-    table = Table(
-        title=f"{listing['width']} x {listing['height']}, {listing['steps']} steps, {listing['calls']} calls of the "
-        "UNet",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for heading in ("name", "full", "shallow", "reuse", "published", "here", "saved", "digits", "source"):
-        is_text = heading in ("name", "digits", "source")
-        table.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=heading == "name")
+    """One row per schedule, of :func:`todo_attn.schedule_report.build_listing`, as wide as 80 columns at most."""
+    table = Table(title=_run_text(listing), title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("name", "full", "shallow", "reuse", "published", "here", "saved"):
+        table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
     for row in listing["schedules"]:
-        published = row["published"]["speedup"]
+        calls = (str(row[kind]) for kind in ("full", "shallow", "reuse"))
         table.add_row(
-            row["name"],
-            *(str(row[kind]) for kind in ("full", "shallow", "reuse")),
-            "-" if published is None else f"{published:.2f}x",
-            f"{row['speedup']:.2f}x",
-            f"{row['saving']:.1%}",
-            row["digits"],
-            escape(row["source"]),
+            escape(row["name"]), *calls, _published_text(row), f"{row['speedup']:.2f}x", f"{row['saving']:.1%}"
         )
     return table
+
+
+def schedule_lines(listing: dict[str, Any]) -> list[str]:
+    """The only schedule of ``listing``, whole."""
+    (row,) = listing["schedules"]
+    published = row["published"]
+    made_for = [f"{published['steps']} steps"] if published["steps"] is not None else []
+    made_for += [f"of {published['scheduler']}"] if published["scheduler"] is not None else []
+    return [
+        f"{row['name'] or 'without a name'}, {_run_text(listing)}",
+        f"source:    {row['source'] or 'not known'}",
+        f"made for:  {' '.join(made_for) or 'not known'}, {len(published['digits']) + 1} calls",
+        f"digits:    {row['digits']}",
+        f"calls:     {row['full']} full, {row['shallow']} shallow, {row['reuse']} reused",
+        f"published: {_published_text(row)}",
+        f"here:      {row['speedup']:.2f}x, {row['saving']:.1%} of the operations saved",
+    ]
 
 
 def schedules_notes(listing: dict[str, Any]) -> list[str]:
     """What the columns of :func:`schedules_table` mean, and what one call costs."""
     calls = ", ".join(f"{kind} {count / 1e9:.4g}" for kind, count in listing["operations_per_call"].items())
     return [
+        "full, shallow (the last layers alone) and reuse (the last output again): how many calls of each kind",
+        "published: times fewer operations, by the published code, on Stable Diffusion 1.5 at 512 x 512 with 51 calls, "
+        "nothing pruned and the middle block computed in shallow calls too",
+        f"here: times fewer operations than dense in a whole run, counted on the UNet of {listing['model']}",
         f"operations of a call, in 1e9: {calls} (batch {listing['batch']}, {listing['prune_ratio']:g} of the tokens "
-        f"pruned where it is not dense; two for a multiplication with its addition)",
-        f"here: fewer operations than dense in a whole run, counted on the UNet of {listing['model']}",
-        "published: the same for the published code, on Stable Diffusion 1.5 at 512 x 512 with 51 calls, nothing "
-        "pruned and the middle block computed in shallow calls too",
-        "digits, one per call after the first, which is full: 2 full, 1 shallow, 0 the output before again",
+        "pruned where it is not dense; a multiplication with its addition is two)",
     ]
+
+
+DIGITS_NOTE = "digits, one for each call after the first, which is full: 2 full, 1 shallow, 0 reuse"
+
+
+def _run_text(listing: dict[str, Any]) -> str:
+    return f"{listing['width']} x {listing['height']}, {listing['steps']} steps, {listing['calls']} calls of the UNet"
+
+
+def _published_text(row: dict[str, Any]) -> str:
+    speedup = row["published"]["speedup"]
+    return "-" if speedup is None else f"{speedup:.2f}x"
 
 
 def print_examination(examination: dict[str, Any], console: Console) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -22,7 +23,9 @@ from .plain import is_int, is_number
 FULL, SHALLOW, REUSE = "2", "1", "0"
 DIGITS = frozenset((FULL, SHALLOW, REUSE))
 VERSION = 1
+FEWEST_CALLS = 12  # of the UNet, about, from which on a schedule pays
 _SHIPPED = Path(__file__).parent / "schedules" / "published.json"
+_NUMBERED = re.compile(r"run\d+-\d+")
 
 
 def check_digits(value: object, name: str = "digits") -> str:
@@ -172,6 +175,11 @@ def load(source: str | os.PathLike[str]) -> Schedule:
 def names() -> list[str]:
     """The names of the published schedules, those with a name of their own first."""
     return list(_shipped())
+
+
+def named() -> list[str]:
+    """Those of :func:`names` that are a name of their own, such as "coco", and not a search's number, "run0-02"."""
+    return [name for name in names() if not _NUMBERED.fullmatch(name)]
 
 
 def resample(digits: str, length: int) -> str:

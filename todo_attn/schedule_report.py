@@ -1,8 +1,8 @@
-"""What ``todo-attn schedules`` tells, as plain data: the published schedules and what they save of a given UNet."""
+"""What ``todo-attn schedules`` tells, as plain data: schedules and what they save of a given UNet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import schedule
@@ -21,14 +21,16 @@ def build_listing(
     height: int | None,
     width: int | None,
     steps: int,
+    schedules: Iterable[schedule.Schedule],
     watch: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Every published schedule with its source, and its operations on ``architecture``; ``json.dumps`` takes it.
+    """Each of ``schedules`` with its source, and its operations on ``architecture``; ``json.dumps`` takes it.
 
     Args:
         architecture: the UNet.
         height, width: in pixels; None is what the UNet was trained for.
         steps: of the scheduler, one fewer than the calls of the UNet, as with PNDM.
+        schedules: resampled to ``steps``.
         watch: called with how many of how many calls have been counted.
 
     Raises:
@@ -54,7 +56,7 @@ def build_listing(
     except ValueError as error:
         raise SettingError("model", f"cannot be counted: {error}") from error
     rows = []
-    for published in map(schedule.load, schedule.names()):
+    for published in schedules:
         digits = schedule.resample(published.digits, steps)
         cost = run_cost(call, digits)
         rows.append(

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from diffusers import UNet2DConditionModel
 
 from todo_attn import bench_command, ops
-from todo_attn.bench import harness, kernels, machine
-from todo_attn.bench.harness import Rounds
+from todo_attn.bench import cases, harness, kernels, machine
+from todo_attn.bench.harness import Measured, Rounds, Side
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,70 @@ def test_a_picture_of_which_only_one_side_is_given_is_square(monkeypatch):
     assert [case.benchmark for case in asked] == ["attention", "gather", "recover", "match_tokens"]
 
 
+def test_the_models_are_those_of_doctor(run, sd_folder, sdxl_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels, "run", lambda cases, device, rounds: asked.extend(cases) or [])
+    assert run("bench", "--device", "cpu", "--model", sd_folder, "--height", 1024).code == 0
+    assert run("bench", "--device", "cpu", "--model", sdxl_folder, "--height", 2048).code == 0
+    shapes = [(case.benchmark, case.model, case.level, case.heads, case.head_dim, case.tokens) for case in asked]
+    of_sd, of_sdxl = (str(sd_folder), 1, 4, 8, 128**2), (str(sdxl_folder), 2, 4, 16, 128**2)
+    ops = ("attention", "gather", "recover", "match_tokens")
+    assert shapes == [*((name, *of_sd) for name in ops), *((name, *of_sdxl) for name in ops)]
+
+
+def test_a_model_with_nothing_to_time_is_refused(run, tmp_path):
+    UNet2DConditionModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=2,
+    ).save_pretrained(tmp_path / "unet")
+    ran = run("bench", "--device", "cpu", "--model", tmp_path)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("todo-attn: error: --model must have a UNet with self-attention")
+
+
+def rows_of(monkeypatch, *speedups, error=None):
+    """Have bench measure rows of these speed-ups, each of its rounds."""
+
+    def row(ratios):
+        case = cases.Case("gather", "sd15", 64, 64, 1, 1, "fp32")
+        sides = [Measured(Side(name, lambda: lambda: None), error=error) for name in ("torch", "todo")]
+        for side, seconds in zip(sides, (ratios, [1.0] * len(ratios)), strict=True):
+            side.seconds = [] if error else [0.004 * s for s in seconds]
+        return harness.compare("gather", case.describe(), {}, sides)
+
+    monkeypatch.setattr(kernels, "run", lambda *args: map(row, speedups))
+
+
+def test_the_table_says_what_its_numbers_are(run, monkeypatch):
+    rows_of(monkeypatch, [1.5, 1.5, 1.5])
+    ran = run("bench", "--device", "cpu", "--height", 64)
+    assert "ms: the median of a side's rounds. speed-up: the median (20th to 80th percentile) of the ratios" in ran.out
+    assert "noisy" not in ran.out
+
+
+def test_a_noisy_machine_is_said(run, monkeypatch):
+    rows_of(monkeypatch, [1.5, 1.5, 1.5], [0.5, 1.0, 1.5], [1.0, 1.2, 1.6])
+    ran = run("bench", "--device", "cpu", "--height", 64)
+    assert ran.code == 0
+    assert (
+        "note: this machine is noisy: in 2 of 3 rows the speed-up changes by more than 25% between rounds, most in "
+        "gather, sd15 64x64 level 1, batch 1, fp32, against torch: 0.70x to 1.30x."
+    ) in ran.out
+
+
+NO_MEMORY = "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+
+
+def test_nothing_but_lack_of_memory_is_a_failure_in_one_line(run, monkeypatch):
+    rows_of(monkeypatch, [], error=f"no inputs: {NO_MEMORY}you tried to allocate 4398046511104 bytes.")
+    ran = run("bench", "--device", "cpu", "--height", 64)
+    assert ran.code == 1 and "torch, todo: out of memory" in ran.out
+    assert ran.err.splitlines()[-1].startswith("todo-attn: error: out of memory: a smaller --height and --width")
+
+
 def test_on_a_cpu_it_keeps_freed_memory_as_the_benchmarks_do(monkeypatch):
     told = []
     monkeypatch.setattr(machine, "keep_freed_memory", lambda: told.append("keeps"))
@@ -78,7 +143,8 @@ def test_on_a_cpu_it_keeps_freed_memory_as_the_benchmarks_do(monkeypatch):
     [
         (["--height", 100], "--height must be a multiple of 8 pixels, at least 64, got 100"),
         (["--width", 0], "--height must be a multiple of 8 pixels, at least 64, got 0"),
-        (["--model", "sd3"], "--model must be one of sd15, sdxl, got sd3"),
+        (["--model", "sd3"], "--model must be sd15, sdxl, or a folder or Hub id of a pipeline with a UNet, got 'sd3'"),
+        (["--height", 65536, "--width", 8192], "--height times the width must be at most as many pixels as 16384"),
         (["--dtype", "int8"], "--dtype must be one of fp32, fp16, bf16, got int8"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--device", "mps"], "--device must be auto, cpu, cuda or cuda:N, and present, got 'mps'"),

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from todo_attn import doctor, ops
 from todo_attn.ops import backends, libraries
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ATTENTION, DOWNSAMPLE = "downsampled_attention", "downsample_tokens"
 MOVES = ("gather_tokens", "scatter_tokens", "recover_tokens", "select_base_tokens")
 
@@ -154,6 +156,44 @@ def test_advice_as_text(run, sd_folder):
     assert "operations counted on this UNet" in lines["predicted"]
 
 
+def notes_of(ran) -> str:
+    assert ran.code == 0, ran.err
+    return "\n".join(line for line in ran.out.splitlines() if line.startswith("note: "))
+
+
+def test_what_dato_does_to_pictures_is_said_with_the_figures_there_are(run, sd_folder):
+    report = json.loads((RESULTS / "compare-tiny-sd-dato.json").read_text(encoding="utf-8"))
+    methods = {method["method"]: method for method in report["methods"]}
+    said = notes_of(run("doctor", "--model", sd_folder))
+    assert "DaTo's schedules change the picture visibly" in said
+    assert report["settings"].items() >= {"height": 512, "width": 512, "steps": 50, "schedule": "coco"}.items()
+    for name in ("dato", "todo"):
+        assert f"{methods[name]['psnr']:.1f} dB" in said and f"{methods[name]['ssim']:.3f}" in said
+    assert "A schedule pays from about 12 calls of the UNet on" in said
+
+
+@pytest.mark.parametrize(("steps", "few"), [(4, True), (10, True), (11, False)])
+def test_few_steps_are_counted_without_a_schedule(run, sd_folder, steps, few):
+    found = json.loads(run("doctor", "--model", sd_folder, "--steps", steps, "--json").out)
+    configs = [row["config"] for row in found["methods"] if row["method"] != "todo"]
+    assert [config["cache_schedule"] is None for config in configs] == [few] * 2
+    assert any("1.0 to 1.3x" in note for note in found["notes"])
+    assert any("change the picture" in note for note in found["notes"]) != few
+    assert any(f"With {steps + 1} calls DaTo is without one here" in note for note in found["notes"]) == few
+
+
+def test_a_schedule_that_is_asked_for_is_counted_at_few_steps(run, sd_folder):
+    ran = run("doctor", "--model", sd_folder, "--steps", 4, "--schedule", "coco")
+    said = notes_of(ran)
+    assert "\ndato: " in ran.out
+    assert "With 5 calls --schedule none, which only prunes, suits them" in said and "change the picture" in said
+
+
+def test_without_a_schedule_at_many_steps(run, sd_folder):
+    ran = run("doctor", "--model", sd_folder, "--schedule", "none")
+    assert "\ndato without a schedule: " in ran.out and notes_of(ran) == ""
+
+
 def test_both_methods_where_todo_adds_nothing(run, sd_folder):
     """At its normal size the pipeline's levels have fewer tokens than ToDo would leave."""
     ran = run("doctor", "--model", sd_folder)
@@ -197,6 +237,7 @@ def test_the_hub_is_asked_for_an_owner_and_name(run, monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         (("--height", "100"), "--height must be a multiple of 8 and at least 16, got 100"),
+        (("--height", "65536", "--width", "8192"), "--height times the width must be at most as many pixels as 16384"),
         (("--max-kv-tokens", "0"), "--max-kv-tokens must be an integer of at least 1, got 0"),
         (("--schedule", "nothing"), "--schedule "),
         (("--steps", "0"), "--steps must be at least 1, got 0"),

@@ -47,9 +47,42 @@ def test_the_list_as_a_table(run, sd_folder):
     coco = next(line for line in ran.out.splitlines() if line.split()[:1] == ["coco"])
     assert coco.split()[1:5] == ["5", "21", "25", "7.31x"]
     assert coco.split()[5].endswith("x") and coco.split()[6].endswith("%")
-    assert "COCO-30k" in ran.out and "run7-05" in ran.out
+    assert "COCO-30k" not in ran.out and "run7-05" not in ran.out
+    assert "104 more" in ran.out and "--all" in ran.out and "--name" in ran.out
     for word in ("dense", "full", "shallow", "reuse", str(sd_folder)):
         assert word in ran.out
+
+
+@pytest.mark.parametrize("more", [(), ("--all",), ("--name", "coco")])
+def test_it_is_read_at_80_columns(run, monkeypatch, sd_folder, more):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(sd_folder.parent)
+    ran = run("schedules", "--model", "tiny-sd", *more)
+    assert ran.code == 0, ran.err
+    assert max(map(len, ran.out.splitlines())) <= 80
+    rows = [line.split()[0] for line in ran.out.splitlines() if line.endswith("%  ")]
+    assert rows == ([] if "--name" in more else schedule.names() if more else schedule.named())
+    assert "coco" in schedule.named() and "run0-02" not in schedule.named()
+
+
+def test_one_whole(run, sd_folder):
+    published = schedule.load("search")
+    ran = run("schedules", "--model", sd_folder, "--name", "search")
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert f"digits:    {published.digits}" in lines and f"source:    {published.source}" in lines
+    assert "made for:  50 steps of PNDM, 51 calls" in lines and "calls:     6 full, 38 shallow, 7 reused" in lines
+    assert "2 full, 1 shallow, 0 reuse" in ran.out
+    listing = json.loads(run("schedules", "--model", sd_folder, "--name", "search", "--json").out)
+    assert [row["name"] for row in listing["schedules"]] == ["search"]
+
+
+def test_one_from_a_file(run, sd_folder, tmp_path):
+    schedule.save(schedule.Schedule("0120"), tmp_path / "mine.json")
+    ran = run("schedules", "--model", sd_folder, "--name", tmp_path / "mine.json", "--steps", 4)
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("without a name, 128 x 128, 4 steps, 5 calls of the UNet\nsource:    not known\n")
+    assert "made for:  not known, 5 calls\ndigits:    0120\n" in ran.out
 
 
 def test_other_steps_are_resampled(run, sd_folder):
@@ -72,6 +105,9 @@ def test_sdxl(run, sdxl_folder):
         (("--steps", "0"), "--steps must be at least 1, got 0"),
         (("--steps", "x"), "--steps"),
         (("--height", "100"), "--height must be a multiple of 8 and at least 16, got 100"),
+        (("--name", "coc"), "--name must be a file or a name such as 'coco', got 'coc'"),
+        (("--name", "coco", "--all"), "--name and --all cannot both be given"),
+        (("--height", "65536", "--width", "8192"), "--height times the width must be at most as many pixels as 16384"),
         (("--width", "-8"), "--width must be a multiple of 8"),
         (("--model", "./nothing"), "--model must be sd15, sdxl, or a folder or Hub id of a pipeline with a UNet"),
     ],

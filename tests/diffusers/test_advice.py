@@ -382,6 +382,28 @@ def test_both_where_todo_adds_nothing(advise):
     assert rows["todo+dato"]["todo_helps"] and "ToDo" not in rows["todo+dato"]["verdict"]
 
 
+def test_both_where_todo_alone_is_faster(advise):
+    """Above some size DaTo's search, which compares tokens in pairs, costs more than all that is left to save."""
+    _, rows = advise(known("sd15"), height=16384, width=16384)
+    assert rows["todo+dato"]["predicted_gain"] < rows["todo"]["predicted_gain"]
+    assert rows["todo+dato"]["dato_helps"] is False and rows["dato"]["dato_helps"] is None
+    less = "less than ToDo alone: at this size choosing tokens takes more than it saves"
+    assert rows["todo+dato"]["verdict"].endswith(less)
+    _, rows = advise(known("sd15"), height=1024, width=1024)
+    assert rows["todo+dato"]["dato_helps"] and "ToDo" not in rows["todo+dato"]["verdict"]
+
+
+def test_a_call_that_finds_no_memory_is_no_fault_of_the_option(advise, unet, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    unet.save_pretrained(tmp_path / "unet")
+    model = Architecture(str(tmp_path), unet.config, pixels_per_latent=8)
+    monkeypatch.setattr(timing._Calls, "__call__", full)
+    with pytest.raises(MemoryError, match="DefaultCPUAllocator"):
+        advise(model, measured=True, height=128, width=128)
+
+
 def test_both_without_dato_alone(advise):
     """It is counted beside them, and not told."""
     _, rows = advise(known("sd15"), methods="dense,todo+dato")

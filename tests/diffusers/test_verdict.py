@@ -82,6 +82,20 @@ def test_what_todo_adds_to_dato(downsamples, beside, todo_helps, text):
     assert str(found) == "4.00 times fewer operations" + text
 
 
+@pytest.mark.parametrize(
+    ("beside_todo", "dato_helps", "text"),
+    [
+        (Gains(1.3), True, ""),
+        (Gains(1.02), False, ", of which DaTo adds only 2.0% to ToDo alone"),
+        (Gains(0.5, 0.4), False, ", less than ToDo alone: at this size choosing tokens takes more than it saves"),
+    ],
+)
+def test_what_dato_adds_to_todo(beside_todo, dato_helps, text):
+    found = verdict(BOTH, Gains(40.0), beside_dato=Gains(4.0), beside_todo=beside_todo)
+    assert found.dato_helps == dato_helps
+    assert str(found) == "40.00 times fewer operations" + text
+
+
 def test_of_one_alone_there_is_nothing_to_add():
     assert verdict(TODO).todo_helps is None and verdict(DATO, downsamples=False).todo_helps is None
 

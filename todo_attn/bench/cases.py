@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -49,14 +49,16 @@ class Case:
 
     Args:
         benchmark: one of :data:`BENCHMARKS`.
-        model: a key of :data:`MODELS`.
-        height, width: of the picture, in pixels; multiples of 8.
-        level: a key of ``MODELS[model]``.
+        model: a key of :data:`MODELS`, or any name if there are ``levels``.
+        height, width: of the picture, in pixels; multiples of ``pixels_per_latent``.
+        level: a key of ``MODELS[model]`` or ``levels``.
         batch: pictures, twice that under guidance.
         dtype: a key of :data:`DTYPES`.
         peers: a key of :data:`PEERS`; "attention" only.
         residual: whether one is added; "recover" only.
         max_kv_tokens: ToDo's cap; the factor is the smallest that keeps it.
+        levels: (heads, head dim) of each level's self-attention; None is ``MODELS[model]``.
+        pixels_per_latent: of the model's VAE.
     """
 
     benchmark: str
@@ -69,11 +71,13 @@ class Case:
     peers: str = "all"
     residual: bool = False
     max_kv_tokens: int = ToDoConfig.max_kv_tokens
+    levels: Mapping[int, tuple[int, int]] | None = field(default=None, hash=False)
+    pixels_per_latent: int = PIXELS_PER_LATENT
 
     @property
     def grid(self) -> tuple[int, int]:
         """Height and width in tokens; a level's convolution rounds an odd side up."""
-        height, width = (-(-side // (PIXELS_PER_LATENT * self.level)) for side in (self.height, self.width))
+        height, width = (-(-side // (self.pixels_per_latent * self.level)) for side in (self.height, self.width))
         return height, width
 
     @property
@@ -82,11 +86,11 @@ class Case:
 
     @property
     def heads(self) -> int:
-        return MODELS[self.model][self.level][0]
+        return (self.levels or MODELS[self.model])[self.level][0]
 
     @property
     def head_dim(self) -> int:
-        return MODELS[self.model][self.level][1]
+        return (self.levels or MODELS[self.model])[self.level][1]
 
     @property
     def channels(self) -> int:
@@ -233,29 +237,31 @@ def _every() -> Iterator[Case]:
                 yield replace(case, residual=True)
 
 
-def short(model: str, height: int, width: int, batch: int, dtype: str) -> list[Case]:
-    """A picture's self-attentions where ToDo acts, and DaTo's ops at its finest level.
+def short(
+    model: str,
+    height: int,
+    width: int,
+    batch: int,
+    dtype: str,
+    levels: Mapping[int, tuple[int, int]] | None = None,
+    pixels_per_latent: int = PIXELS_PER_LATENT,
+) -> list[Case]:
+    """A picture's self-attentions where ToDo acts, and DaTo's ops at its finest level; arguments as of :class:`Case`.
 
     Raises:
         ValueError: ``model``, ``height``, ``width`` or ``dtype`` is not one there is.
     """
-    check(model, dtype, [("height", height), ("width", width)])
-    levels = MODELS[model]
-    attention = [Case("attention", model, height, width, level, batch, dtype, "dense") for level in levels]
+    known_models = MODELS if levels is None else {model: levels}
+    for name, value, known in (("model", model, known_models), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
+    least = 8 * pixels_per_latent
+    for name, side in (("height", height), ("width", width)):
+        if side < least or side % pixels_per_latent:
+            raise ValueError(f"{name} must be a multiple of {pixels_per_latent} pixels, at least {least}, got {side}")
+    first = Case("attention", model, height, width, 1, batch, dtype, "dense")
+    first = replace(first, levels=levels, pixels_per_latent=pixels_per_latent)
+    attention = [replace(first, level=level) for level in sorted(known_models[model])]
     finest = replace(attention[0], benchmark="gather", peers="all")
     moving = [finest, replace(finest, benchmark="recover", residual=True)]
     return [*(case for case in attention if case.factor != (1, 1)), *moving, replace(finest, benchmark="match_tokens")]
-
-
-def check(model: str, dtype: str, sides: Sequence[tuple[str, int]]) -> None:
-    """Whether there is such a model, dtype and size.
-
-    Raises:
-        ValueError: not so, naming the argument, what it must be and what it was.
-    """
-    for name, value, known in (("model", model, MODELS), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
-    for name, side in sides:
-        if side < 64 or side % PIXELS_PER_LATENT:
-            raise ValueError(f"{name} must be a multiple of {PIXELS_PER_LATENT} pixels, at least 64, got {side}")

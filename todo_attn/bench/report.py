@@ -7,14 +7,20 @@ from typing import Any
 
 from tabulate import tabulate
 
+from ..peak_memory import is_out_of_memory
 from .trial import WRONG
 
 Row = dict[str, Any]
 _NOTE = 100  # characters of each error
+_NOISY = 1.25  # between the rounds' 20th and 80th percentile
+LEGEND = (
+    "ms: the median of a side's rounds. speed-up: the median (20th to 80th percentile) of the ratios within a round, "
+    "which is not the ratio of the two medians. *: the fastest rival"
+)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a row, of any benchmark; times are medians, and ``*`` marks the fastest rival of its run."""
+    """A line a row, of any benchmark; :data:`LEGEND` says what is in it."""
     return tabulate([_line(row) for row in rows], headers="keys", disable_numparse=True)
 
 
@@ -54,6 +60,31 @@ def slower(rows: Iterable[Row]) -> list[str]:
     ]
 
 
+def noisy(rows: Sequence[Row]) -> list[str]:
+    """A sentence if the machine did something else meanwhile: where the ratio changes much from round to round."""
+
+    def spread(row: Row) -> float:
+        return row["speedup"]["p80"] / row["speedup"]["p20"]
+
+    timed = [row for row in rows if row["speedup"]]
+    loud = [row for row in timed if spread(row) > _NOISY]
+    if not loud:
+        return []
+    worst = max(loud, key=spread)
+    return [
+        f"this machine is noisy: in {len(loud)} of {len(timed)} rows the speed-up changes by more than "
+        f"{_NOISY - 1:.0%} between rounds, most in {worst['benchmark']}, {where(worst)}, against "
+        f"{worst['baseline']['name']}: {worst['speedup']['p20']:.2f}x to {worst['speedup']['p80']:.2f}x. Run it again "
+        "when nothing else runs"
+    ]
+
+
+def found_no_memory(rows: Sequence[Row]) -> bool:
+    """Whether nothing could be timed, for lack of memory."""
+    errors = [side["error"] or "" for row in rows for side in (row["baseline"], row["contender"])]
+    return not any(row["speedup"] for row in rows) and any(map(_is_of_memory, errors))
+
+
 def refused(rows: Iterable[Row]) -> list[str]:
     """A sentence for each of ours whose result was wrong, so that it was not timed: a failure, not a measurement."""
     sentences = (
@@ -74,7 +105,13 @@ def _note(*sides: Row) -> str:
     return "; ".join(f"{', '.join(failed)}: {_shortened(error)}" for error, failed in names.items())
 
 
+def _is_of_memory(error: str) -> bool:
+    return is_out_of_memory(RuntimeError(error))
+
+
 def _shortened(text: str) -> str:
+    if len(text) > _NOTE and _is_of_memory(text):
+        return "out of memory"
     return text if len(text) <= _NOTE else f"{text[: _NOTE - 3]}..."
 
 

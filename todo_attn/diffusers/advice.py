@@ -158,11 +158,18 @@ def downsamples(model: nn.Module, latents: Grid, config: ToDoConfig) -> bool:
     )
 
 
+def heads_by_level(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """Heads and head dim of each level's self-attention, the finest first; of several in a level, the first one's."""
+    found: dict[int, tuple[int, int]] = {}
+    for level, transformer in transformers_by_level(model):
+        attn: Any = self_attentions(transformer)[0]
+        found.setdefault(level, (attn.heads, attn.inner_dim // attn.heads))
+    return dict(sorted(found.items()))
+
+
 def finest_heads(model: nn.Module) -> tuple[int, int]:
     """Heads and head dim of the finest self-attention."""
-    _, transformer = min(transformers_by_level(model), key=lambda pair: pair[0])
-    attn: Any = self_attentions(transformer)[0]
-    return attn.heads, attn.inner_dim // attn.heads
+    return next(iter(heads_by_level(model).values()))
 
 
 def _under_todo(work: Work, model: nn.Module, latents: Grid, config: ToDoConfig) -> Work:
@@ -254,10 +261,12 @@ def _verdict(model: nn.Module, latents: Grid, config: ToDoConfig | DaToConfig, r
     """Without ``rates`` from the operations alone."""
     dense, works = run_work(model, latents, config)
     todo = config if isinstance(config, ToDoConfig) else config.todo
-    beside_dato = None
+    beside_dato = beside_todo = None
     if isinstance(config, DaToConfig) and todo is not None:
         _, alone = run_work(model, latents, replace(config, todo=None))
         beside_dato = compare_runs((alone, None), (works, None), rates)
+        _, coarse = run_work(model, latents, todo)
+        beside_todo = compare_runs((coarse * len(works), None), (works, None), rates)
     equal = Rates(1, 1) if rates is None else rates
     return Verdict(
         config,
@@ -265,4 +274,5 @@ def _verdict(model: nn.Module, latents: Grid, config: ToDoConfig | DaToConfig, r
         downsamples=todo is not None and downsamples(model, latents, todo),
         share=equal.computing(self_attention_work(model, latents)) / equal.computing(dense),
         beside_dato=beside_dato,
+        beside_todo=beside_todo,
     )

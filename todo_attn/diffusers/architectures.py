@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from diffusers.models import UNet2DConditionModel
 
 from ..compare_methods import SettingError
-from ..compare_settings import SIZE_MULTIPLE, check_size
+from ..compare_settings import SIZE_MULTIPLE, check_area, check_size
 
 _SD15 = {
     "sample_size": 64,
@@ -110,4 +110,6 @@ def chosen_size(architecture: Architecture, height: int | None, width: int | Non
             raise SettingError(name, "must be given: the model does not say its normal size")
         check_size(name, size, math.lcm(SIZE_MULTIPLE, architecture.pixels_per_latent))
         sizes.append(size)
-    return sizes[0], sizes[1]
+    height, width = sizes
+    check_area(height, width)
+    return height, width

@@ -15,6 +15,7 @@ from ..bench.harness import Meter, Rounds, Side, between, measure
 from ..compare_methods import SettingError
 from ..config import ToDoConfig
 from ..dato_config import DaToConfig
+from ..peak_memory import is_out_of_memory
 from ..schedule import FULL, REUSE, SHALLOW
 from .apply import apply_todo
 from .architectures import CONFIGS, Architecture
@@ -47,6 +48,7 @@ def time_calls(
 
     Raises:
         SettingError: the model cannot be loaded, or a call of it failed.
+        MemoryError: a call found no memory.
     """
     unet = _load(architecture, device, dtype)
     calls = [_Calls("dense", unet, None), *(_Calls(label, unet, config) for label, config in configs.items())]
@@ -62,6 +64,8 @@ def time_calls(
         results = measure([Side(each.name, each.ready) for each in calls], Meter(device), rounds)
     for result in results:
         if result.error is not None:
+            if is_out_of_memory(RuntimeError(result.error)):
+                raise MemoryError(result.error)
             raise SettingError("measure", f"was not possible: {result.side.name} ended with {result.error}")
     return {each.name: each.medians(rounds.warmup) for each in calls}
 

@@ -80,6 +80,7 @@ class Verdict:
         downsamples: whether ToDo, alone or as ``config.todo``, leaves any key out at that size.
         share: of a dense call that is self-attention: of its time where ``gains`` has seconds, else of its operations.
         beside_dato: what ``config.todo`` gains over the same DaTo without it; None where the configuration is not both.
+        beside_todo: what DaTo gains over ``config.todo`` alone; None likewise.
         starts_slowly: whether a dense call's operations take longer to start than to compute, on a machine that does
             both at once.
     """
@@ -89,6 +90,7 @@ class Verdict:
     downsamples: bool
     share: float
     beside_dato: Gains | None = None
+    beside_todo: Gains | None = None
     starts_slowly: bool = False
 
     @property
@@ -98,10 +100,19 @@ class Verdict:
             return None
         return self.downsamples and self.beside_dato.helps
 
+    @property
+    def dato_helps(self) -> bool | None:
+        """Whether DaTo adds something to ToDo; None where the configuration is not both."""
+        return None if self.beside_todo is None else self.beside_todo.helps
+
     def __str__(self) -> str:
         """For a person: the gain, or that this will not help here, and why."""
         if not self.gains.helps:
             return f"{NO}: {self._reason()} ({self.gains.times or self.gains})"
+        if self.downsamples and self.beside_todo is not None and not self.beside_todo.helps:
+            if self.beside_todo.best < 1:
+                return f"{self.gains}, less than ToDo alone: at this size choosing tokens takes more than it saves"
+            return f"{self.gains}, of which DaTo adds only {self.beside_todo.best - 1:.1%} to ToDo alone"
         if self.beside_dato is None or self.todo_helps:
             return str(self.gains)
         if not self.downsamples and isinstance(self.config, DaToConfig) and self.config.todo is not None:
