@@ -293,13 +293,15 @@ def doctor_command(
     if not any(source and source.name == "COMMANDLINE" for name, source in sources.items() if name != "as_json"):
         _examine(as_json)
         return
+    if schedule is None:
+        schedule = NO_SCHEDULE if steps + 1 < FEWEST_CALLS else _PRESET
     try:
         settings = CompareSettings(
             methods=_ADVISED,
             height=height,
             width=width,
             max_kv_tokens=max_kv_tokens,
-            schedule=schedule or (NO_SCHEDULE if steps + 1 < FEWEST_CALLS else _PRESET),
+            schedule=schedule,
             prune_ratio=prune_ratio,
             steps=steps,
             device=device,

@@ -168,6 +168,14 @@ def test_dato_computes_what_the_schedule_says(sd, sd_folder, methods):
     assert 0 < digits.count("2") < 19 and digits.count("0")
 
 
+def test_dato_without_a_schedule_only_prunes():
+    settings = CompareSettings(methods="dense,dato:none,todo+dato", schedule="none", steps=4)
+    _, alone, both = settings.parsed_methods()
+    for method in (alone, both):
+        config = settings.dato_config(method, 5, 512, 512)
+        assert (config.cache_schedule, config.prune_ratio) == (None, 0.4)
+
+
 @pytest.mark.parametrize(("scheduler", "calls"), [("ddim", 6), ("pndm", 7), ("heun", 11), ("euler", 6)])
 def test_dato_is_made_for_the_calls_of_a_picture(sd_folder, caplog, scheduler, calls):
     settings = settings_for(sd_folder, "dato", scheduler=scheduler, steps=6, device="cpu")

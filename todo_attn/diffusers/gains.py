@@ -30,7 +30,7 @@ _PICTURES = (
     "pictures have a PSNR of 23.5 dB to the dense ones and an SSIM of 0.921, those of ToDo with 1024 keys 39.4 dB and "
     "0.996. See it on your model: todo-attn compare MODEL --methods dense,todo,dato,todo+dato"
 )
-_FEW_STEPS = "Few-step models (LCM, Turbo, Lightning: 1 to 8 steps) gain 1.0 to 1.3x by caching, as others publish it"
+_FEW_STEPS = "Published gains of caching in few-step models (LCM, Turbo, Lightning: 1 to 8 steps) are 1.0 to 1.3x"
 
 
 def build_advice(
