@@ -1,14 +1,18 @@
 """What is installed, and what importing it does."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from packaging import version
 
 pytestmark = pytest.mark.xdist_group("package")  # one build serves all
 ROOT = Path(__file__).parents[1]
@@ -101,6 +105,22 @@ def test_import_is_light():
         "print([name for name in heavy if name in sys.modules], torch.cuda.is_initialized())\n"
     )
     assert run(code, path=ROOT).strip() == "[] False"
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/tiny_sd/README.md"])
+def test_a_pipeline_loads_as_the_pages_say_without_a_warning(page):
+    """With the shipped pipeline in the place of the page's; a newer diffusers warns of the older name of dtype."""
+    import diffusers
+
+    if version.parse(diffusers.__version__) < version.parse("0.40"):
+        pytest.skip("the older name is the only one")
+    (line,) = (line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "from_pretrained(" in line)
+    call = re.sub(r'"[^"]+"', repr(str(ROOT / "examples" / "tiny_sd" / "pipeline")), line.partition(" = ")[2])
+    name = call.partition(".")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        pipe = eval(call, {"torch": torch, name: getattr(diffusers, name)})
+    assert pipe.unet.dtype == (torch.float16 if "float16" in line else torch.float32)
 
 
 def test_unknown_names_raise():
