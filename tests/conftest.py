@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -40,6 +42,33 @@ def needs_memory():
             pytest.skip(f"needs {gib} GiB of memory that is known to be available")
 
     return needs_memory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _products_in_the_interpreter() -> Iterator[None]:
+    """Triton's interpreter multiplies by numpy's BLAS, which rounds equal columns differently by their place on some
+    processors; here every element is summed in the same order, in fp64, and rounded once to the accumulator's dtype.
+
+    einsum on its own (``optimize=False``) is a plain loop. A product of two numbers of at most 32 bits is exact in fp64,
+    so that fusing it with the sum changes nothing.
+    """
+    if torch.cuda.is_available() or find_spec("triton") is None:
+        yield
+        return
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *how):
+        if a.dtype.primitive_bitwidth == 8:  # integers, which numpy multiplies without BLAS
+            return dot(self, a, b, d, *how)
+        product = np.einsum("...ik,...kj->...ij", a.data.astype(np.float64), b.data.astype(np.float64))
+        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        yield
 
 
 @pytest.fixture
