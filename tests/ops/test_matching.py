@@ -110,6 +110,50 @@ def test_equal_keys_tie_at_every_size(backend, keys, channels):
     )
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-6), (torch.float64, 1e-13)], ids=str)
+def test_equal_keys_tie_where_a_product_rounds_by_place(monkeypatch, dtype, rounding):
+    """As OpenBLAS does on some processors, by more than what the torch path takes for a tie."""
+    product = torch.bmm
+    monkeypatch.setattr(
+        torch, "bmm", lambda a, b, out: product(a, b, out=out).add_(rounding * torch.rand(out.shape, dtype=dtype))
+    )
+    x = torch.randn(2, 10, 24, dtype=dtype).repeat(1, 20, 1)
+    query_index, key_index = torch.randint(0, 200, (2, 50)), torch.randint(0, 200, (2, 150))
+    position, similarity = matching._match_in_blocks(x, query_index, key_index)
+    same = (query_index % 10)[:, :, None] == (key_index % 10)[:, None]
+    assert torch.equal(position, same.long().argmax(-1))  # the first
+    torch.testing.assert_close(similarity, torch.ones_like(similarity))
+
+
+def test_zeros_of_either_sign_are_equal():
+    keys = torch.tensor([[[1.0, 0.0], [0.0, -0.0], [1.0, -0.0], [-0.0, 0.0]]])
+    assert matching._first_of_equals(keys).tolist() == [[0, 1, 0, 1]]
+    nan = torch.tensor([[[1.0], [float("nan")], [float("nan")]]])
+    assert matching._first_of_equals(nan).tolist() == [[0, 1, 2]]
+
+
+def test_keys_of_one_hash_that_differ_are_told_apart(monkeypatch):
+    keys = torch.randn(1, 5, 3).repeat(2, 3, 1)
+    monkeypatch.setattr(torch.Tensor, "mul_", lambda self, _: self.zero_())
+    first = matching._first_of_equals(keys)
+    assert torch.equal(keys.gather(1, first[..., None].expand_as(keys)), keys)
+
+
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs a C++ compiler to have been built")
+def test_equal_keys_tie_in_the_library_whatever_hides_the_first_of_them():
+    """21 and 36 are the same. 5, lower by less than a tie, hides 21, as it has its lane; 102 hides 5."""
+    some = torch.stack((0.75 + torch.arange(2000) * 2.0**-25, torch.ones(2000)), -1)
+    cosine = matching._normalise(some.clone())[0][:, 0]
+    keys = torch.tensor([0.1, 1.0]).repeat(128, 1)
+    for place, ulps in ((5, -3), (21, 0), (36, 0), (102, 2)):
+        keys[place] = some[(cosine == cosine[1000] + ulps * 2.0**-24).nonzero()[0, 0]]
+    x = torch.cat((torch.tensor([[1.0, 0.0]]), keys))[None]
+    query_index, key_index = torch.tensor([[0]]), torch.arange(1, 129)[None]
+    raw = torch.ops.todo_attn.match_rows(*(matching._normalise(x[:, i[0]])[0] for i in (query_index, key_index)))
+    assert raw.item() == 36
+    assert match("compiled", x, query_index, key_index)[0].item() == 21
+
+
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 def test_tokens_of_zeros(backend, dtype):
     x = torch.randn(1, 8, 6).to(dtype).to(DEVICE)
@@ -222,6 +266,11 @@ def test_opcheck(backend):
     position = indices(2, 4, 6)
     backward = (torch.randn(2, 6, device=DEVICE), x.detach(), *arguments[1:], position)
     torch.library.opcheck(torch.ops.todo_attn.match_tokens_backward.default, backward)
+
+
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs a C++ compiler to have been built")
+def test_opcheck_of_the_library():
+    torch.library.opcheck(torch.ops.todo_attn.match_rows.default, (torch.randn(2, 12, 5), torch.randn(2, 7, 5)))
 
 
 def test_traces_in_one_graph():

@@ -14,7 +14,7 @@ from .tokens import gather_op
 _SCORES = 1 << 21
 # Of so many neighbouring keys only the best score is looked for at first.
 _PIECE = 64
-# Scores that a blocked product may set apart by rounding alone.
+# Scores this close count as ties: mostly what a blocked product sets apart by rounding alone.
 _TIE = {torch.float32: 2.0**-21, torch.float64: 2.0**-46}
 
 
@@ -35,14 +35,29 @@ def _normalise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, length * largest
 
 
+def _first_of_equals(keys: torch.Tensor) -> torch.Tensor:
+    """(B, K, C) -> (B, K) int64: for each row the lowest position of one with the same elements.
+
+    By a hash of the bits, added up in integers, whose order of summation changes nothing.
+    """
+    number = torch.arange(1, keys.shape[2] + 1, device=keys.device) * 0x5851F42D4C957F2D
+    weight = ((number ^ (number >> 31)) * 0x5851F42D4C957F2D) | 1
+    bits = (keys + 0).view(torch.int32 if keys.dtype == torch.float32 else torch.int64)  # + 0: one zero, not two
+    code = bits.to(torch.int64, copy=True).mul_(weight).sum(-1)
+    ordered, order = code.sort(dim=1, stable=True)
+    first = order.gather(1, torch.searchsorted(ordered, code))
+    same = (gather_op(keys, first) - keys).abs().amax(-1) == 0  # rows of one hash that differ stay where they are
+    return torch.where(same, first, torch.arange(keys.shape[1], device=keys.device))
+
+
 def _match_in_blocks(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks of queries against all keys, at most ``_SCORES`` scores (or one query's) at a time.
 
-    A blocked product may round a score differently at another position, so equal keys get scores a few ulps apart.
-    Scores that close to the best one are ties, and the pair that was chosen is multiplied again on its own: equal
-    tokens get equal positions and equal similarities wherever they stand.
+    A blocked product may round a score differently at another position: on some processors equal keys get scores more
+    than 1e-6 apart. So the first of the keys that equal the chosen one is taken, and that pair is multiplied again on
+    its own: equal keys have equal similarities wherever they stand, and the lowest wins.
     """
     batch, queries = query_index.shape
     position = query_index.new_empty((batch, queries), dtype=torch.int64)
@@ -51,6 +66,7 @@ def _match_in_blocks(
     # The first key again fills the last piece: it ties with itself, and the later one loses.
     fill = key_index[:, :1].expand(-1, pieces * _PIECE - key_index.shape[1])
     keys, _ = _normalise(_rows(x, torch.cat((key_index, fill), 1)))
+    first = _first_of_equals(keys)
     across = keys.transpose(1, 2).contiguous()
     tie = _TIE[keys.dtype]
     step = max(1, _SCORES // max(1, batch * pieces * _PIECE))
@@ -67,9 +83,17 @@ def _match_in_blocks(
             piece = (highest >= bound).max(-1).indices  # the first of the ties, here and in the piece
             row = torch.arange(piece.numel(), device=x.device) * pieces + piece.flatten()
             best = scores.index_select(0, row).view(*query.shape[:2], _PIECE)
-            position[:, block] = piece * _PIECE + (best >= bound).max(-1).indices
+            position[:, block] = first.gather(1, piece * _PIECE + (best >= bound).max(-1).indices)
             similarity[:, block] = (query * _rows(keys, position[:, block])).sum(-1)
     return position, similarity
+
+
+def register_fake_of_library() -> None:
+    """The fake kernel of the CPU library's own op, once that library is loaded."""
+    if libraries.why_not("cpu") is None:
+        torch.library.register_fake(
+            "todo_attn::match_rows", lambda query, key: query.new_empty(query.shape[:2], dtype=torch.int64)
+        )
 
 
 def _match_compiled(
@@ -78,7 +102,8 @@ def _match_compiled(
     """By the CPU library, which stores no score at all (csrc/match.h)."""
     query, _ = _normalise(_rows(x, query_index))
     key, _ = _normalise(_rows(x, key_index))
-    position = torch.ops.todo_attn.match_rows(query, key)
+    # A key that rounding alone puts below may hide the first of equal ones, and itself be hidden by a third.
+    position = _first_of_equals(key).gather(1, torch.ops.todo_attn.match_rows(query, key))
     return position, (query * _rows(key, position)).sum(-1)
 
 
@@ -164,8 +189,9 @@ def match_tokens(
         key_index: (B, K) token numbers likewise; K at least 1 unless Q is 0.
 
     Returns:
-        position: (B, Q) int64, where in ``key_index`` the best one stands; of ties the lowest. Similarities that differ
-            by rounding alone (4.8e-7; 1.4e-14 for fp64) may count as ties.
+        position: (B, Q) int64, where in ``key_index`` the best one stands; of equal tokens always the lowest. Of tokens
+            whose similarities differ by rounding alone (about 1e-6; 1e-14 for fp64) it may be any, mostly the lowest:
+            another processor may decide otherwise.
         similarity: (B, Q) float32, from -1 to 1 up to rounding. Differentiable in ``x``, for the pairs as chosen; a
             token of zeros gets no gradient. Autocast changes nothing.
 

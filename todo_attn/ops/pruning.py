@@ -10,8 +10,8 @@ from . import checks
 from .matching import match_tokens
 from .tokens import select_base_tokens
 
-# Similarities are ranked in steps of this: those that rounding alone sets apart tie, so that flat regions of an image
-# are pruned in token order on every machine.
+# Similarities are ranked in steps of this: most that rounding alone sets apart tie. Those of equal tokens are equal, so
+# flat regions of an image are pruned in token order on every machine.
 _STEP = 2.0**-21
 
 
@@ -74,8 +74,8 @@ def plan_pruning(
     """Choose the tokens that stay, and the most similar one of them for each that goes (DaTo, section 3.2).
 
     The token of highest ``score`` in each patch is a base and stays. Of the others the int(ratio * N) most similar to
-    their best base are pruned, of ties (similarities equal up to fp32 rounding) the lowest token index first; each is
-    filled in from its best match among all tokens that stay. Memory grows linearly with N.
+    their best base are pruned, of ties (similarities that round to the same multiple of 2^-21) the lowest token index
+    first; each is filled in from its best match among all tokens that stay. Memory grows linearly with N.
 
     Args:
         x: (B, N, C) tokens, row-major over the grid; fp32, fp16, bf16 or fp64; any strides.
