@@ -49,8 +49,8 @@ def _products_in_the_interpreter() -> Iterator[None]:
     """Triton's interpreter multiplies by numpy's BLAS, which rounds equal columns differently by their place on some
     processors; here every element is summed in the same order, in fp64, and rounded once to the accumulator's dtype.
 
-    einsum on its own (``optimize=False``) is a plain loop. A product of two numbers of at most 32 bits is exact in fp64,
-    so that fusing it with the sum changes nothing.
+    einsum on its own (``optimize=False``) is a plain loop. A product of numbers of at most 32 bits is exact in fp64, so
+    fusing it with the sum changes nothing.
     """
     if torch.cuda.is_available() or find_spec("triton") is None:
         yield

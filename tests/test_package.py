@@ -90,11 +90,19 @@ def test_installed_wheel_works_without_diffusers_and_triton(wheel, tmp_path):
         "x = torch.randn(1, 64, 2, 8)\n"
         "print(todo_attn.ops.downsampled_attention(x, x, x, (8, 8), 2).shape)\n"
         "print(todo_attn.ToDoConfig())\n"
+        "print(todo_attn.example_pipeline())\n"
         "try:\n    todo_attn.apply_todo\nexcept ModuleNotFoundError as error:\n    print(error)\n"
     )
     out = run(code, path=tmp_path)
     assert "torch.Size([1, 64, 2, 8])" in out
+    assert f"\n{tmp_path / 'todo_attn' / 'tiny_sd'}\n" in out
+    assert (tmp_path / "todo_attn/tiny_sd/model_index.json").is_file()
     assert "pip install 'todo_attn[diffusers]'" in out
+
+
+def test_the_example_pipeline_of_a_checkout():
+    out = run("import todo_attn\nprint(todo_attn.example_pipeline())", path=ROOT)
+    assert (Path(out.strip()) / "model_index.json").samefile(ROOT / "examples/tiny_sd/pipeline/model_index.json")
 
 
 def test_import_is_light():

@@ -17,6 +17,7 @@ leave_on_interrupt()  # first: torch takes seconds to import
 from . import ops  # noqa: E402
 from .config import ToDoConfig  # noqa: E402
 from .dato_config import DaToConfig  # noqa: E402
+from .example import example_pipeline  # noqa: E402
 
 if TYPE_CHECKING:
     from .diffusers import ToDoProcessor, apply_dato, apply_todo, remove_dato, remove_todo, reset_dato
@@ -34,6 +35,7 @@ __all__ = [
     "ToDoProcessor",
     "apply_dato",
     "apply_todo",
+    "example_pipeline",
     "ops",
     "remove_dato",
     "remove_todo",

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from . import __version__, schedule
 from .compare_methods import METHODS_TEXT, NO_SCHEDULE, SettingError
-from .compare_settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings, shipped_pipeline
+from .compare_settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
+from .example import example_pipeline
 from .modes import MODES
 from .printing import (
     DIGITS_NOTE,
@@ -307,7 +308,7 @@ def doctor_command(
             device=device,
             dtype=dtype,
         )
-        _advise(str(shipped_pipeline()) if model is None else model, settings, measure, as_json)
+        _advise(str(example_pipeline()) if model is None else model, settings, measure, as_json)
     except SettingError as error:
         raise UserError(f"--{error.name.replace('_', '-')} {error.problem}") from error
 
@@ -453,7 +454,7 @@ def schedules_command(
         raise UserError(f"--name and --all cannot both be given, got --name {name}")
     try:
         chosen = _chosen_schedules(name, every or as_json)
-        architecture = _read_architecture(str(shipped_pipeline()) if model is None else model)
+        architecture = _read_architecture(str(example_pipeline()) if model is None else model)
         columns = SpinnerColumn(), TextColumn("counting the operations of a call of each kind"), BarColumn()
         with Progress(*columns, console=aside, transient=True, disable=not aside.is_terminal) as bar:
             task = bar.add_task("", total=None)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .compare_methods import MethodOptions, SettingError
+from .example import example_pipeline
 
 SIZE_MULTIPLE = 8  # what diffusers' own pipelines ask for, whatever their VAE
 MIN_SIZE = 16  # SSIM's window is 11 pixels wide
@@ -43,11 +44,6 @@ OTHER_PROMPTS = (
     "an old lighthouse on a rocky coast, oil painting",
 )
 SHIPPED_STEPS, OTHER_STEPS = 10, 30
-
-
-def shipped_pipeline() -> Path:
-    """The folder of the small pipeline that comes with the package."""
-    return Path(__file__).parent / "tiny_sd"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +109,7 @@ class CompareSettings(MethodOptions):
     @property
     def source(self) -> str:
         """The folder or Hub id to load."""
-        return str(shipped_pipeline()) if self.model is None else self.model
+        return str(example_pipeline()) if self.model is None else self.model
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -122,7 +118,7 @@ class CompareSettings(MethodOptions):
 
 def _check_model(source: str) -> None:
     """Refuse a folder that is none or holds no pipeline with a UNet; leave what may be a Hub id to the loader."""
-    shipped = source == str(shipped_pipeline())
+    shipped = source == str(example_pipeline())
     folder = Path(source).expanduser()
     if not folder.exists():
         if shipped:

@@ -41,7 +41,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split
 
 def generate(prompts, seed, steps, guidance, height=None, width=None):
     """One picture a prompt, with the seconds it took."""
-    pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline", dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     for i, prompt in enumerate(prompts):
         started = time.perf_counter()

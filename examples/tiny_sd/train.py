@@ -306,6 +306,8 @@ def export(folder: Path = HERE / "pipeline", average: bool = True):
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(new)
+    config = new / "text_encoder" / "config.json"  # transformers loads in the dtype it names, if none is asked for
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):  # what older transformers load
         shutil.copy(CHECKPOINTS / "tokenizer" / name, new / "tokenizer")
     for path in new.rglob("*.safetensors"):

@@ -89,7 +89,7 @@ time.sleep(60)
     (outcome,) = run(tmp_path, python(code), seconds=3)
     assert outcome.said == "stopped at its limit"
     for pid in (tmp_path / "pids").read_text().split():
-        for _ in range(100):
+        for _ in range(1500):  # 30 s: by themselves they end after 60
             if not _alive(pid):
                 break
             time.sleep(0.02)

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 import todo_attn.diffusers.pipelines
-from todo_attn.compare_settings import shipped_pipeline
 
 
 @pytest.fixture
@@ -187,7 +186,7 @@ def test_unknown_command(run):
 
 
 def python(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
 def test_help_and_refusals_do_not_import_diffusers():
@@ -221,7 +220,6 @@ def test_console_script():
 
 def test_the_shipped_pipeline(run, tmp_path):
     """The one test that needs it: it loads, draws by each method, and says what it is."""
-    assert (shipped_pipeline() / "model_index.json").is_file()
     ran = run("compare", "--steps", 1, "--height", 256, "--width", 256, "--methods", "dense,todo:2", "--out", tmp_path)
     assert ran.code == 0, ran.err
     report = json.loads((tmp_path / "report.json").read_text())
