@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[4]
 sys.path.append(str(ROOT))
 
 from tests.conftest import (  # noqa: E402, F401
+    _products_in_the_interpreter,
     _seed,
     _this_process_gives_memory_back,
     bf16_in_the_interpreter,
