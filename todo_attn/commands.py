@@ -170,7 +170,7 @@ def compare_command(
         _compare(settings, out, as_json)
     except SettingError as error:
         option = _OPTIONS.get(error.name, f"--{error.name.replace('_', '-')}")
-        raise UserError(f"{option} {error.problem}") from error
+        raise UserError(f"{option} {error.problem}", error.exit_code) from error
     except torch.OutOfMemoryError as error:
         raise UserError("out of memory: a smaller --height and --width, or --dtype float16, may fit", 1) from error
 
@@ -233,8 +233,11 @@ def _hush_loading() -> None:
     """Without the libraries' own bars and advice on loading, unless asked for by their environment variables."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        hub_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
 
@@ -348,8 +351,8 @@ def _read_architecture(model: str) -> Architecture:
             ) from error
     try:
         return read_architecture(model)
-    except ValueError as error:  # its first word is the option
-        raise UserError(f"--{error}") from error
+    except SettingError as error:
+        raise UserError(f"--{error}", error.exit_code) from error
 
 
 def _advise(model: str, settings: CompareSettings, measure: bool, as_json: bool) -> None:

@@ -28,9 +28,17 @@ _ANY_SIZE = (512, 512)  # whether a factor can be read does not hang on the pict
 class SettingError(ValueError):
     """A setting that cannot be used: ``name`` is the setting, and the message starts with it."""
 
+    exit_code = 2  # of the command
+
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(f"{name} {problem}")
         self.name, self.problem = name, problem
+
+
+class UnreachableError(SettingError):
+    """A setting that names something on a network that cannot be reached."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+SINGLE_FILES = (".safetensors", ".ckpt")
+# Architectures by a short name, which other commands take, and where there are weights of each.
+ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+CANNOT_USE_DITS = "DiTs (SD 3, Flux), which have a transformer in a UNet's place, are not supported"
 _HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # owner/name
 
 SHIPPED_PROMPTS = (
@@ -53,7 +61,7 @@ class CompareSettings(MethodOptions):
     Those of :class:`~todo_attn.compare_methods.MethodOptions` and:
 
     Args:
-        model: a folder in diffusers' format or a Hub id; None is the shipped pipeline.
+        model: a folder in diffusers' format, a .safetensors or .ckpt file, or a Hub id; None is the shipped pipeline.
         prompts: the captions; none at all takes two that suit the model.
         seeds: one picture per prompt and seed, the starting noise drawn on the CPU.
         height, width: in pixels; None is twice the model's normal size.
@@ -63,7 +71,9 @@ class CompareSettings(MethodOptions):
         device: "auto" (CUDA where there is one, else the CPU) or a torch device.
         dtype: "auto" (float16 on CUDA, else float32), or a name in ``DTYPES``, or fp32, fp16, bf16.
         warmup_steps: steps of the one uncounted pass of each method.
-        variant: of the weights' files, such as "fp16".
+        variant: of the weights' files, such as "fp16"; None takes the only one that a folder has.
+        config: for a single file, the folder or Hub id of a like model, whose configuration it gets; None is the
+            published model's.
 
     Raises:
         SettingError: (a ``ValueError``) the first argument that does not fit, what it must be and what it was.
@@ -81,12 +91,15 @@ class CompareSettings(MethodOptions):
     dtype: str = "auto"
     warmup_steps: int = 2
     variant: str | None = None
+    config: str | None = None
 
     def __post_init__(self) -> None:
         def fill(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
         _check_model(self.source)
+        if self.config is not None:
+            _check_config(self.config, self.source)
         for name in ("height", "width"):
             check_size(name, getattr(self, name), SIZE_MULTIPLE)
         fill("prompts", tuple(self.prompts) or (OTHER_PROMPTS if self.model else SHIPPED_PROMPTS))
@@ -117,17 +130,29 @@ class CompareSettings(MethodOptions):
 
 
 def _check_model(source: str) -> None:
-    """Refuse a folder that is none or holds no pipeline with a UNet; leave what may be a Hub id to the loader."""
+    """Refuse what is no pipeline with a UNet; leave what may be a Hub id to the loader."""
     shipped = source == str(example_pipeline())
-    folder = Path(source).expanduser()
-    if not folder.exists():
+    path = Path(source).expanduser()
+    if source in ARCHITECTURES and not path.exists():
+        problem = (
+            f"must have weights, and {source!r} names a UNet's shapes alone: give a folder saved by diffusers, a "
+            f"single file, or a Hub id such as {ARCHITECTURES[source]}"
+        )
+        raise SettingError("model", problem)
+    if not path.exists():
         if shipped:
             raise SettingError("model", f"must be given: the shipped pipeline is not in {source}")
-        # "examples/x" may be either; it is a path where there is a folder "examples".
-        if not _HUB_ID.match(source) or folder.parent.is_dir():
+        if not _may_be_hub_id(source):
             raise SettingError("model", f"must be a folder or a Hub id, owner/name, and there is no folder {source!r}")
         return
-    index = folder / "model_index.json"
+    if path.is_file():
+        if path.suffix not in SINGLE_FILES:
+            kinds = " or ".join(SINGLE_FILES)
+            raise SettingError(
+                "model", f"must be a folder saved by diffusers, a {kinds} file, or a Hub id, got {source!r}"
+            )
+        return
+    index = path / "model_index.json"
     if not index.is_file():
         what = "the shipped pipeline's folder" if shipped else repr(source)
         raise SettingError("model", f"must be a folder saved by diffusers, and {what} has no model_index.json")
@@ -135,8 +160,28 @@ def _check_model(source: str) -> None:
         parts = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingError("model", f"must be a readable folder saved by diffusers: {index}: {error}") from None
-    if not isinstance(parts, dict) or "unet" not in parts:
-        raise SettingError("model", f"must be a pipeline with a UNet, and {str(index)!r} names none")
+    check_parts(source, parts if isinstance(parts, dict) else ())
+
+
+def _may_be_hub_id(source: str) -> bool:
+    """Whether it is owner/name. "examples/x" may be a path as well; it is one where there is a folder "examples"."""
+    return _HUB_ID.match(source) is not None and not Path(source).expanduser().parent.is_dir()
+
+
+def check_parts(source: str, parts: Collection[str]) -> None:
+    """Refuse the model ``source`` if a UNet is not among its parts."""
+    if "unet" not in parts:
+        why = f" but a transformer: {CANNOT_USE_DITS}" if "transformer" in parts else ""
+        raise SettingError("model", f"must be a pipeline with a UNet, and {source!r} has none{why}")
+
+
+def _check_config(config: str, source: str) -> None:
+    """Refuse a configuration for what is no single file, and a folder that is none."""
+    if not Path(source).expanduser().is_file():
+        raise SettingError("config", f"is for a model in a single file, and {source!r} is none")
+    folder = Path(config).expanduser()
+    if not (folder / "model_index.json").is_file() and (folder.exists() or not _may_be_hub_id(config)):
+        raise SettingError("config", f"must be a folder saved by diffusers or a Hub id, got {config!r}")
 
 
 def check_size(name: str, size: int | None, multiple: int) -> None:

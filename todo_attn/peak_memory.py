@@ -29,7 +29,7 @@ def watch_peak(device: torch.device) -> Callable[[], int | None]:
     _give_back_freed_memory()
     try:
         # "5" sets the mark back to what is resident now (proc_pid_clear_refs(5)); not every sandbox lets a process.
-        (_PROCESS / "clear_refs").write_text("5")
+        (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
         before = _status_bytes("VmRSS")
     except (OSError, LookupError):
         return lambda: None
@@ -44,7 +44,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _status_bytes(key: str) -> int:
-    for line in (_PROCESS / "status").read_text().splitlines():
+    for line in (_PROCESS / "status").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if name == key:
             return int(value.split()[0]) * 1024  # "1234 kB"

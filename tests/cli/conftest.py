@@ -137,6 +137,14 @@ def sdxl(sdxl_folder: Path) -> Any:
     return pipe
 
 
+@pytest.fixture(autouse=True)
+def _no_request_leaves_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("tests have no network")
+
+    monkeypatch.setattr("todo_attn.diffusers.loading.model_info", lost)
+
+
 class Ran(NamedTuple):
     code: int
     out: str

@@ -11,8 +11,10 @@ from typing import Any
 from diffusers import AutoencoderKL
 from diffusers.models import UNet2DConditionModel
 
-from ..compare_methods import SettingError
-from ..compare_settings import SIZE_MULTIPLE, check_area, check_size
+from ..compare_methods import SettingError, UnreachableError
+from ..compare_settings import ARCHITECTURES, SIZE_MULTIPLE, check_area, check_size
+from .loading import UNET_KEYS, is_single_file, kind_of, load_config, loading, published_source, read_single_file
+from .unets import on_meta
 
 _SD15 = {
     "sample_size": 64,
@@ -62,35 +64,75 @@ class Architecture:
 
 
 def read_architecture(source: str) -> Architecture:
-    """The UNet of a pipeline; of its files only the configurations are read.
+    """The UNet of a pipeline; of its files only the configurations are read, of a single file the names and shapes.
 
     Args:
-        source: "sd15", "sdxl", a folder saved by diffusers, or a Hub id.
+        source: "sd15", "sdxl", a folder saved by diffusers, a .safetensors or .ckpt file, or a Hub id.
 
     Raises:
-        ValueError: none of these, or it has no UNet whose configuration can be read: what was wrong.
+        SettingError: (a ``ValueError``) none of these, or it has no UNet whose configuration can be read: what was
+            wrong; :class:`~todo_attn.compare_methods.UnreachableError` if that is for lack of a network.
     """
     if source in CONFIGS:
         return Architecture(source, CONFIGS[source])
-    folder = str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
+    if is_single_file(source):
+        return Architecture(source, _config_of_single_file(source))
     try:
-        config = dict(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-    except Exception as error:  # of any kind: the Hub's, the file system's, JSON's
-        reason = " ".join(str(error).split())
+        config = load_config(UNet2DConditionModel, source, "unet")
+    except UnreachableError:
+        raise
+    except SettingError as error:
+        reason = " ".join(str(error.__cause__ or error.problem).split())
         known = ", ".join(CONFIGS)
-        raise ValueError(
-            f"model must be {known}, or a folder or Hub id of a pipeline with a UNet, got {source!r}: {reason}"
+        raise SettingError(
+            "model", f"must be {known}, or a folder or Hub id of a pipeline with a UNet, got {source!r}: {reason}"
         ) from error
     made_by = config.get("_class_name", "UNet2DConditionModel")
+    if "_class_name" not in config and _own_folder(source):  # a text encoder's has a config.json too
+        made_by = "model of another library"
     if made_by != "UNet2DConditionModel":
-        raise ValueError(f"model must have a UNet2DConditionModel, and {source!r} has a {made_by}")
-    return Architecture(source, config, _pixels_per_latent(folder))
+        raise SettingError("model", f"must have a UNet2DConditionModel, and {source!r} has a {made_by}")
+    return Architecture(source, config, _pixels_per_latent(source))
 
 
-def _pixels_per_latent(folder: str) -> int:
+def _config_of_single_file(source: str) -> dict[str, Any]:
+    """The configuration of the published model of its kind, if the file's UNet is as large."""
+    tensors = read_single_file(source)
+    kind = kind_of(source, tensors)
+    hub_id = published_source(kind)
+    known = {hub_id: name for name, hub_id in ARCHITECTURES.items()}
+    if hub_id in known:
+        config = CONFIGS[known[hub_id]]
+    else:
+        with loading(source):
+            config = dict(UNet2DConditionModel.load_config(hub_id, subfolder="unet"))
+    here = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(UNET_KEYS))
+    published = sum(parameter.numel() for parameter in on_meta(config).parameters())
+    if here != published:
+        raise SettingError(
+            "model",
+            f"must have the UNet of {hub_id}, with {published} weights, if it is a single file, and {source!r} has "
+            f"{here}: make a folder of it with save_pretrained",
+        )
+    return config
+
+
+def _own_folder(source: str) -> bool:
+    """Whether it is the folder of the UNet itself and not that of a pipeline; diffusers reads either."""
+    folder = Path(source).expanduser()
+    return folder.is_dir() and not (folder / "unet" / "config.json").is_file()
+
+
+def _pixels_per_latent(source: str) -> int:
     """As pipelines count it: by the VAE's halvings; where there is none, what most have."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if _own_folder(source):
+            folder = folder.parent
+        if not (folder / "vae" / "config.json").is_file():  # diffusers would take one in the folder itself
+            return PIXELS_PER_LATENT
     try:
-        config = AutoencoderKL.load_config(folder, subfolder="vae")
+        config = AutoencoderKL.load_config(folder if folder.is_dir() else source, subfolder="vae")
         return 2 ** (len(config["block_out_channels"]) - 1)
     except (OSError, KeyError, ValueError):
         return PIXELS_PER_LATENT

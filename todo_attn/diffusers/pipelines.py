@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,6 +12,7 @@ import torch
 
 from ..compare_settings import DTYPES, SCHEDULERS, SIZE_MULTIPLE, CompareSettings, SettingError, check_size
 from .levels import transformers_by_level
+from .loading import load_weights
 
 
 def load_pipeline(settings: CompareSettings) -> Any:
@@ -20,25 +20,14 @@ def load_pipeline(settings: CompareSettings) -> Any:
 
     Raises:
         SettingError: the model cannot be loaded, or is no text-to-image pipeline with self-attention in a UNet.
+        torch.OutOfMemoryError: it does not fit in memory.
     """
-    dtype = DTYPES[settings.dtype]
-    source = settings.source
-    try:
-        folder = Path(source).expanduser()
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder if folder.exists() else source, dtype=dtype, variant=settings.variant
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of any kind: the Hub's, the file system's, JSON's, a missing package's
-        reason = " ".join(str(error).split())
-        raise SettingError("model", f"{source!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+    dtype, source = DTYPES[settings.dtype], settings.source
+    pipe = load_weights(diffusers.DiffusionPipeline, source, dtype, variant=settings.variant, config=settings.config)
     check_pipeline(pipe, source)
     if settings.scheduler is not None:
         name, extra = SCHEDULERS[settings.scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **extra)
-    if pipe.unet.dtype != dtype:  # a diffusers that still calls the argument torch_dtype has loaded float32
-        pipe.to(dtype)
     return pipe.to(torch.device(settings.device))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from .apply import apply_todo
 from .architectures import CONFIGS, Architecture
 from .cost import call_inputs, in_one_run
 from .dato import apply_dato, reset_dato
+from .loading import is_single_file, load_weights
 from .probes import now
 from .unets import twin, with_random_weights
 
@@ -126,14 +126,7 @@ def _filled(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def _load(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    """With its weights; a name alone with random ones."""
-    if architecture.name not in CONFIGS:
-        try:
-            folder = Path(architecture.name).expanduser()
-            source = folder if folder.exists() else architecture.name
-            unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=dtype)
-        except Exception as error:  # of any kind: the Hub's, the file system's, safetensors'
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise SettingError("model", f"has weights that cannot be loaded: {reason}") from error
-        return unet.to(device).eval()
-    return with_random_weights(architecture.config, device, dtype)
+    """With its weights; a name or a single file, of which the shapes alone are known, with random ones."""
+    if architecture.name in CONFIGS or is_single_file(architecture.name):
+        return with_random_weights(architecture.config, device, dtype)
+    return load_weights(UNet2DConditionModel, architecture.name, dtype).to(device).eval()
