@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 env: $(VENV)/.ready
 
 demo: env
-	$(VENV)/bin/todo-attn compare --out demo
+	$(VENV)/bin/todo-attn compare --out demo --overwrite
 
 lint: env
 	$(PY) -m ruff check .

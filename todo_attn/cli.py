@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from .interrupt import EXIT_CODE, MESSAGE, noticing_interrupts
-from .peak_memory import is_out_of_memory
+from .peak_memory import MAY_FIT, OUT_OF_MEMORY, is_out_of_memory
 
 # The packages of the extra "cli" that a command may find missing.
 _EXTRA = {"typer", "rich", "tabulate", "tqdm", "PIL", "skimage", "diffusers", "transformers", "accelerate"}
@@ -63,7 +63,7 @@ def _run(arguments: list[str] | None, interrupts: list[int]) -> tuple[int, str]:
         if interrupts and code != EXIT_CODE:  # what a library made of it
             return EXIT_CODE, MESSAGE
         if is_out_of_memory(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__)):
-            return 1, _error("out of memory: a smaller --height and --width, or --dtype float16, may fit")
+            return 1, _error(f"{OUT_OF_MEMORY}: {MAY_FIT}")
         if said is not None:
             return code, said and _error(said)  # empty without any arguments: the help has been printed
         if isinstance(error, OSError) and error.errno in {errno.EPIPE, *_FULL}:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import __version__, schedule
+from .compare_folder import IMAGES, NOTHING_MADE, REPORT, SHEET, choose_folder
 from .compare_methods import METHODS_TEXT, NO_SCHEDULE, SettingError
 from .compare_settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
 from .example import example_pipeline
 from .modes import MODES
+from .peak_memory import MAY_FIT, OUT_OF_MEMORY
 from .printing import (
     DIGITS_NOTE,
     compare_table,
@@ -49,7 +49,10 @@ _PRESET = "coco"  # the schedule that it takes by itself
 # Options that doctor and schedules share.
 _Architecture = Annotated[
     str | None,
-    typer.Option(help="sd15, sdxl, a folder saved by diffusers, or a Hub id.", show_default="the shipped pipeline"),
+    typer.Option(
+        help="sd15, sdxl, a folder saved by diffusers, a .safetensors or .ckpt file, or a Hub id.",
+        show_default="the shipped pipeline",
+    ),
 ]
 _Side = Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")]
 # Options that are not called like the setting they give.
@@ -103,7 +106,10 @@ _COMPARE_HELP = """Make the same pictures by each method, taking turns; write th
 def compare_command(
     model: Annotated[
         str | None,
-        typer.Argument(help="A folder saved by diffusers, or a Hub id.", show_default="the shipped pipeline"),
+        typer.Argument(
+            help="A folder saved by diffusers, a .safetensors or .ckpt file, or a Hub id.",
+            show_default="the shipped pipeline",
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw; give it again for more.", show_default="two")
@@ -135,18 +141,36 @@ def compare_command(
     max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto leaves.")] = 4096,
     mode: Annotated[str, typer.Option(help=f"ToDo: how keys are taken, {', '.join(MODES)}.")] = "nearest",
     tome_ratio: Annotated[float, typer.Option(help="ToMe: the share of tokens merged, at most 0.75.")] = 0.5,
-    schedule: Annotated[str, typer.Option(help="DaTo: the name of a published schedule, or a JSON file.")] = "coco",
+    schedule: Annotated[
+        str, typer.Option(help="DaTo: the name of a published schedule, a JSON file, or none.")
+    ] = "coco",
     prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
     cache_interval: Annotated[int, typer.Option(help="DeepCache: each so many-th call of the UNet is full.")] = 3,
     warmup_steps: Annotated[int, typer.Option(help="Steps of each method's one uncounted pass.")] = 2,
     variant: Annotated[str | None, typer.Option(help="Of the weights' files, such as fp16.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("compare"),
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="For a single file: the folder or Hub id of a like model, which has the configuration.",
+            show_default="the published model's, from the Hub",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder for what is written, new or empty.",
+            show_default="compare, or compare-2 and so on if that is taken",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the files of an older comparison that is in the folder.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report on stdout, all else on stderr.")] = False,
 ) -> None:
     try:
         settings = CompareSettings(
             model=model,
-            prompts=tuple(prompt or ()),
+            prompts=tuple(map(_as_typed, prompt or ())),
             seeds=tuple(seed or (0,)),
             height=height,
             width=width,
@@ -165,44 +189,67 @@ def compare_command(
             cache_interval=cache_interval,
             warmup_steps=warmup_steps,
             variant=variant,
+            config=config,
         )
-        _check_writable(out)
-        _compare(settings, out, as_json)
+        _compare(settings, choose_folder(out, overwrite), as_json)
     except SettingError as error:
         option = _OPTIONS.get(error.name, f"--{error.name.replace('_', '-')}")
         raise UserError(f"{option} {error.problem}", error.exit_code) from error
-    except torch.OutOfMemoryError as error:
-        raise UserError("out of memory: a smaller --height and --width, or --dtype float16, may fit", 1) from error
+    except KeyboardInterrupt:  # while the pipeline is loaded
+        raise UserError(f"interrupted: {NOTHING_MADE}", 130) from None
 
 
-def _compare(settings: CompareSettings, out: Path, as_json: bool) -> None:
-    """Load, compare, write and show."""
+def _as_typed(argument: str) -> str:
+    """Python reads the bytes of an argument by the locale: what is beyond ASCII is lost on the C locale's."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(argument).decode(errors="replace")
+    return argument
+
+
+def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
+    """Load, compare, show and write."""
     notes = Console(stderr=True)
     # A download draws bars of its own.
     with notes.status("loading the pipeline") if Path(settings.source).exists() else nullcontext():
         _hush_loading()
-        from .compare_output import IMAGES, REPORT, SHEET, write_output
+        from .compare_output import Output
         from .compare_report import build_report
         from .diffusers.compare import compare
         from .diffusers.pipelines import load_pipeline
 
         pipe = load_pipeline(settings)
-    with _bar(notes) as watch:
-        comparison = compare(pipe, settings, watch)
-    with notes.status("writing"):
-        report = build_report(comparison)
-        try:
-            write_output(comparison, report, out)
-        except OSError as error:
-            raise UserError(f"--out cannot be written: {error}", 1) from error
-    console = notes if as_json else Console()
-    console.print(compare_table(report))
-    for note in report["notes"]:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
-    for line in (f"side by side  {out / SHEET}", f"one by one    {out / IMAGES}", f"the numbers   {out / REPORT}"):
+    output = Output(folder)
+    try:
+        with _bar(notes) as watch:
+            comparison = compare(pipe, settings, watch, output.add)
+        with notes.status("measuring how like the pictures are"):
+            report = build_report(comparison)
+        console = notes if as_json else Console()
+        console.print(compare_table(report))  # before anything can fail to be written
+        for note in report["notes"]:
+            console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        if as_json:
+            print(json.dumps(report, indent=2, allow_nan=False), flush=True)
+        output.finish(comparison, report)
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted: {output.stop()}", 130) from None
+    except SettingError:
+        raise
+    except Exception:  # a fault of ours or of a library: what was made is kept
+        output.stop()
+        raise
+    if problem := output.problem():
+        raise UserError(problem, 1)
+    for line in (
+        f"side by side  {folder / SHEET}",
+        f"one by one    {folder / IMAGES}",
+        f"the numbers   {folder / REPORT}",
+    ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    if as_json:
-        print(json.dumps(report, indent=2, allow_nan=False))
+    if failed := [m.label for m in comparison.methods if m.unavailable == OUT_OF_MEMORY]:
+        raise UserError(f"out of memory by {', '.join(failed)}: {MAY_FIT}", 1)
 
 
 @contextmanager
@@ -240,16 +287,6 @@ def _hush_loading() -> None:
         hub_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse a folder that cannot be made or written, without leaving anything behind."""
-    nearest = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise UserError(f"--out must be a folder that can be written, got {str(out)!r}: {error.strerror}") from error
 
 
 _DOCTOR_HELP = """Say what is installed, run each op against its oracle, and exit with 1 if something is broken.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bench.machine import commit
+from .compare_folder import IMAGES
 from .metrics import psnr, ssim
 from .versions import device_name, machine, versions
 
@@ -27,19 +28,21 @@ _ABOUT = (
 )
 
 
-def file_name(shot: Shot) -> str:
-    """The name of the picture's file."""
-    return f"{shot.picture + 1:02d}-seed{shot.seed}-{shot.label.replace(':', '-').replace('=', '_')}.png"
+def file_name(picture: int, seed: int, label: str) -> str:
+    """The path of a picture's file in the folder of its comparison."""
+    return f"{IMAGES}/{picture + 1:02d}-seed{seed}-{label.replace(':', '-').replace('=', '_')}.png"
 
 
 def build_report(comparison: Comparison) -> dict[str, Any]:
     """Everything that is worth keeping of ``comparison`` but the pixels, ready for ``json.dumps``.
 
     Keys: ``settings``, ``versions``, ``machine``, ``methods`` (in the order asked for, each with its ``images``),
-    ``notes``, what went otherwise than asked for, and ``about``, what the numbers are.
+    ``complete``, whether all pictures are there, ``missing``, the files of those that are not, ``notes``, what went
+    otherwise than asked for, and ``about``, what the numbers are.
     """
     dense = {s.picture: s for s in comparison.shots if s.label == "dense"}
-    dense_median = statistics.median(s.seconds for s in dense.values())
+    dense_median = statistics.median(s.seconds for s in dense.values()) if dense else None
+    missing = _missing(comparison)
     methods = [
         _method_report(method, [s for s in comparison.shots if s.label == method.label], dense, dense_median)
         for method in comparison.methods
@@ -57,6 +60,8 @@ def build_report(comparison: Comparison) -> dict[str, Any]:
         },
         "versions": versions() | {"commit": commit()},
         "machine": {"device": device_name(device), **machine()},
+        "complete": not missing,
+        "missing": missing,
         "methods": methods,
         "notes": _notes(comparison),
         "about": list(_ABOUT),
@@ -64,7 +69,7 @@ def build_report(comparison: Comparison) -> dict[str, Any]:
 
 
 def _method_report(
-    method: BoundMethod, shots: list[Shot], dense: dict[int, Shot], dense_median: float
+    method: BoundMethod, shots: list[Shot], dense: dict[int, Shot], dense_median: float | None
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
         "method": method.label,
@@ -79,13 +84,13 @@ def _method_report(
     }
     if not shots:
         return report
-    images = sorted((_image_report(s, dense[s.picture]) for s in shots), key=lambda i: i["picture"])
+    images = sorted((_image_report(s, dense.get(s.picture)) for s in shots), key=lambda i: i["picture"])
     seconds = [s.seconds for s in shots]
     differing = [i["psnr"] for i in images if i["psnr"] is not None]
     similarities = [i["ssim"] for i in images if i["ssim"] is not None]
     return report | {
         "seconds": spread(seconds),
-        "speedup": dense_median / statistics.median(seconds),
+        "speedup": None if dense_median is None else dense_median / statistics.median(seconds),
         "psnr": statistics.fmean(differing) if differing else None,
         "ssim": statistics.fmean(similarities) if similarities else None,
         "peak_memory_bytes": max((s.peak_bytes for s in shots if s.peak_bytes is not None), default=None),
@@ -93,19 +98,22 @@ def _method_report(
     }
 
 
-def _image_report(shot: Shot, dense: Shot) -> dict[str, Any]:
-    comparable = shot.label != "dense" and shot.finite and dense.finite
-    decibels = psnr(dense.pixels, shot.pixels) if comparable else None
+def _image_report(shot: Shot, dense: Shot | None) -> dict[str, Any]:
+    decibels = similarity = None
+    same = False
+    if dense is not None and shot.label != "dense" and shot.finite and dense.finite:
+        decibels, similarity = psnr(dense.pixels, shot.pixels), ssim(dense.pixels, shot.pixels)
+        same = bool(np.array_equal(dense.pixels, shot.pixels))
     return {
-        "file": f"images/{file_name(shot)}",
+        "file": file_name(shot.picture, shot.seed, shot.label),
         "picture": shot.picture,
         "prompt": shot.prompt,
         "seed": shot.seed,
         "seconds": shot.seconds,
-        "speedup": dense.seconds / shot.seconds,
+        "speedup": None if dense is None else dense.seconds / shot.seconds,
         "psnr": None if decibels is None or math.isinf(decibels) else decibels,
-        "ssim": ssim(dense.pixels, shot.pixels) if comparable else None,
-        "same_as_dense": comparable and bool(np.array_equal(dense.pixels, shot.pixels)),
+        "ssim": similarity,
+        "same_as_dense": same,
         "finite": shot.finite,
         "peak_memory_bytes": shot.peak_bytes,
     }
@@ -117,11 +125,27 @@ def spread(seconds: list[float]) -> dict[str, float | int]:
     return {"median": median, "min": min(seconds), "q1": q1, "q3": q3, "max": max(seconds), "count": len(seconds)}
 
 
+def _missing(comparison: Comparison) -> list[str]:
+    """The files of the pictures that were still to be made."""
+    there = {(shot.picture, shot.label) for shot in comparison.shots}
+    return [
+        file_name(number, seed, method.label)
+        for number, (_, seed) in enumerate(comparison.settings.pictures)
+        for method in comparison.methods
+        if method.unavailable is None and (number, method.label) not in there
+    ]
+
+
 def _notes(comparison: Comparison) -> list[str]:
     notes = []
+    if missing := _missing(comparison):
+        total = len(comparison.shots) + len(missing)
+        notes.append(f"This is a part of the comparison: {len(missing)} of {total} pictures are missing.")
     for method in comparison.methods:
         if method.unavailable is not None:
-            notes.append(f"{method.label} was left out: {method.unavailable}.")
+            done = sum(shot.label == method.label for shot in comparison.shots)
+            ended = "was left out" if not done else f"ended after {done} picture{'s' if done > 1 else ''}"
+            notes.append(f"{method.label} {ended}: {method.unavailable}.")
     broken = sorted({s.label for s in comparison.shots if not s.finite})
     if broken:
         notes.append(

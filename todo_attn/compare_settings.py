@@ -124,6 +124,11 @@ class CompareSettings(MethodOptions):
         """The folder or Hub id to load."""
         return str(example_pipeline()) if self.model is None else self.model
 
+    @property
+    def pictures(self) -> list[tuple[str, int]]:
+        """Prompt and seed of each picture, in order."""
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
         return asdict(self) | {"prompts": list(self.prompts), "seeds": list(self.seeds)}

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 _PROCESS = Path("/proc/self")
+OUT_OF_MEMORY = "out of memory"
+MAY_FIT = "a smaller --height and --width, or --dtype float16, may fit"  # what a command says then
 # What torch says on a CPU and on MPS, in a plain RuntimeError.
-_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "out of memory"
+_MESSAGES = "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", OUT_OF_MEMORY
 
 
 def watch_peak(device: torch.device) -> Callable[[], int | None]:
@@ -40,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory, of a GPU or of the machine, did not suffice."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
 
 
 def _status_bytes(key: str) -> int:

@@ -18,6 +18,11 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.{digits}f} s"
 
 
+def steps_text(steps: int) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
+
+
 def bytes_text(size: int) -> str:
     """In MiB below one GiB, else in GiB: "812 MiB", "1.25 GiB"."""
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
@@ -29,7 +34,7 @@ def compare_table(report: dict[str, Any]) -> Table:
     count = len(settings["prompts"]) * len(settings["seeds"])
     with_memory = any(m["peak_memory_bytes"] is not None for m in report["methods"])
     table = Table(
-        title=f"{settings['width']} x {settings['height']}, {settings['steps']} steps, "
+        title=f"{settings['width']} x {settings['height']}, {steps_text(settings['steps'])}, "
         f"{count} picture{'s' if count > 1 else ''} by each method, on {report['machine']['device']}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -51,7 +56,7 @@ def _cells(method: dict[str, Any]) -> list[str]:
     same = bool(method["images"]) and all(i["same_as_dense"] for i in method["images"])
     return [
         *(seconds_text(seconds[key]) for key in ("median", "min", "max")),
-        f"{method['speedup']:.2f}x",
+        "-" if method["speedup"] is None else f"{method['speedup']:.2f}x",
         "the same" if same else "-" if method["psnr"] is None else f"{method['psnr']:.1f} dB",
         "-" if method["ssim"] is None else f"{method['ssim']:.3f}",
         "-" if memory is None else bytes_text(memory),

@@ -1,7 +1,9 @@
 """The command from its arguments to its exit code: what it prints where, and what it refuses."""
 
+import errno
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 import todo_attn.diffusers.pipelines
+from todo_attn.cli import main
 
 
 @pytest.fixture
@@ -170,6 +173,204 @@ def test_out_of_memory_is_one_line(run, small, tmp_path, monkeypatch):
     monkeypatch.setattr(todo_attn.diffusers.pipelines, "load_pipeline", full)
     ran = run("compare", *small, "--out", tmp_path)
     assert ran.code == 1 and "out of memory" in ran.err and ran.err.count("\n") == 1
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """breaking(error, after): the pipeline raises once it has made so many pictures, the warm-ups among them."""
+
+    def breaking(error: BaseException, after: int) -> None:
+        decode, calls = diffusers.AutoencoderKL.decode, []
+
+        def breaks(self, *args, **kwargs):
+            calls.append(None)
+            if len(calls) > after:
+                raise error
+            return decode(self, *args, **kwargs)
+
+        monkeypatch.setattr(diffusers.AutoencoderKL, "decode", breaks)
+
+    return breaking
+
+
+def files(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_interrupt_keeps_what_was_made(run, small, tmp_path, breaking):
+    breaking(KeyboardInterrupt(), 2 + 3)  # two warm-ups, the first picture by both methods, the second by one
+    out = tmp_path / "out"
+    ran = run("compare", *small, "--seed", 1, "--seed", 2, "--methods", "dense,todo:2", "--out", out)
+    assert (ran.code, ran.out) == (130, "")
+    assert ran.err.splitlines()[-1] == (
+        f"todo-attn: error: interrupted: 3 of 4 pictures are in {out / 'images'}, with a partial report, "
+        f"{out / 'report.json'}"
+    )
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert not report["complete"] and report["missing"] == ["images/02-seed2-dense.png"]
+    images = {image["file"] for method in report["methods"] for image in method["images"]}
+    assert files(out) == {*images, "report.json", "contact_sheet.png"} and len(images) == 3
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_interrupt_before_the_first_picture_leaves_nothing(run, small, tmp_path, breaking, after):
+    breaking(KeyboardInterrupt(), after)
+    ran = run("compare", *small, "--out", tmp_path / "out")
+    assert ran.code == 130
+    assert ran.err.splitlines()[-1] == (
+        "todo-attn: error: interrupted: no picture was finished, and nothing is written"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_while_the_pipeline_loads(run, small, tmp_path, monkeypatch):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(todo_attn.diffusers.pipelines, "load_pipeline", interrupted)
+    ran = run("compare", *small, "--out", tmp_path / "out")
+    assert ran.code == 130
+    assert ran.err.splitlines()[-1] == "todo-attn: error: interrupted: no picture was finished, and nothing is written"
+
+
+def test_a_fault_keeps_what_was_made(small, tmp_path, breaking):
+    breaking(ZeroDivisionError("a fault"), 2 + 1)
+    with pytest.raises(ZeroDivisionError):
+        main(["compare", *small, "--out", str(tmp_path / "out")])
+    assert files(tmp_path / "out") == {"images/01-seed0-dense.png", "report.json"}
+
+
+def test_a_method_out_of_memory_is_one_line_and_the_others_are_kept(run, small, tmp_path, breaking):
+    breaking(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."), 2 + 1)
+    ran = run("compare", *small, "--methods", "dense,todo:2", "--out", tmp_path / "out")
+    assert ran.code == 1 and "Traceback" not in ran.err
+    assert ran.err.splitlines()[-1] == (
+        "todo-attn: error: out of memory by todo:2: a smaller --height and --width, or --dtype float16, may fit"
+    )
+    assert "todo:2 was left out: out of memory." in ran.out and "dense" in ran.out
+    assert files(tmp_path / "out") == {"images/01-seed0-dense.png", "report.json", "contact_sheet.png"}
+
+
+def test_a_cpu_out_of_memory_from_the_start_is_one_line(run, small, tmp_path, breaking):
+    breaking(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."), 0)
+    ran = run("compare", *small, "--out", tmp_path / "out")
+    assert ran.code == 1 and "Traceback" not in ran.err
+    assert ran.err.splitlines()[-1].startswith("todo-attn: error: out of memory: a smaller --height")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("full", ["report.json", "contact_sheet.png"])
+def test_a_full_disk_is_one_line_after_the_table(run, small, tmp_path, monkeypatch, full):
+    replace = os.replace
+
+    def fills(source, target):
+        if str(target).endswith(full):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fills)
+    out = tmp_path / "out"
+    ran = run("compare", *small, "--out", out)
+    assert ran.code == 1 and "speed-up" in ran.out
+    last = ran.err.splitlines()[-1]
+    assert last.startswith(f"todo-attn: error: cannot write {out / full}: No space left on device")
+
+
+# The folder that is written into.
+
+
+def test_an_older_comparison_is_not_mixed_with_a_new_one(run, small, tmp_path):
+    out = tmp_path / "out"
+    first = ["compare", *small, "--seed", 1, "--methods", "dense", "--out", out]
+    assert run(*first).code == 0
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    line = one_line(run("compare", *small, "--seed", 2, "--out", out))
+    assert line == (
+        f"--out must be a new or an empty folder, and {str(out)!r} holds an older comparison: --overwrite removes "
+        "that, or name another folder"
+    )
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+
+
+def test_overwrite_removes_the_older_comparison_and_nothing_else(run, small, tmp_path):
+    out = tmp_path / "out"
+    assert run("compare", *small, "--seed", 1, "--methods", "dense", "--out", out).code == 0
+    (out / "mine.txt").write_text("notes", encoding="utf-8")
+    (out / "images" / "mine.png").write_bytes(b"a picture")
+    ran = run("compare", *small, "--seed", 2, "--methods", "dense", "--out", out, "--overwrite")
+    assert ran.code == 0, ran.err
+    assert files(out) == {
+        "images/01-seed2-dense.png", "images/mine.png", "mine.txt", "report.json", "contact_sheet.png"
+    }  # fmt: skip
+    assert (out / "images" / "mine.png").read_bytes() == b"a picture"
+
+
+def test_overwrite_keeps_the_older_comparison_until_there_is_a_new_picture(run, small, tmp_path, breaking):
+    out = tmp_path / "out"
+    assert run("compare", *small, "--seed", 1, "--methods", "dense", "--out", out).code == 0
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    breaking(KeyboardInterrupt(), 1)
+    assert run("compare", *small, "--seed", 2, "--methods", "dense", "--out", out, "--overwrite").code == 130
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+
+
+def test_overwrite_of_a_partial_comparison_removes_what_its_report_may_lack(run, small, tmp_path):
+    out = tmp_path / "out"
+    assert run("compare", *small, "--seed", 1, "--methods", "dense", "--out", out).code == 0
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    report["missing"] = [report["methods"][0]["images"].pop()["file"]]  # as killed after its first picture
+    (out / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    assert run("compare", *small, "--seed", 2, "--methods", "dense", "--out", out, "--overwrite").code == 0
+    assert files(out) == {"images/01-seed2-dense.png", "report.json", "contact_sheet.png"}
+
+
+@pytest.mark.parametrize("file", ["../../precious.png", "/precious.png", "images/../precious.png", "precious.png"])
+def test_a_report_cannot_name_files_elsewhere(run, small, tmp_path, monkeypatch, file):
+    monkeypatch.setattr(todo_attn.diffusers.pipelines, "load_pipeline", None)
+    report = {"methods": [{"images": [{"file": file}]}]}
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    line = one_line(run("compare", *small, "--out", tmp_path, "--overwrite"))
+    assert line.startswith("--out must be a new or an empty folder") and "that no comparison's report names" in line
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("file", ["report.json", "images/01.png", "contact_sheet.png", "other.txt"])
+def test_a_folder_with_other_files_is_refused(run, small, tmp_path, overwrite, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}", encoding="utf-8")
+    ran = run("compare", *small, "--methods", "dense", "--out", tmp_path, *overwrite)
+    if overwrite and file == "other.txt":  # which is in nobody's way
+        assert ran.code == 0 and (tmp_path / file).read_text(encoding="utf-8") == "{}"
+    else:
+        assert one_line(ran).startswith("--out must be a new or an empty folder")
+        assert files(tmp_path) == {file}
+
+
+def test_repeated_runs_get_a_folder_each(run, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("compare", "compare-2", "compare-3"):
+        ran = run("compare", *small, "--methods", "dense")
+        assert ran.code == 0 and f"{name}/report.json" in ran.out
+    assert run("compare", *small, "--methods", "dense", "--overwrite").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare", "compare-2", "compare-3"]
+
+
+@pytest.mark.parametrize("out", ["", " "])
+def test_a_folder_without_a_name_is_refused(run, small, monkeypatch, tmp_path, out):
+    monkeypatch.chdir(tmp_path)
+    assert one_line(run("compare", *small, "--out", out)) == f"--out must name a folder, got {out!r}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_beyond_ascii_in_the_c_locale(small, tmp_path):
+    """Python then reads the argument's bytes as surrogates, which no tokenizer takes."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = [*small, "--methods", "dense", "--prompt", "un café à la crème", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "todo_attn.cli", "compare", *arguments]
+    ran = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["settings"]["prompts"][-1] == "un café à la crème"
 
 
 def test_help(run):

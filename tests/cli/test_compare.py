@@ -165,6 +165,49 @@ def test_leaves_the_pipeline_as_found_when_it_fails(sd, settings, monkeypatch, f
     assert sd._progress_bar_config == {"disable": True}
 
 
+CPU_FULL = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize("error", [RuntimeError(CPU_FULL), torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize(("method", "after"), [("todo:2", 0), ("todo:2", 2), ("dense", 0), ("dense", 1)])
+def test_a_method_without_memory_leaves_the_others(sd, settings, monkeypatch, method, after, error):
+    """In its warm-up (0) or at a later picture: what was made is kept, and the others go on."""
+    running: list[str] = []
+    applied, decode, decoded = BoundMethod.applied, sd.vae.decode, Counter()
+
+    @contextmanager
+    def watched(self):
+        with applied(self):
+            running.append(self.label)
+            yield
+
+    def filling_up(*args: Any, **kwargs: Any) -> Any:
+        decoded[running[-1]] += 1
+        if running[-1] == method and decoded[method] > after:
+            raise error
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(BoundMethod, "applied", watched)
+    monkeypatch.setattr(sd.vae, "decode", filling_up)
+    kept: list[comparing.Comparison] = []
+    comparison = compare(sd, settings, keep=kept.append)
+    made = Counter(s.label for s in comparison.shots)
+    expected = dict.fromkeys(("dense", "todo:2", "tome"), 4) | {method: max(0, after - 1)}
+    assert made == +Counter(expected)
+    assert {m.label: m.unavailable for m in comparison.methods if m.unavailable} == {method: "out of memory"}
+    assert decoded[method] == after + 1
+    assert [len(c.shots) for c in kept] == list(range(1, len(comparison.shots) + 1))
+
+
+def test_no_memory_for_any_method_is_an_error(sd, settings, monkeypatch):
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(CPU_FULL)
+
+    monkeypatch.setattr(sd.vae, "decode", full)
+    with pytest.raises(torch.OutOfMemoryError, match="by any method"):
+        compare(sd, settings)
+
+
 def test_sdxl_at_twice_its_size(sdxl, sdxl_folder):
     settings = CompareSettings(
         model=str(sdxl_folder), prompts=("a star",), steps=1, max_kv_tokens=100, methods="dense,todo,tome"

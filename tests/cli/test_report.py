@@ -1,7 +1,9 @@
 """The numbers of a report, from shots of known times and pixels."""
 
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from todo_attn.compare_output import write_output
+from todo_attn.compare_output import Output, sheet_of
 from todo_attn.compare_report import build_report, spread
 from todo_attn.compare_settings import CompareSettings
 from todo_attn.diffusers.compare import Comparison, Shot
@@ -21,7 +23,7 @@ from todo_attn.printing import bytes_text, compare_table
 def shot(label: str, picture: int, seconds: float, value: int, **given) -> Shot:
     pixels = np.random.default_rng(picture).integers(0, 200, (32, 48, 3), dtype=np.uint8) + np.uint8(value)
     plain = {"peak_bytes": None, "finite": True, "blacked_out": False}
-    return Shot(label, picture, f"prompt {picture}", 10 + picture, pixels, seconds, **(plain | given))
+    return Shot(label, picture, f"prompt {picture}", 0, pixels, seconds, **(plain | given))
 
 
 @pytest.fixture
@@ -141,21 +143,107 @@ def test_settings_versions_and_machine(comparison):
     assert report["machine"]["device"]
 
 
+def written(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
 def test_what_is_written(comparison, tmp_path):
     report = build_report(comparison)
     folder = tmp_path / "new" / "folder"
-    write_output(comparison, report, folder)
-    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    output = Output(folder)
+    output.finish(comparison, report)
+    assert output.problem() is None
+    assert report["complete"] and report["missing"] == []
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == json.loads(json.dumps(report))
     with Image.open(folder / "contact_sheet.png") as sheet:
         assert sheet.width > 3 * 48 and sheet.height > 3 * 32
     files = {i["file"] for m in report["methods"] for i in m["images"]}
     assert len(files) == 6
-    assert {str(p.relative_to(folder)) for p in (folder / "images").iterdir()} == files
+    assert written(folder) == files | {"report.json", "contact_sheet.png"}
     for s in comparison.shots:
         image = next(i for i in rows(comparison)[s.label]["images"] if i["picture"] == s.picture)
-        with Image.open(folder / image["file"]) as written:
-            assert np.array_equal(np.asarray(written), s.pixels)
-    write_output(comparison, report, folder)
+        with Image.open(folder / image["file"]) as picture:
+            assert np.array_equal(np.asarray(picture), s.pixels)
+
+
+def so_far(comparison: Comparison, count: int) -> Comparison:
+    return replace(comparison, shots=comparison.shots[:count])
+
+
+def test_pictures_are_written_as_they_are_made(comparison, tmp_path):
+    """And whatever comes then, as a power cut: the report names all that may lie there."""
+    output = Output(tmp_path)
+    output.add(so_far(comparison, 0))
+    assert written(tmp_path) == set()
+    for count in range(1, 4):
+        output.add(so_far(comparison, count))
+        assert len(list((tmp_path / "images").iterdir())) == count
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert not report["complete"]
+    everything = {i["file"] for m in build_report(comparison)["methods"] for i in m["images"]}
+    assert set(report["missing"]) == everything
+
+
+def test_what_is_kept_of_an_interrupted_comparison(comparison, tmp_path):
+    output = Output(tmp_path)
+    assert "no picture was finished" in output.stop()
+    for count in range(1, 4):  # dense and ToDo of the first picture, ToDo of the second
+        output.add(so_far(comparison, count))
+    said = output.stop()
+    assert "3 of 6 pictures" in said and str(tmp_path / "report.json") in said
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    images = {i["file"]: i for m in report["methods"] for i in m["images"]}
+    assert written(tmp_path) == {*images, "report.json", "contact_sheet.png"}
+    assert not report["complete"] and len(report["missing"]) == 3
+    assert any("3 of 6 pictures are missing" in note for note in report["notes"])
+    alone = images["images/02-seed0-todo-2.png"]
+    assert (alone["psnr"], alone["ssim"], alone["speedup"], alone["same_as_dense"]) == (None, None, None, False)
+
+
+def test_one_method_is_no_sheet(comparison, tmp_path):
+    output = Output(tmp_path)
+    output.add(so_far(comparison, 1))
+    output.stop()
+    assert written(tmp_path) == {"images/01-seed0-dense.png", "report.json"}
+
+
+def test_without_dense_there_is_no_speedup(comparison):
+    shots = [s for s in comparison.shots if s.label != "dense"]
+    methods = [replace(m, unavailable="out of memory") if m.label == "dense" else m for m in comparison.methods]
+    alone = replace(comparison, shots=shots, methods=methods)
+    todo = rows(alone)["todo:2"]
+    assert (todo["speedup"], todo["psnr"], todo["ssim"]) == (None, None, None)
+    assert todo["seconds"]["median"] == 3.0
+    assert "todo:2" in table(alone)
+    assert sheet_of(alone, build_report(alone)).height > 3 * 32
+
+
+def test_a_method_that_ended_early_keeps_its_numbers(comparison):
+    methods = [replace(m, unavailable="out of memory") if m.label == "todo:2" else m for m in comparison.methods]
+    shots = [s for s in comparison.shots if (s.label, s.picture) != ("todo:2", 2)]
+    report = build_report(replace(comparison, shots=shots, methods=methods))
+    assert report["complete"]
+    assert report["methods"][1]["seconds"]["count"] == 2
+    assert "todo:2 ended after 2 pictures: out of memory." in report["notes"]
+
+
+@pytest.mark.parametrize("full", ["report.json", "01-seed0-dense.png", "contact_sheet.png"])
+def test_a_full_disk_names_the_file_and_keeps_the_rest(comparison, tmp_path, monkeypatch, full):
+    really_open = open
+
+    def opened(file, mode="r", *rest, **named):
+        if ("w" in mode or "x" in mode) and full in str(file):
+            really_open(file, mode).close()
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return really_open(file, mode, *rest, **named)
+
+    monkeypatch.setattr("builtins.open", opened)
+    output = Output(tmp_path)
+    output.finish(comparison, build_report(comparison))
+    name = next(p for p in ("images/" + full, full) if p in output.problem())
+    assert output.problem().startswith(f"cannot write {tmp_path / name}: No space left on device")
+    assert len(written(tmp_path) - {name}) >= 7
+    assert not any(p.endswith(".part") for p in written(tmp_path) if full not in p)
 
 
 def test_spread_of_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 
 from ..compare_settings import CompareSettings
 from ..logs import logger
-from ..peak_memory import watch_peak
+from ..peak_memory import OUT_OF_MEMORY, is_out_of_memory, watch_peak
 from .methods import BoundMethod, bind
 from .pipelines import check_pipeline, sized
 
@@ -46,7 +47,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found: ``settings`` with nothing left open, and every shot in the order it was taken."""
+    """What :func:`compare` found: ``settings`` with nothing left open, and every shot in the order it was taken.
+
+    A method that ran out of memory is ``unavailable`` from there on; what it made before is among the shots.
+    """
 
     settings: CompareSettings
     pipeline: str
@@ -66,7 +70,12 @@ class Progress:
     what: str
 
 
-def compare(pipe: Any, settings: CompareSettings, watch: Callable[[Progress], None] | None = None) -> Comparison:
+def compare(
+    pipe: Any,
+    settings: CompareSettings,
+    watch: Callable[[Progress], None] | None = None,
+    keep: Callable[[Comparison], None] | None = None,
+) -> Comparison:
     """Make every prompt and seed of ``settings`` by each of its methods.
 
     One uncounted and shorter pass of each method goes first. Then the methods take turns at each picture, in turned
@@ -78,10 +87,12 @@ def compare(pipe: Any, settings: CompareSettings, watch: Callable[[Progress], No
         pipe: a text-to-image pipeline with a UNet, as :func:`~todo_attn.diffusers.pipelines.load_pipeline` gives.
             Device, dtype and scheduler are its own, and those of ``settings`` are not looked at.
         watch: called after every scheduler step.
+        keep: called after every picture with the comparison so far.
 
     Raises:
         SettingError: a setting that does not fit the pipeline.
         ValueError: one of the methods is on the pipeline already.
+        torch.OutOfMemoryError: memory does not suffice for a picture by any method.
     """
     check_pipeline(pipe, settings.source)
     settings = sized(settings, pipe)
@@ -92,13 +103,22 @@ def compare(pipe: Any, settings: CompareSettings, watch: Callable[[Progress], No
     # A schedule is made for a number of steps, and so the method with it.
     short = replace(settings, steps=warmup_steps)
     warm_ups = [b for b in (bind(method, pipe, short) for method in short.parsed_methods()) if b.unavailable is None]
-    pictures = [(prompt, seed) for prompt in settings.prompts for seed in settings.seeds]
+    pictures = settings.pictures
     total = len(able) * (warmup_steps + len(pictures) * settings.steps)
     done = 0
+    names = type(pipe).__name__, type(pipe.scheduler).__name__
     shots: list[Shot] = []
+    out_of_memory: set[str] = set()
 
-    def take(method: BoundMethod, picture: int, steps: int, what: str) -> Shot:
+    def so_far() -> Comparison:
+        now = [replace(m, unavailable=OUT_OF_MEMORY) if m.label in out_of_memory else m for m in methods]
+        return Comparison(settings, *names, pipe.unet.device, pipe.unet.dtype, now, list(shots))
+
+    def take(method: BoundMethod, picture: int, steps: int, what: str) -> Shot | None:
+        """The picture, or None if memory does not suffice: the method is left out from then on."""
         nonlocal done
+        if method.label in out_of_memory:
+            return None
         prompt, seed = pictures[picture]
 
         def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +127,20 @@ def compare(pipe: Any, settings: CompareSettings, watch: Callable[[Progress], No
                 watch(Progress(done + steps * min(1.0, (step + 1) / pipe.num_timesteps), total, what))
             return values
 
-        with method.applied():
-            shot = _take(pipe, settings, prompt, seed, steps, on_step, label=method.label, picture=picture)
-        done += steps
-        return shot
+        try:
+            with method.applied():
+                shot = _take(pipe, settings, prompt, seed, steps, on_step, label=method.label, picture=picture)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            out_of_memory.add(method.label)
+        else:
+            done += steps
+            return shot
+        gc.collect()  # what the pipeline held where it broke off
+        if pipe.unet.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     with _quiet(pipe), _told_once():
         for method in warm_ups:
@@ -118,9 +148,15 @@ def compare(pipe: Any, settings: CompareSettings, watch: Callable[[Progress], No
         for picture in range(len(pictures)):
             for method in able[:: -1 if picture % 2 else 1]:
                 what = f"picture {picture + 1} of {len(pictures)}: {method.label}"
-                shots.append(take(method, picture, settings.steps, what))
-    names = type(pipe).__name__, type(pipe.scheduler).__name__
-    return Comparison(settings, *names, pipe.unet.device, pipe.unet.dtype, methods, shots)
+                shot = take(method, picture, settings.steps, what)
+                if shot is None:
+                    continue
+                shots.append(shot)
+                if keep is not None:
+                    keep(so_far())
+    if not shots:
+        raise torch.OutOfMemoryError("memory does not suffice for a picture by any method")
+    return so_far()
 
 
 @contextmanager
