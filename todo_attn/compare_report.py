@@ -10,6 +10,7 @@ import numpy as np
 
 from .bench.machine import commit
 from .compare_folder import IMAGES
+from .fonts import without_font
 from .metrics import psnr, ssim
 from .versions import device_name, machine, versions
 
@@ -153,4 +154,10 @@ def _notes(comparison: Comparison) -> list[str]:
         )
     if any(s.blacked_out for s in comparison.shots):
         notes.append("The model's safety checker blacked out pictures: their psnr and ssim say nothing.")
+    if lacking := without_font("".join(comparison.settings.prompts)):
+        some = ", ".join(f"U+{ord(character[0]):04X}" for character in lacking[:5])
+        notes.append(
+            f"No font was found for {len(lacking)} of the prompts' characters ({some}): the contact sheet has boxes "
+            "for them. Noto's fonts, once installed, have most scripts."
+        )
     return notes

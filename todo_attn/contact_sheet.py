@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .fonts import draw_text, length, one_line
 
 _PAPER, _INK, _FAINT, _RULE, _ACCENT = "#ffffff", "#181a1f", "#6c727d", "#dee1e6", "#0b7a4b"
 _MARGIN, _GAP = 32, 20
 _MAX_CELL = 512  # pixels along a picture's longer side
 _MIN_PITCH = 320  # words need some room also under tiny pictures
 
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_BIG, _HEADING, _NORMAL, _SMALL = 26, 22, 18, 15  # sizes of words
+_LINE = 22  # from one small line to the next
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,11 @@ class Row:
     cells: Sequence[tuple[np.ndarray | None, str]]
 
 
-def _font(size: int) -> _Font:
-    return ImageFont.load_default(size)  # comes with Pillow: the sheet looks the same everywhere
-
-
 def draw_sheet(title: str, subtitle: str, columns: Sequence[Column], rows: Sequence[Row]) -> Image.Image:
     """The contact sheet, RGB. Pictures above 512 pixels on their longer side are shown scaled down.
 
     Args:
-        title, subtitle: lines at the top.
+        title, subtitle: at the top; the subtitle takes as many lines as it needs.
         columns: at least one.
         rows: at least one, each with a cell per column; at least one cell with a picture.
     """
@@ -51,40 +52,41 @@ def draw_sheet(title: str, subtitle: str, columns: Sequence[Column], rows: Seque
     shrink = min(1.0, _MAX_CELL / max(shape[:2]))
     height, width = round(shape[0] * shrink), round(shape[1] * shrink)
     pitch = max(width, _MIN_PITCH) + _GAP
-    big, normal, small = _font(26), _font(18), _font(15)
-    title_height, head_height, caption_height, row_gap = 84, 66, 30, 34
+    inner = pitch * len(columns) - _GAP
+    subtitles = _wrapped(one_line(subtitle), _SMALL, inner)
+    title_height, head_height, caption_height, row_gap = 62 + _LINE * len(subtitles), 66, 30, 34
     row_height = row_gap + height + caption_height + 14
     sheet = Image.new(
         "RGB",
-        (2 * _MARGIN + pitch * len(columns) - _GAP, _MARGIN + title_height + head_height + row_height * len(rows) + 12),
+        (2 * _MARGIN + inner, _MARGIN + title_height + head_height + row_height * len(rows) + 12),
         _PAPER,
     )
     draw = ImageDraw.Draw(sheet)
-    inner = sheet.width - 2 * _MARGIN
 
-    def write(x: int, y: int, text: str, font: _Font, ink: str, room: int) -> None:
-        draw.text((x, y), _cut(text, font, room), font=font, fill=ink)
+    def write(x: int, y: int, text: str, size: int, ink: str, room: int) -> None:
+        draw_text(draw, x, y, _cut(one_line(text), size, room), size, ink)
 
-    write(_MARGIN, _MARGIN - 6, title, big, _INK, inner)
-    write(_MARGIN, _MARGIN + 32, subtitle, small, _FAINT, inner)
+    write(_MARGIN, _MARGIN - 6, title, _BIG, _INK, inner)
+    for i, line in enumerate(subtitles):
+        write(_MARGIN, _MARGIN + 32 + _LINE * i, line, _SMALL, _FAINT, inner)
     y = _MARGIN + title_height - 12
     draw.line((_MARGIN, y, sheet.width - _MARGIN, y), fill=_RULE, width=1)
     for i, column in enumerate(columns):
         x = _MARGIN + i * pitch
-        badge_width = math.ceil(big.getlength(column.badge))
-        write(x, y + 14, column.heading, _font(22), _INK, pitch - _GAP - badge_width)
+        badge_width = math.ceil(length(column.badge, _BIG))
+        write(x, y + 14, column.heading, _HEADING, _INK, pitch - _GAP - badge_width)
         write(
             x + max(width, _MIN_PITCH) - badge_width,
             y + 11,
             column.badge,
-            big,
+            _BIG,
             _ACCENT if column.good else _INK,
             badge_width,
         )
-        write(x, y + 42, column.detail, normal, _INK, pitch - _GAP)
+        write(x, y + 42, column.detail, _NORMAL, _INK, pitch - _GAP)
     y += 12 + head_height
     for row in rows:
-        write(_MARGIN, y + 8, row.title, small, _FAINT, inner)
+        write(_MARGIN, y + 8, row.title, _SMALL, _FAINT, inner)
         for i, (pixels, caption) in enumerate(row.cells):
             x, top = _MARGIN + i * pitch, y + row_gap
             if pixels is None:
@@ -94,15 +96,25 @@ def draw_sheet(title: str, subtitle: str, columns: Sequence[Column], rows: Seque
                 sheet.paste(
                     picture.resize((width, height), Image.Resampling.LANCZOS) if shrink < 1 else picture, (x, top)
                 )
-            write(x, top + height + 8, caption, small, _INK if pixels is not None else _FAINT, pitch - _GAP)
+            write(x, top + height + 8, caption, _SMALL, _INK if pixels is not None else _FAINT, pitch - _GAP)
         y += row_height
     return sheet
 
 
-def _cut(text: str, font: _Font, room: int) -> str:
+def _cut(text: str, size: int, room: int) -> str:
     """``text``, its end cut off and marked where it is wider than ``room`` pixels."""
-    if font.getlength(text) <= room:
+    if length(text, size) <= room:
         return text
-    while text and font.getlength(text + "...") > room:
-        text = text[:-1]
-    return text.rstrip() + "..."
+    ends = range(len(text) + 1)
+    kept = bisect_right(ends, room, key=lambda end: math.ceil(length(text[:end] + "...", size))) - 1
+    return text[: max(kept, 0)].rstrip() + "..."
+
+
+def _wrapped(text: str, size: int, room: int) -> list[str]:
+    """``text`` in lines of at most ``room`` pixels, broken between words; a dot stays with the word before it."""
+    lines = [""]
+    for word in re.findall(r"\S+(?:\s+·)?\s*", text):
+        if lines[-1] and length(lines[-1] + word.rstrip(), size) > room:
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip(" ·") for line in lines]

@@ -96,6 +96,20 @@ def test_broken_pictures_have_no_quality_and_a_note(comparison):
     assert any("safety checker" in n for n in build_report(replace(comparison, shots=shots))["notes"])
 
 
+def test_letters_without_a_font_have_a_note(comparison, monkeypatch):
+    monkeypatch.setattr(
+        "todo_attn.compare_report.without_font", lambda text: ["中", "🚀"] if "prompt 0" in text else []
+    )
+    (note,) = (n for n in build_report(comparison)["notes"] if "font" in n)
+    assert "2 of the prompts' characters (U+4E2D, U+1F680)" in note and note.isascii()
+
+
+def test_steps_are_counted_as_one_says_it(comparison):
+    assert "30 steps" in table(comparison)
+    one = replace(comparison, settings=replace(comparison.settings, steps=1))
+    assert "1 step," in table(one)
+
+
 def test_memory_is_the_peak_of_all_pictures(comparison):
     shots = [replace(s, peak_bytes=1000 * s.picture + (s.label == "dense")) for s in comparison.shots]
     methods = build_report(replace(comparison, shots=shots))["methods"]
