@@ -235,8 +235,6 @@ def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
         output.finish(comparison, report)
     except KeyboardInterrupt:
         raise UserError(f"interrupted: {output.stop()}", 130) from None
-    except SettingError:
-        raise
     except Exception:  # a fault of ours or of a library: what was made is kept
         output.stop()
         raise

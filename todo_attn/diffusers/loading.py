@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,8 @@ def load_config(kind: type[Any], source: str, subfolder: str) -> dict[str, Any]:
         SettingError: there is none, and why; :class:`UnreachableError` if that is for lack of a network.
     """
     path = local_path(source)
-    with loading(source):
+    with loading(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # diffusers calls the Hub's client as it was in older versions
         return dict(kind.load_config(path, subfolder=subfolder, local_files_only=_is_offline(path)))
 
 
