@@ -61,9 +61,11 @@ class _Layer:
         self.attn, self.grid, self.level, self.finest, self.config = attn, grid, level, finest, config
         self.x: torch.Tensor | None = None
         self.answer: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
 
     def enter(self, module: Any, args: Any, kwargs: Any) -> None:
         self.x, self.answer = args[0] if args else kwargs["hidden_states"], None
+        self.kept = kwargs[ATTRIBUTE].queries if ATTRIBUTE in kwargs else None
 
     def answered(self, module: Any, args: Any) -> None:
         self.answer = args[0]
@@ -78,8 +80,7 @@ class _Layer:
         if factor == (1, 1):
             grid = (1, x.shape[1])  # dense: among the tokens that there are
         else:
-            kept = getattr(self.attn, ATTRIBUTE).transformer.plan.queries
-            queries = x if kept is None else reference.gather_tokens(x, kept)
+            queries = x if self.kept is None else reference.gather_tokens(x, self.kept)
         if answer is None or answer.shape[:2] != queries.shape[:2]:
             got = None if answer is None else tuple(answer.shape[:2])
             raise ValueError(f"{what} must answer for {tuple(queries.shape[:2])} tokens, got {got}")

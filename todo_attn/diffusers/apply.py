@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers.models.attention_processor import (
-    Attention,
     AttnProcessor,
     AttnProcessor2_0,
     AttnProcessorNPU,
@@ -17,11 +16,11 @@ from diffusers.models.attention_processor import (
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from ..config import FINEST, ToDoConfig
+from ..config import ToDoConfig
 from .advice import log_todo
-from .levels import self_attentions, transformers_by_level
-from .processor import ToDoProcessor, default_processor
-from .state import ATTRIBUTE, AttentionState, ModelState, TransformerState, detach_all
+from .install import attach_all, take_off
+from .levels import check_levels, self_attentions, transformers_by_level
+from .processor import ToDoProcessor, written_class
 
 # What ToDo may take the place of: plain softmax attention by the weights of the layer itself, each in its own way.
 _PLAIN = (
@@ -70,7 +69,7 @@ def put_on(pipe_or_model: Any, config: ToDoConfig) -> None:
         raise ValueError(f"config must be a ToDoConfig or None, got {type(config).__name__}")
     models, controlnets = models_of(pipe_or_model)
     for model in models:
-        _check_levels(config, model)
+        check_levels(config, model)
     for model in (*models, *controlnets):
         _check_processors(model)
 
@@ -94,12 +93,7 @@ def remove_todo(pipe_or_model: Any) -> None:
     """
     models, controlnets = models_of(pipe_or_model)
     for model in (*models, *controlnets):
-        for module in model.modules():
-            if isinstance(module, Attention) and isinstance(module.processor, ToDoProcessor):
-                state: AttentionState | None = getattr(module, ATTRIBUTE, None)
-                original = None if state is None else state.original
-                module.set_processor(default_processor(module) if original is None else original)
-        detach_all(model)
+        take_off(model)
 
 
 def models_of(pipe_or_model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -142,7 +136,7 @@ def _check_processors(model: nn.Module) -> None:
     """Other processors, a subclass of a plain one too, may have weights or do more than attention."""
     attns = {attn1 for _, transformer in transformers_by_level(model) for attn1 in self_attentions(transformer)}
     for name, module in model.named_modules():
-        if module in attns and type(module.processor) not in _PLAIN:
+        if module in attns and written_class(module.processor) not in _PLAIN:
             raise ValueError(
                 "pipe_or_model must have diffusers' plain attention processors on its self-attention, got "
                 f"{type(module.processor).__name__} at {type(model).__name__}.{name}: what that does would be lost. "
@@ -150,35 +144,9 @@ def _check_processors(model: nn.Module) -> None:
             )
 
 
-def _check_levels(config: ToDoConfig, model: nn.Module) -> None:
-    levels = sorted({level for level, _ in transformers_by_level(model)})
-    if not levels:
-        raise ValueError(
-            "pipe_or_model must have self-attention over an image (Transformer2DModel, in the blocks of a UNet), got "
-            f"{type(model).__name__}, which has none"
-        )
-    if not isinstance(config.factor, dict):
-        return
-    lacking = [level for level in config.factor if level not in (*levels, FINEST)]
-    if lacking:
-        raise ValueError(
-            f"factor must name levels that {type(model).__name__} has self-attention at, "
-            f"{', '.join(map(str, levels))} or {FINEST!r}, got {', '.join(map(str, lacking))}"
-        )
-    if FINEST in config.factor and levels[0] in config.factor:
-        raise ValueError(f"factor must name a level once, got {FINEST!r} and {levels[0]}, the same in this model")
-
-
 def _install(model: nn.Module, config: ToDoConfig, *, report: bool) -> None:
-    transformers = transformers_by_level(model)
-    finest = min((level for level, _ in transformers), default=None)
-    shared, states = ModelState(config), []
+    attach_all(model, config, report=report)
     processor: Any = ToDoProcessor()
-    for level, transformer in transformers:
-        state = TransformerState(shared, level, finest=level == finest)
-        state.attach(transformer)
-        states.append(state)
+    for _, transformer in transformers_by_level(model):
         for attn1 in self_attentions(transformer):
-            setattr(attn1, ATTRIBUTE, AttentionState(state, attn1.processor))
             attn1.set_processor(processor)
-    shared.attach(model, states, report=report)

@@ -9,6 +9,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
+from ..config import FINEST, ToDoConfig
+
 
 def self_attentions(transformer: Transformer2DModel) -> list[Attention]:
     """The attn1 of every block of ``transformer``, but for blocks that only cross-attend."""
@@ -47,3 +49,28 @@ def blocks_by_level(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         yield level, block
         if getattr(block, "upsamplers", None):
             level //= 2
+
+
+def check_levels(config: ToDoConfig, model: nn.Module) -> None:
+    """Refuse a ``config`` that names what ``model`` lacks.
+
+    Raises:
+        ValueError: ``model`` has no self-attention over an image, or not at a level of the factor; or the factor names
+            a level twice.
+    """
+    levels = sorted({level for level, _ in transformers_by_level(model)})
+    if not levels:
+        raise ValueError(
+            "pipe_or_model must have self-attention over an image (Transformer2DModel, in the blocks of a UNet), got "
+            f"{type(model).__name__}, which has none"
+        )
+    if not isinstance(config.factor, dict):
+        return
+    lacking = [level for level in config.factor if level not in (*levels, FINEST)]
+    if lacking:
+        raise ValueError(
+            f"factor must name levels that {type(model).__name__} has self-attention at, "
+            f"{', '.join(map(str, levels))} or {FINEST!r}, got {', '.join(map(str, lacking))}"
+        )
+    if FINEST in config.factor and levels[0] in config.factor:
+        raise ValueError(f"factor must name a level once, got {FINEST!r} and {levels[0]}, the same in this model")

@@ -5,50 +5,58 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnAddedKVProcessor2_0,
-    AttnProcessor,
-    AttnProcessor2_0,
-)
+from diffusers.models.attention_processor import Attention
 from diffusers.utils import deprecate
 
 from .. import ops
 from ..config import ToDoConfig
 from ..logs import logger
-from ..ops.tracing import constant_in_graphs
+from ..ops.tracing import as_numbers, constant_in_graphs
 from .grid import adopt_from_call_stack
-from .state import ATTRIBUTE, AttentionState, Plan
+from .install import default_processor
+from .state import ATTRIBUTE, AttentionState, Plan, TakesPlan, check_own_config
 
 _DEFAULT_CONFIG = ToDoConfig()
-_DENSE = AttnProcessor2_0()
-_DENSE_UNSCALED = AttnProcessor()
-_DENSE_ADDED_KV = AttnAddedKVProcessor2_0()
 
 
-def default_processor(attn: Attention) -> Any:
-    """The processor that diffusers itself gives ``attn``. AttnProcessor2_0 ignores ``attn.scale``: see scale_qk."""
-    if attn.added_kv_proj_dim is not None:
-        return _DENSE_ADDED_KV
-    return _DENSE if attn.scale_qk else _DENSE_UNSCALED
-
-
-class ToDoProcessor:
+class ToDoProcessor(TakesPlan):
     """Token Downsampling (ToDo, arXiv 2402.13573) for ``unet.set_attn_processor(ToDoProcessor())``.
 
     Self-attention keeps every query and reads keys and values of a coarser grid, taken before ``to_k`` and ``to_v`` so
-    that the projections shrink too. Alone it follows ``ToDoConfig()``: at most 4096 keys, at every level and any size.
-    :func:`todo_attn.apply_todo` installs it with another configuration, which is kept on the model, not here.
+    that the projections shrink too. With a ``config`` it follows that, also in a model under
+    :func:`todo_attn.apply_todo`; without, the configuration that ``apply_todo`` left on the model, or else
+    ``ToDoConfig()``, at most 4096 keys at every level and any size. One serves any number of layers and models; all
+    blocks of a ``Transformer2DModel`` must have the same configuration.
 
     It runs dense, through the processor that it replaced, or diffusers' default one, wherever ToDo does not apply:
     cross-attention, a given ``attention_mask``, factor 1, a timestep outside the configured range, and a self-attention
     whose grid of tokens is not known. The last logs one warning: it is the case when ``torch.compile`` traces a model
     that has this processor and has neither been called before nor given to ``apply_todo``, and for self-attention
     outside a ``Transformer2DModel`` (a video model's motion modules, say) on inputs that are not images.
+
+    Args:
+        config: what to do; None is what the model says. A factor by level and a narrower ``timestep_range`` are of use
+            in the self-attentions of a UNet or ControlNet, which knows both.
+
+    Raises:
+        ValueError: ``config`` is neither a ``ToDoConfig`` nor None. At the first call: it names a level that the model
+            lacks, or asks for levels or timesteps where there are none to know (in a VAE, say).
     """
 
-    def __init__(self) -> None:
+    # diffusers rebuilds a processor as ``processor.__class__()`` when an IP-Adapter comes or goes, even before the
+    # first call. So one with a configuration is of a class that has it.
+    def __new__(cls, config: ToDoConfig | None = None, *args: Any, **kwargs: Any) -> ToDoProcessor:
+        return super().__new__(_class_with(cls, config) if isinstance(config, ToDoConfig) else cls)
+
+    def __init__(self, config: ToDoConfig | None = None) -> None:
+        if config is not None and not isinstance(config, ToDoConfig):
+            raise ValueError(f"config must be a ToDoConfig or None, got {type(config).__name__}")
         self._warned = False
+
+    def __repr__(self) -> str:
+        """As diffusers' errors show it where it refuses a processor that is not its own."""
+        config = "" if self.config is None else repr(self.config)
+        return f"<ToDoProcessor({config}), which todo_attn.remove_todo(model) takes off>"
 
     def __call__(
         self,
@@ -58,12 +66,14 @@ class ToDoProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
         *args: Any,
+        _todo_attn: Plan | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """``hidden_states`` (B, N, C) or (B, C, H, W) -> the same shape and dtype. See ``AttnProcessor2_0``.
 
         Raises:
-            ValueError: ``encoder_hidden_states`` is what an IP-Adapter gives, text and image tokens as a tuple.
+            ValueError: ``encoder_hidden_states`` is what an IP-Adapter gives, text and image tokens as a tuple; or the
+                configuration does not fit, at the first call.
         """
         if isinstance(encoder_hidden_states, tuple):
             raise ValueError(
@@ -73,7 +83,7 @@ class ToDoProcessor:
             )
         plan = None
         if encoder_hidden_states is None and attention_mask is None:
-            plan = self._plan(attn, hidden_states)
+            plan = self._plan(attn, hidden_states, _todo_attn)
         if plan is None or plan.factor == (1, 1):
             state = getattr(attn, ATTRIBUTE, None)
             dense = default_processor(attn) if state is None or state.original is None else state.original
@@ -117,18 +127,22 @@ class ToDoProcessor:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
-    def _plan(self, attn: Attention, hidden_states: torch.Tensor) -> Plan | None:
+    def _plan(self, attn: Attention, hidden_states: torch.Tensor, sent: Plan | None) -> Plan | None:
         """What to do in a self-attention; None for dense, because no grid is known."""
         if hidden_states.ndim == 4:  # an image is its own grid
-            grid = (hidden_states.shape[2], hidden_states.shape[3])
-            return Plan(grid, _DEFAULT_CONFIG.factor_for(grid), _DEFAULT_CONFIG.mode)
-        tokens = hidden_states.shape[1]
+            config = _DEFAULT_CONFIG if self.config is None else self.config
+            check_own_config(config, None)
+            height, width = as_numbers(hidden_states.shape[2:])
+            return Plan((height, width), config.factor_for((height, width)), config.mode)
+        (tokens,) = as_numbers(hidden_states.shape[1:2])
         state: AttentionState | None = getattr(attn, ATTRIBUTE, None)
         if state is None and not torch.compiler.is_compiling():
             state = adopt_from_call_stack(attn, tokens)
-        plan = None if state is None else state.transformer.plan
+        plan = state.transformer.plan if sent is None and state is not None else sent
         if plan is None or (plan.factor != (1, 1) and plan.grid[0] * plan.grid[1] != tokens):
             self._warn_no_grid()
+            if state is not None:
+                state.transformer.misfit = plan is not None
             return None
         return plan
 
@@ -141,3 +155,24 @@ class ToDoProcessor:
             "ToDoProcessor: the grid of tokens of a self-attention is not known, so it runs dense. apply_todo(pipe) "
             "sets up every self-attention that has one, also before torch.compile."
         )
+
+
+_CLASSES: dict[tuple[type[ToDoProcessor], ToDoConfig], type[ToDoProcessor]] = {}
+
+
+def written_class(processor: object) -> type:
+    """The class of ``processor`` as it was written; a ToDoProcessor with a configuration is of one made here."""
+    return getattr(type(processor), "_written_class", type(processor))
+
+
+def _class_with(cls: type[ToDoProcessor], config: ToDoConfig) -> type[ToDoProcessor]:
+    """``cls`` with ``config``, under the same name; the same one for the same configuration."""
+    if (cls, config) in _CLASSES:
+        return _CLASSES[cls, config]
+
+    def reduce(self: ToDoProcessor) -> tuple[Any, ...]:  # pickle and copy look for a class by its name
+        return cls, (config,), self.__dict__
+
+    body = {"config": config, "_written_class": cls, "__reduce__": reduce, "__doc__": cls.__doc__}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return _CLASSES.setdefault((cls, config), type(cls.__name__, (cls,), body))

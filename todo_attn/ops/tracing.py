@@ -1,9 +1,11 @@
-"""What torch.compile is to run while it traces, because it cannot follow it or need not."""
+"""What tracers need: for torch.compile what it cannot follow or need not, for torch.jit.trace sizes as numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -16,3 +18,8 @@ def constant_in_graphs(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def as_numbers(sizes: Any) -> tuple[Any, ...]:
+    """``sizes`` of a tensor as numbers, which torch.jit.trace hands out as tensors; torch.compile's stay symbols."""
+    return tuple(int(size) if isinstance(size, torch.Tensor) else size for size in sizes)
