@@ -68,8 +68,8 @@ def check_own_config(config: ToDoConfig, model: RunningModel | None) -> None:
     ):
         if needed and not known:
             raise ValueError(
-                f"{argument} of a ToDoProcessor must not be {getattr(config, argument)!r} if the model that calls it is "
-                "not known: use apply_todo(model, config), or call the model once before it is compiled"
+                f"{argument} of a ToDoProcessor must not be {getattr(config, argument)!r} if the model that calls it "
+                "is not known: use apply_todo(model, config), or call the model once before it is compiled"
             )
     if model is not None and by_level:
         check_levels(config, model.module)
