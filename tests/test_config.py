@@ -60,6 +60,11 @@ def test_defaults():
         ("timestep_range", (0, float("nan"))),
         ("timestep_range", (0, float("inf"))),
         ("timestep_range", None),
+        ("timestep_range", (0.2, 1.0)),  # fractions of the run, as diffusers has them for guidance
+        ("timestep_range", (0, 1)),
+        ("timestep_range", (0.0, 0.0)),
+        ("timestep_range", (2000, 3000)),
+        ("timestep_range", (-200, -1)),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_it_was(argument, value):
@@ -84,6 +89,17 @@ def test_json_round_trip(config):
     assert ToDoConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert ToDoConfig.from_dict(config.to_dict()) == config
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+def test_only_the_factor_may_come_without_its_name():
+    assert ToDoConfig(4) == ToDoConfig(factor=4)
+    with pytest.raises(TypeError, match="positional"):
+        ToDoConfig("auto", 1024)
+
+
+@pytest.mark.parametrize("timesteps", [(0, 1.5), (0, 2), (1000, 1000), (0.5, 1000), (-5, 0.5), (999.5, 2000)], ids=str)
+def test_ranges_at_the_ends_of_the_timesteps(timesteps):
+    assert ToDoConfig(timestep_range=timesteps).timestep_range == timesteps
 
 
 def test_from_dict_names_what_it_does_not_know():
@@ -173,7 +189,10 @@ def test_levels_that_are_not_named_are_dense():
 
 @pytest.mark.parametrize(
     ("height", "width", "factor"),
-    [(256, 256, 1), (512, 512, 1), (1024, 1024, 2), (1536, 1536, 3), (2048, 2048, 4), (720, 1280, 2), (64, 64, 1)],
+    [
+        *[(256, 256, 1), (512, 512, 1), (1024, 1024, 2), (1536, 1536, 3), (2048, 2048, 4), (720, 1280, 2), (64, 64, 1)],
+        *[(768, 768, 2), (1280, 1280, 3), (1279, 1280, 2), (1792, 1792, 4), (2304, 2304, 5)],  # halves go up
+    ],
 )
 def test_paper(height, width, factor):
     config = ToDoConfig.paper(height, width)

@@ -125,7 +125,18 @@ CONFIGS = {
     "preset": DaToConfig.preset("coco"),
     "ratios": DaToConfig(prune_ratio=(0.25, 0, 0.5), cache_schedule="12", patch=(3, 2)),
     "todo": DaToConfig(todo=ToDoConfig(factor={1: 2, "finest": 3}, timestep_range=(10, 20))),
-    "all": DaToConfig(0, "0", (1, 4), 0, 2, False, True, True, ToDoConfig(), 2**63 - 1),
+    "all": DaToConfig(
+        0,
+        cache_schedule="0",
+        patch=(1, 4),
+        noise_weight=0,
+        dynamics_weight=2,
+        align_guidance=False,
+        prune_cross_attention=True,
+        prune_feed_forward=True,
+        todo=ToDoConfig(),
+        seed=2**63 - 1,
+    ),
 }
 
 
@@ -250,3 +261,9 @@ def test_numbers_beyond_floats_are_refused():
 def test_a_preset_is_a_name_or_a_file(name):
     with pytest.raises(ValueError, match="schedule must be a name or a file"):
         DaToConfig.preset(name)
+
+
+def test_only_the_ratio_may_come_without_its_name():
+    assert DaToConfig(0.3) == DaToConfig(prune_ratio=0.3)
+    with pytest.raises(TypeError, match="positional"):
+        DaToConfig(0.3, "12")

@@ -136,7 +136,7 @@ def test_unknown_names_raise():
 
     with pytest.raises(AttributeError, match="nothing_here"):
         todo_attn.nothing_here  # noqa: B018
-    assert {"ToDoConfig", "ToDoProcessor", "apply_todo", "remove_todo", "ops"} <= set(dir(todo_attn))
+    assert {"ToDoConfig", "ToDoProcessor", "apply_todo", "remove_todo", "ops", "__version__"} <= set(dir(todo_attn))
 
 
 def test_an_nvcc_that_knows_none_of_the_architectures_leaves_the_cuda_library_out(tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
-from .config import FINEST, ToDoConfig
+from .config import FINEST, Factor, ToDoConfig
 from .dato_config import DaToConfig
+from .modes import Mode
 from .schedule import load as load_schedule
 from .schedule import names as published
 
@@ -123,8 +125,9 @@ class MethodOptions:
             factor = parse_factor(self.factor if method.variant is None else method.variant, height, width)
         except ValueError as error:
             raise refusal(method, "factor", str(error).removeprefix("factor ")) from None
+        mode = cast(Mode, self.mode)  # which ToDoConfig checks
         try:
-            return ToDoConfig(factor=factor, max_kv_tokens=self.max_kv_tokens, mode=self.mode)
+            return ToDoConfig(factor=factor, max_kv_tokens=self.max_kv_tokens, mode=mode)
         except ValueError as error:
             name, _, problem = str(error).partition(" ")
             raise SettingError(name, problem) from None
@@ -185,7 +188,7 @@ def refusal(method: Method, option: str, problem: str) -> SettingError:
     return SettingError("methods", f"has {method.label!r}, whose {str(KINDS[method.kind]).lower()} {problem}")
 
 
-def parse_factor(text: str, height: int, width: int) -> str | int | dict[int | str, int]:
+def parse_factor(text: str, height: int, width: int) -> Factor:
     """ToDoConfig's factor from how it is written on the command line.
 
     "auto"; "paper" (the published factor for ``height`` x ``width`` pixels); an integer for every level; or pairs

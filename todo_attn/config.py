@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import Any, Literal, NoReturn, TypeAlias
 
-from .modes import MODES
+from .modes import MODES, Mode
 from .plain import arguments_of, is_int, is_number
 
 FINEST = "finest"
 # The timesteps a diffusers model is trained on; a range that holds them all needs no look at the timestep.
 _ALL_TIMESTEPS = (0, 1000)
+# Levels are int or "finest". But a variable that is a dict[int, int] is no Mapping[int | str, int] to a type checker.
+Factor: TypeAlias = Literal["auto"] | int | Mapping[Any, int]
 
 
 class _Factors(dict[int | str, int]):
@@ -40,11 +42,13 @@ class ToDoConfig:
     Args:
         factor: tokens per coarse token along each axis. An int is for every level; ``{level: int}`` for those levels,
             the others dense; "auto" takes, at every level and size, the smallest factor with at most
-            ``max_kv_tokens`` coarse tokens. 1 is dense. A factor beyond the grid is cut down to the grid's side.
+            ``max_kv_tokens`` coarse tokens. 1 is dense. A factor beyond the grid is cut down to the grid's side; one
+            that reaches it leaves a single row or column of keys, and the first call warns. The other arguments are
+            given by name.
         max_kv_tokens: the most keys that "auto" leaves.
         mode: how coarse tokens are taken, "nearest", "nearest-exact" or "mean": see
             :func:`todo_attn.ops.downsample_tokens`.
-        timestep_range: (low, high), in timesteps of the model (0 to 1000). ToDo acts when low <= t <= high, for every
+        timestep_range: (low, high), in timesteps of the model (0 to 1000, not fractions). ToDo acts when low <= t <= high, for every
             sample of the batch. A range that holds 0 to 1000 acts always and never reads the timestep; a narrower one
             waits for the device once per call of the model when the timestep is a device tensor. ``torch.compile`` then
             makes two graphs of the model, and with ``fullgraph`` it must be given the model itself.
@@ -53,9 +57,10 @@ class ToDoConfig:
         ValueError: an argument that does not fit, naming it, what it must be and what it was.
     """
 
-    factor: str | int | dict[int | str, int] = "auto"
+    factor: Factor = "auto"
+    _: KW_ONLY
     max_kv_tokens: int = 4096
-    mode: str = "nearest"
+    mode: Mode = "nearest"
     timestep_range: tuple[float, float] = _ALL_TIMESTEPS
 
     def __post_init__(self) -> None:
@@ -70,8 +75,8 @@ class ToDoConfig:
     def paper(cls, height: int, width: int) -> ToDoConfig:
         """The published settings for an image of ``height`` x ``width`` pixels.
 
-        At the finest level sqrt(height * width) / 512, rounded (2 at 1024 x 1024, 3 at 1536 x 1536, 4 at 2048 x 2048),
-        and at least 1; all other levels dense.
+        At the finest level sqrt(height * width) / 512, rounded, halves up (2 at 1024 x 1024, 3 at 1280 x 1280, 4 at
+        2048 x 2048), and at least 1; all other levels dense.
 
         Raises:
             ValueError: ``height`` or ``width`` is not a positive integer.
@@ -79,7 +84,8 @@ class ToDoConfig:
         for name, value in (("height", height), ("width", width)):
             if not is_int(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, in pixels, got {value!r}")
-        return cls(factor={FINEST: max(1, round(math.sqrt(height * width) / 512))})
+        rounded = (math.isqrt(4 * height * width) + 512) // 1024  # floor(sqrt(height * width) / 512 + 1 / 2), exactly
+        return cls(factor={FINEST: max(1, rounded)})
 
     @property
     def every_timestep(self) -> bool:
@@ -103,7 +109,7 @@ class ToDoConfig:
             factor = 1
             while (height // min(factor, height)) * (width // min(factor, width)) > self.max_kv_tokens:
                 factor += 1
-        elif isinstance(self.factor, dict):
+        elif isinstance(self.factor, _Factors):
             default = self.factor.get(FINEST, 1) if finest else 1
             factor = default if level is None else self.factor.get(level, default)
         else:
@@ -130,7 +136,7 @@ class ToDoConfig:
         return cls(**arguments)
 
 
-def _checked_factor(factor: object) -> str | int | dict[int | str, int]:
+def _checked_factor(factor: object) -> Literal["auto"] | int | _Factors:
     """``factor`` itself, or a frozen copy where it is a mapping: no later change may pass unchecked."""
     if isinstance(factor, Mapping):
         for level, value in factor.items():
@@ -140,7 +146,7 @@ def _checked_factor(factor: object) -> str | int | dict[int | str, int]:
                 raise ValueError(f"factor of level {level!r} must be an integer of at least 1, got {value!r}")
         return _Factors(factor)
     if isinstance(factor, str) and factor == "auto":
-        return factor
+        return "auto"
     if isinstance(factor, int) and is_int(factor) and factor >= 1:
         return factor
     raise ValueError(f"factor must be 'auto', an integer of at least 1 or {{level: integer}}, got {factor!r}")
@@ -152,4 +158,12 @@ def _checked_range(value: object) -> tuple[float, float]:
     low, high = value
     if low > high:
         raise ValueError(f"timestep_range must have low <= high, got {(low, high)!r}")
+    first, last = _ALL_TIMESTEPS
+    if high < first or low > last:
+        raise ValueError(f"timestep_range must reach into the timesteps {first} to {last}, got {(low, high)!r}")
+    if 0 <= low and high <= 1:
+        raise ValueError(
+            f"timestep_range must be in timesteps of the model, {first} to {last}, and not in fractions, got "
+            f"{(low, high)!r}"
+        )
     return low, high

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 from . import schedule
@@ -23,7 +23,7 @@ class DaToConfig:
             finest level; or one such number per call of the UNet (made to fit a run of another length, each call then
             taking that of the nearest moment). At most 1 - 1 / (patch height * width) on a grid that the patch
             divides, and more on others, whose edges hold no base token: :func:`todo_attn.ops.plan_pruning` checks
-            that at the call. What no grid allows is refused here.
+            that at the call. What no grid allows is refused here. The other arguments are given by name.
         cache_schedule: a digit per call of the UNet after the first, which is always full: "2" full, "1" shallow, "0"
             the output before once more (:mod:`todo_attn.schedule`). None computes every call in full.
         patch: (height, width) in tokens of the patches, each of which keeps one base token.
@@ -39,7 +39,8 @@ class DaToConfig:
             not fit the schedule.
     """
 
-    prune_ratio: float | tuple[float, ...] = 0.4
+    prune_ratio: float | Sequence[float] = 0.4
+    _: KW_ONLY
     cache_schedule: str | None = None
     patch: tuple[int, int] = (2, 2)
     noise_weight: float = 0.1
@@ -51,11 +52,12 @@ class DaToConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prune_ratio", _checked_ratio(self.prune_ratio))
+        ratio = _checked_ratio(self.prune_ratio)
+        object.__setattr__(self, "prune_ratio", ratio)
         if self.cache_schedule is not None:
             schedule.check_digits(self.cache_schedule, "cache_schedule")
         object.__setattr__(self, "patch", _checked_patch(self.patch))
-        _check_room(self.prune_ratio, self.patch)
+        _check_room(ratio, self.patch)
         for name in ("noise_weight", "dynamics_weight"):
             value = getattr(self, name)
             if not is_number(value) or value < 0:
@@ -119,13 +121,14 @@ class DaToConfig:
             raise ValueError(f"call must be an integer of at least 0, got {call!r}")
         if calls is not None:
             _check_calls(calls)
-        if not isinstance(self.prune_ratio, tuple):
-            return self.prune_ratio
-        last = len(self.prune_ratio) - 1
+        ratios = self.prune_ratio
+        if isinstance(ratios, (int, float)):
+            return ratios
+        last = len(ratios) - 1
         if calls is None:
-            return self.prune_ratio[min(call, last)]
+            return ratios[min(call, last)]
         # The first call is the first and the last the last, whatever is between.
-        return self.prune_ratio[(2 * min(call, calls - 1) * last + calls - 1) // (2 * (calls - 1)) if calls > 1 else 0]
+        return ratios[(2 * min(call, calls - 1) * last + calls - 1) // (2 * (calls - 1)) if calls > 1 else 0]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``json.dumps`` takes; :meth:`from_dict` reads it back."""
@@ -152,7 +155,7 @@ def _checked_ratio(value: object) -> float | tuple[float, ...]:
             raise ValueError(f"prune_ratio must be at least 0 and below 1, or a sequence of such numbers, got {x!r}")
         return float(x)
 
-    if not isinstance(value, (tuple, list)):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return checked(value)
     if not value:
         raise ValueError("prune_ratio must have a number for each call, got none")

@@ -1,3 +1,6 @@
 """How coarse tokens may be taken. Here, without torch, for the configuration and for the ops alike."""
 
-MODES = ("nearest", "nearest-exact", "mean")
+from typing import Literal, TypeAlias, get_args
+
+Mode: TypeAlias = Literal["nearest", "nearest-exact", "mean"]
+MODES: tuple[Mode, ...] = get_args(Mode)
