@@ -20,14 +20,14 @@ from .dato_config import DaToConfig  # noqa: E402
 from .example import example_pipeline  # noqa: E402
 
 if TYPE_CHECKING:
-    from .diffusers import ToDoProcessor, apply_dato, apply_todo, remove_dato, remove_todo, reset_dato
+    from .diffusers import ToDoProcessor, apply_dato, apply_todo, remove_dato, remove_todo, reset_dato, status
 
 try:
     __version__ = version("todo_attn")
 except PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+unknown"
 
-_NEEDS_DIFFUSERS = {"ToDoProcessor", "apply_dato", "apply_todo", "remove_dato", "remove_todo", "reset_dato"}
+_NEEDS_DIFFUSERS = {"ToDoProcessor", "apply_dato", "apply_todo", "remove_dato", "remove_todo", "reset_dato", "status"}
 
 __all__ = [
     "DaToConfig",
@@ -40,6 +40,7 @@ __all__ = [
     "remove_dato",
     "remove_todo",
     "reset_dato",
+    "status",
 ]
 
 

@@ -48,10 +48,12 @@ class ToDoConfig:
         max_kv_tokens: the most keys that "auto" leaves.
         mode: how coarse tokens are taken, "nearest", "nearest-exact" or "mean": see
             :func:`todo_attn.ops.downsample_tokens`.
-        timestep_range: (low, high), in timesteps of the model (0 to 1000, not fractions). ToDo acts when low <= t <= high, for every
-            sample of the batch. A range that holds 0 to 1000 acts always and never reads the timestep; a narrower one
-            waits for the device once per call of the model when the timestep is a device tensor. ``torch.compile`` then
-            makes two graphs of the model, and with ``fullgraph`` it must be given the model itself.
+        timestep_range: (low, high), in timesteps of the model (0 to 1000, not fractions). ToDo acts when
+            low <= t <= high, for every sample of the batch. A range that holds 0 to 1000 acts always and never reads
+            the timestep; a narrower one waits for the device once per call of the model when the timestep is a device
+            tensor. ``torch.compile`` then makes two graphs of the model, and with ``fullgraph`` it must be given the
+            model itself. ``torch.jit.trace`` and ``torch.export`` cannot record it, and one model cannot follow it in
+            several threads at once.
 
     Raises:
         ValueError: an argument that does not fit, naming it, what it must be and what it was.
@@ -161,7 +163,7 @@ def _checked_range(value: object) -> tuple[float, float]:
     first, last = _ALL_TIMESTEPS
     if high < first or low > last:
         raise ValueError(f"timestep_range must reach into the timesteps {first} to {last}, got {(low, high)!r}")
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         raise ValueError(
             f"timestep_range must be in timesteps of the model, {first} to {last}, and not in fractions, got "
             f"{(low, high)!r}"

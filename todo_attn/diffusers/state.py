@@ -117,6 +117,12 @@ class ModelState:
         self._compare(args[1] if len(args) > 1 else kwargs.get("timestep"))
 
     def _compare(self, timestep: Any) -> None:
+        if isinstance(timestep, torch.Tensor) and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            low, high = next(iter(self._in_range))
+            raise ValueError(
+                f"timestep_range must hold all of 0 to 1000 while torch.jit.trace or torch.export records the model, "
+                f"whose graph is one for every timestep, got {(low, high)}"
+            )
         for low, high in self._in_range:
             if isinstance(timestep, torch.Tensor):
                 self._in_range[low, high] = bool(((timestep >= low) & (timestep <= high)).all())

@@ -1,0 +1,143 @@
+"""What ToDo does in each self-attention of a model, and why: for people, where something looks wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from .apply import models_of
+from .levels import self_attentions, transformers_by_level
+from .state import ATTRIBUTE, AttentionState, TakesPlan
+
+# What puts a processor there, by a part of its class's name.
+_PUT_BY = {
+    "Sliced": "attention slicing",
+    "XFormers": "xFormers",
+    "Fused": "fuse_qkv_projections",
+    "CustomDiffusion": "Custom Diffusion's weights",
+    "PAG": "perturbed-attention guidance",
+    "IPAdapter": "an IP-Adapter",
+}
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """One self-attention over an image.
+
+    Args:
+        name: of the module, with its model's before it if there are several.
+        level: the side, in latent pixels, of what one token stands for.
+        state: "coarse" or "dense" in the last call; "not called yet" if there was none since ToDo was put there; "off"
+            if ToDo is not there.
+        grid: (height, width) in tokens in the last call; None without one.
+        factor: (height, width) in tokens per key along each axis in the last call; None without one.
+        why: it is not coarse; "" if it is.
+    """
+
+    name: str
+    level: int
+    state: str
+    grid: tuple[int, int] | None
+    factor: tuple[int, int] | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of a pipeline or model; ``print`` it. ``layers`` are its self-attentions in the order of a call."""
+
+    layers: tuple[LayerStatus, ...]
+
+    def __str__(self) -> str:
+        """Sections with an empty line between; what else is on a model than ToDo is another section here."""
+        return "\n\n".join([_todo_text(self.layers)])
+
+
+def status(pipe_or_model: Any) -> Status:
+    """Whether ToDo is on, and what it did in the last call, by self-attention; ``print(status(pipe))`` is a table.
+
+    It changes nothing and reads nothing from the device. In a pipeline the UNet and its ControlNets are covered. What
+    is said of the last call is of the last one that began.
+
+    Args:
+        pipe_or_model: as :func:`todo_attn.apply_todo` takes it.
+
+    Raises:
+        ValueError: ``pipe_or_model`` is neither a pipeline with a ``unet`` nor a model.
+    """
+    models, controlnets = models_of(pipe_or_model)
+    several = len(models) + len(controlnets) > 1
+    layers = []
+    for number, model in enumerate((*models, *controlnets)):
+        prefix = f"{type(model).__name__}[{number}]." if several else ""
+        names = {module: name for name, module in model.named_modules()}
+        for level, transformer in transformers_by_level(model):
+            layers += [_layer(prefix + names[attn], level, attn) for attn in self_attentions(transformer)]
+    return Status(tuple(layers))
+
+
+def _layer(name: str, level: int, attn: Any) -> LayerStatus:
+    state: AttentionState | None = getattr(attn, ATTRIBUTE, None)
+    processor = attn.processor
+    if not isinstance(processor, TakesPlan):
+        return LayerStatus(name, level, "off", None, None, _why_off(processor, state))
+    if state is None or (plan := state.transformer.plan) is None:
+        by_hand = state is None and "its first call outside of torch.compile finds the grid"
+        return LayerStatus(name, level, "not called yet", None, None, by_hand or "")
+    why = _why_dense(state)
+    factor = (1, 1) if why else plan.factor
+    return LayerStatus(name, level, "dense" if why else "coarse", plan.grid, factor, why)
+
+
+def _why_off(processor: object, state: AttentionState | None) -> str:
+    name = type(processor).__name__
+    if state is None:
+        return f"{name} is there, and apply_todo was not called or was taken off"
+    if state.original is processor:
+        return f"{name} is there again, as before apply_todo"
+    by = next((f", of {what}," for part, what in _PUT_BY.items() if part in name), "")
+    return f"{name}{by} replaced ToDo's processor: call apply_todo after it"
+
+
+def _why_dense(state: AttentionState) -> str:
+    transformer = state.transformer
+    config, plan = transformer.config, transformer.plan
+    assert plan is not None
+    if transformer.misfit:
+        return "another number of tokens than the grid has: something merges or drops them before"
+    if not transformer.model.acts(config):
+        low, high = config.timestep_range
+        return f"the timestep is outside of timestep_range, {low:g} to {high:g}"
+    if plan.factor == (1, 1):
+        named = config.factor == "auto"
+        return f"{config.max_kv_tokens} tokens or fewer" if named else "factor 1 at this size and level"
+    return "an attention mask was given" if transformer.masked else ""
+
+
+def _todo_text(layers: Sequence[LayerStatus]) -> str:
+    """A row for each layer, or for equal ones of a transformer."""
+    if not layers:
+        return "ToDo: no self-attention over an image (Transformer2DModel) here"
+    counts = Counter(layer.state for layer in layers)
+    total = ", ".join(f"{number} {state}" for state, number in counts.most_common())
+    rows = [("self-attention", "level", "in the last call", "grid", "factor", "why")]
+    for (_, *same), group in groupby(layers, key=_row_key):
+        blocks = list(group)
+        name = blocks[0].name if len(blocks) == 1 else f"{blocks[0].name} and {len(blocks) - 1} more"
+        rows.append((name, *same))
+    return f"ToDo, in {len(layers)} self-attentions: {total}\n{_aligned(rows)}"
+
+
+def _row_key(layer: LayerStatus) -> tuple[str, ...]:
+    transformer = layer.name.partition(".transformer_blocks.")[0]
+    pairs = ("x".join(map(str, pair)) if pair else "-" for pair in (layer.grid, layer.factor))
+    return (transformer, str(layer.level), layer.state, *pairs, layer.why)
+
+
+def _aligned(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
