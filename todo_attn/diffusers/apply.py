@@ -41,10 +41,12 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     In place, and undone by :func:`remove_todo`. It works at every height and width, with guidance on or off, in a model
     already compiled, and together with LoRA, IP-Adapter, ControlNet and offloading, whichever comes first. Applied
     again it replaces the configuration. Only the processors of attn1 change, so what replaces those itself (attention
-    slicing, xFormers, fused projections) takes ToDo off: apply it after.
+    slicing, xFormers, fused projections) takes ToDo off, and the next call says so: apply it after. A pipeline that
+    builds a UNet of its own from this one (``AnimateDiffPipeline.from_pipe``) starts without.
 
-    A model is not to be called from two threads at once, with or without ToDo: what the running call does is kept on
-    it.
+    Calls from several threads at once do not meet: the plan of a call travels with it. But a ``timestep_range`` that
+    does not hold all of 0 to 1000 is decided on the model, so such calls must all be inside or all outside of it; and
+    nobody may apply or remove anything meanwhile.
 
     Args:
         pipe_or_model: a pipeline with a ``unet``, whose ControlNets are covered too, or such a model itself
