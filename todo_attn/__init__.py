@@ -20,7 +20,8 @@ from .dato_config import DaToConfig  # noqa: E402
 from .example import example_pipeline  # noqa: E402
 
 if TYPE_CHECKING:
-    from .diffusers import ToDoProcessor, apply_dato, apply_todo, remove_dato, remove_todo, reset_dato, status
+    from .diffusers import ToDoProcessor, apply_dato, apply_todo, remove_dato, remove_todo, reset_dato
+    from .diffusers.status import status
 
 try:
     __version__ = version("todo_attn")

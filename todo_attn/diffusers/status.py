@@ -123,7 +123,7 @@ def _todo_text(layers: Sequence[LayerStatus]) -> str:
         return "ToDo: no self-attention over an image (Transformer2DModel) here"
     counts = Counter(layer.state for layer in layers)
     total = ", ".join(f"{number} {state}" for state, number in counts.most_common())
-    rows = [("self-attention", "level", "in the last call", "grid", "factor", "why")]
+    rows: list[tuple[str, ...]] = [("self-attention", "level", "in the last call", "grid", "factor", "why")]
     for (_, *same), group in groupby(layers, key=_row_key):
         blocks = list(group)
         name = blocks[0].name if len(blocks) == 1 else f"{blocks[0].name} and {len(blocks) - 1} more"
