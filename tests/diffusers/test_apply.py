@@ -439,7 +439,26 @@ def test_a_configuration_that_acts_logs_nothing(unet, call, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("config", [ToDoConfig(4096), ToDoConfig(factor={1: 2, 4: 4})], ids=str)
+def test_a_factor_that_reaches_the_side_of_a_grid_warns_once(unet, call, caplog, config):
+    """As of one who meant max_kv_tokens."""
+    apply_todo(unet, config)
+    for _ in range(2):
+        call(unet)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.name == "todo_attn"
+    assert "max_kv_tokens is the number of keys" in record.getMessage() and "4x4" in record.getMessage()
+
+
+@pytest.mark.parametrize("config", [ToDoConfig(max_kv_tokens=1), ToDoConfig(factor={1: 15, 4: 3})], ids=str)
+def test_a_single_key_that_was_asked_for_needs_no_word(unet, call, caplog, config):
+    apply_todo(unet, config)
+    call(unet)
+    assert not caplog.records
+
+
 def test_the_names_are_exported_lazily():
     assert todo_attn.apply_todo is apply_todo
     assert todo_attn.remove_todo is remove_todo
     assert todo_attn.ToDoProcessor is ToDoProcessor
+    assert todo_attn.status(nn.Linear(1, 1)).layers == ()

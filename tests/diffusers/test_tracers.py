@@ -94,7 +94,7 @@ def test_a_call_in_the_midst_of_another_leaves_its_grid(unet, call):
             call(unet, (8, 12))
 
     for block in (unet.down_blocks[0].attentions[0].transformer_blocks[0], unet.mid_block.attentions[0]):
-        for module in (block, *[m for m in block.modules() if type(m).__name__ == "Linear"]):
+        for module in (block, *[m for m in block.modules() if type(m).__name__ in ("Linear", "Attention")]):
             running.clear()
             handle = module.register_forward_pre_hook(interrupt)
             assert torch.equal(call(unet, (12, 8)), expected)
