@@ -26,6 +26,8 @@ def device(request):
     """A device with its library in use: here a build that failed is a failure, not a reason to skip."""
     if request.param == "cpu" and CXX is None:
         pytest.skip("needs a C++ compiler to have been built")
+    if request.param == "cpu" and (reason := libraries._why_not_processor()):
+        pytest.skip(reason)
     if request.param == "cuda" and not list((ROOT / "todo_attn").glob("_C_cuda.*")):
         pytest.skip("needs the CUDA library: there was no nvcc")
     assert libraries.why_not(request.param) is None
@@ -164,7 +166,8 @@ def test_an_output_of_more_than_2_to_31_elements(device, needs_memory):
         assert torch.equal(out[0, row], x[0, index[0, row]])
 
 
-def test_arguments_that_do_not_fit():
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_arguments_that_do_not_fit(device):
     """The public functions check first; called past them the kernels must not touch what is not there either."""
     x, index, source = torch.zeros(1, 4, 2), torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, 2)
     for call in (
@@ -242,6 +245,7 @@ def fresh(monkeypatch, tmp_path):
     """No library loaded yet, and none in the folder where they are looked for."""
     monkeypatch.setattr(libraries, "_reasons", {})
     monkeypatch.setattr(libraries, "_FOLDER", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.delenv("TODO_ATTN_LIBRARIES", raising=False)
     return tmp_path
 
@@ -339,7 +343,7 @@ def test_the_cuda_library_explains_a_driver_it_cannot_use(tmp_path, driver):
 
 
 @pytest.mark.xdist_group("package")
-@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(CXX is None or libraries._why_not_processor() is not None, reason="needs a C++ compiler and AVX2")
 def test_an_installed_wheel_brings_its_library(tmp_path):
     """Built from a copy, installed alone into an empty folder, used from there."""
     shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=shutil.ignore_patterns(*BUILT))

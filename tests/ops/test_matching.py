@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from todo_attn import reference
-from todo_attn.ops import backends, matching
+from todo_attn.ops import backends, libraries, matching
 from todo_attn.ops.matching import match_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,8 @@ TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [("torch", d) for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
 CASES += [("triton", d) for d in TRITON_DTYPES]
 BACKENDS = ["torch", "triton"]
-if DEVICE == "cpu" and shutil.which(os.environ.get("CXX") or "c++"):  # a build that failed is a failure
+BUILT = shutil.which(os.environ.get("CXX") or "c++") and libraries._why_not_processor() is None
+if DEVICE == "cpu" and BUILT:  # a build that failed is a failure
     CASES += [("compiled", d) for d in (torch.float32, torch.float16, torch.bfloat16)]
     BACKENDS.append("compiled")
 # batch, N, C, Q, K: odd ones, one of each, more than a tile of both, the channels of Stable Diffusion
@@ -139,7 +140,7 @@ def test_keys_of_one_hash_that_differ_are_told_apart(monkeypatch):
     assert torch.equal(keys.gather(1, first[..., None].expand_as(keys)), keys)
 
 
-@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs a C++ compiler to have been built")
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs the CPU library")
 def test_equal_keys_tie_in_the_library_whatever_hides_the_first_of_them():
     """21 and 36 are the same. 5, lower by less than a tie, hides 21, as it has its lane; 102 hides 5."""
     some = torch.stack((0.75 + torch.arange(2000) * 2.0**-25, torch.ones(2000)), -1)
@@ -182,7 +183,7 @@ def test_nan_stays_in_range(backend):
     assert ((position >= 0) & (position < 5)).all()
 
 
-@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs a C++ compiler to have been built")
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs the CPU library")
 def test_many_more_keys_than_a_block_of_the_cache_holds():
     """And more queries than a task has; threads share them out."""
     threads = torch.get_num_threads()
@@ -194,14 +195,14 @@ def test_many_more_keys_than_a_block_of_the_cache_holds():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs a C++ compiler to have been built")
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs the CPU library")
 def test_keys_that_rounding_alone_sets_apart_tie_in_the_library():
     x = torch.randn(1, 1, 320) * (1 + torch.arange(200)[None, :, None] / 3)
     position, _ = match("compiled", x, torch.arange(200)[None], torch.arange(200)[None])
     assert (position == 0).all()
 
 
-@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs a C++ compiler to have been built")
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs the CPU library")
 @pytest.mark.parametrize(
     ("query", "key", "name"),
     [
@@ -268,7 +269,7 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.todo_attn.match_tokens_backward.default, backward)
 
 
-@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs a C++ compiler to have been built")
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="needs the CPU library")
 def test_opcheck_of_the_library():
     torch.library.opcheck(torch.ops.todo_attn.match_rows.default, (torch.randn(2, 12, 5), torch.randn(2, 7, 5)))
 
