@@ -158,7 +158,9 @@ def test_the_version_as_a_module():
 
 
 def test_a_shell_completes_commands_and_options(run, monkeypatch):
-    assert "_TODO_ATTN_COMPLETE=complete_bash" in run("--show-completion", "bash").out
+    # Which shell it is, typer finds among the processes above, which are others in every test run.
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
+    assert "_TODO_ATTN_COMPLETE=complete_bash" in run("--show-completion").out
     monkeypatch.setenv("_TODO_ATTN_COMPLETE", "complete_bash")
     for words, answer in (("todo-attn sch", "schedules"), ("todo-attn bench --mod", "--model")):
         monkeypatch.setenv("COMP_WORDS", words)
