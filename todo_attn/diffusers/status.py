@@ -1,4 +1,4 @@
-"""What ToDo does in each self-attention of a model, and why: for people, where something looks wrong."""
+"""What ToDo does in each self-attention of a model and why, and what DaTo does: for when something looks wrong."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from .apply import models_of
+from .dato.status import DaToStatus, dato_status
 from .levels import self_attentions, transformers_by_level
 from .state import ATTRIBUTE, AttentionState, TakesPlan
 
@@ -47,17 +48,22 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """Of a pipeline or model; ``print`` it. ``layers`` are its self-attentions in the order of a call."""
+    """Of a pipeline or model; ``print`` it.
+
+    Args:
+        layers: its self-attentions in the order of a call.
+        dato: what DaTo did in the last call; None if it is not on.
+    """
 
     layers: tuple[LayerStatus, ...]
+    dato: DaToStatus | None = None
 
     def __str__(self) -> str:
-        """Sections with an empty line between; what else is on a model than ToDo is another section here."""
-        return "\n\n".join([_todo_text(self.layers)])
+        return "\n\n".join([_todo_text(self.layers), str(self.dato or "DaTo: off")])
 
 
 def status(pipe_or_model: Any) -> Status:
-    """Whether ToDo is on, and what it did in the last call, by self-attention; ``print(status(pipe))`` is a table.
+    """Whether ToDo and DaTo are on, and what they did in the last call; ``print(status(pipe))`` is a table.
 
     It changes nothing and reads nothing from the device. In a pipeline the UNet and its ControlNets are covered. What
     is said of the last call is of the last one that began.
@@ -76,7 +82,7 @@ def status(pipe_or_model: Any) -> Status:
         names = {module: name for name, module in model.named_modules()}
         for level, transformer in transformers_by_level(model):
             layers += [_layer(prefix + names[attn], level, attn) for attn in self_attentions(transformer)]
-    return Status(tuple(layers))
+    return Status(tuple(layers), next(filter(None, map(dato_status, models)), None))
 
 
 def _layer(name: str, level: int, attn: Any) -> LayerStatus:

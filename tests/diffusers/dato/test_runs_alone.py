@@ -226,6 +226,10 @@ def test_a_finished_run_keeps_nothing(unet, played):
     assert kept(unet) == 1
     assert played(timesteps[4:]) == "1"
     assert kept(unet) == 0
+    run = unet._todo_attn_dato.run
+    assert not any(
+        isinstance(x, torch.Tensor) and x.ndim == 4 for part in (run, run.stream) for x in vars(part).values()
+    )
 
 
 def test_runs_of_one_step(device_unet, unet, played):

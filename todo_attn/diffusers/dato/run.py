@@ -40,6 +40,11 @@ class Run:
         self._pooled: dict[tuple[int, int], torch.Tensor] = {}
 
     @property
+    def called(self) -> bool:
+        """Whether there was a call since the last reset."""
+        return self._stream is not None
+
+    @property
     def stream(self) -> Stream:
         """That of the running call, or of the last one."""
         assert self._stream is not None
@@ -70,6 +75,7 @@ class Run:
             stream.hidden = self.hidden
         if stream.finished:
             self.streams.drop(stream)
+            stream.release()
             self.hidden = None
         return output
 

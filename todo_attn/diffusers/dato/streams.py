@@ -40,11 +40,15 @@ class Stream:
         self.forget()
 
     def forget(self) -> None:
-        """Keep nothing: the next call is computed in full."""
+        """Start anew: the next call is computed in full."""
         self.fresh = True
         self.joined = False  # another stream was at this step before
         self.digits: str | None = None  # the schedule of its run; None computes every call in full
         self.paired = False  # whether the batch is two halves of the same images, without and with their prompts
+        self.release()
+
+    def release(self) -> None:
+        """Keep no tensor of what was computed."""
         self.hidden: torch.Tensor | None = None  # what a shallow call starts from
         self.shapes: list[Any] = []  # what the blocks that are left out return, as tensors of one element, expanded
         self.output: torch.Tensor | None = None
