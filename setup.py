@@ -161,10 +161,16 @@ setup(
     packages=[
         "todo_attn",
         "todo_attn.bench",
+        "todo_attn.cli",
+        "todo_attn.compare",
+        "todo_attn.config",
         "todo_attn.ops",
         "todo_attn.diffusers",
         "todo_attn.diffusers.dato",
         "todo_attn.kernels",
+        "todo_attn.models",
+        "todo_attn.options",
+        "todo_attn.predict",
         "todo_attn.tiny_sd",
     ],
     package_dir={

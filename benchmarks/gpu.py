@@ -236,7 +236,7 @@ def cannot(device: str) -> str | None:
     """Why nothing is to be measured here, or None."""
     import torch
 
-    from todo_attn.bench import machine
+    from todo_attn import machine
 
     if device == "cuda" and not torch.cuda.is_available():
         return "--device cuda needs a GPU that torch sees; --device cpu tries the steps on small sizes"

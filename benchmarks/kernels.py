@@ -21,7 +21,8 @@ import torch
 import typer
 
 from benchmarks import RESULTS
-from todo_attn.bench import cases, harness, kernels, machine, report
+from todo_attn import machine
+from todo_attn.bench import cases, harness, kernels, report
 from todo_attn.bench.cases import Case
 from todo_attn.bench.harness import Rounds
 from todo_attn.bench.kernels import Row

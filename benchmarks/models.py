@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from diffusers.models import UNet2DConditionModel
 
-from todo_attn.diffusers import architectures, unets
-from todo_attn.diffusers.architectures import PIXELS_PER_LATENT
+from todo_attn.models import architectures, unets
+from todo_attn.models.architectures import PIXELS_PER_LATENT
 
 TRAINING_STEPS = 1000
 _TINY = {

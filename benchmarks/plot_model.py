@@ -11,12 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffusers.models import UNet2DConditionModel
-
 from benchmarks import models
 from todo_attn import ToDoConfig
-from todo_attn.diffusers.advice import call_work, self_attention_work
-from todo_attn.roofline import Rates, rates_from_share
+from todo_attn.predict.count import count_self_attention, count_work
+from todo_attn.predict.model import Rates, rates_from_share
 
 Row = dict[str, Any]
 
@@ -26,16 +24,11 @@ def side_of(case: Row) -> float:
     return math.sqrt(case["height"] * case["width"])
 
 
-@cache
-def _unet(model: str) -> UNet2DConditionModel:
-    return models.on_meta(model)
-
-
 def predicted_speedup(model: str, side: float, config: ToDoConfig, rates: Rates) -> float:
-    """ToDo's by :mod:`todo_attn.roofline`, for a square picture of ``side`` pixels."""
-    latents = (round(side / models.PIXELS_PER_LATENT),) * 2
-    dense, todo = (call_work(_unet(model), latents, each) for each in (None, config))
-    return rates.seconds(dense) / rates.seconds(todo)
+    """ToDo's by :mod:`todo_attn.predict.model`, for a square picture of ``side`` pixels."""
+    pixels = round(side / models.PIXELS_PER_LATENT) * models.PIXELS_PER_LATENT
+    dense, todo = count_work(models.CONFIGS[model], pixels, pixels, [config], batch=1)
+    return rates.seconds(dense.full) / rates.seconds(todo.full)
 
 
 def rates_of(rows: Sequence[Row]) -> tuple[Rates | None, str]:
@@ -45,13 +38,11 @@ def rates_of(rows: Sequence[Row]) -> tuple[Rates | None, str]:
         share, calls = dense.get("self_attention_share"), case.get("calls", 1)
         if dense["name"] != "dense" or not share or not dense["seconds"] or case["model"] not in models.CONFIGS:
             continue
-        latents = case["height"] // models.PIXELS_PER_LATENT, case["width"] // models.PIXELS_PER_LATENT
-        unet, batch = _unet(case["model"]), case["batch"]
-        seconds = dense["seconds"]["p50"] / calls
+        shape = models.CONFIGS[case["model"]], case["height"], case["width"]
+        (whole,) = count_work(*shape, [], batch=case["batch"])
+        attention = count_self_attention(*shape, batch=case["batch"])
         try:
-            found = rates_from_share(
-                call_work(unet, latents, batch=batch), self_attention_work(unet, latents, batch), seconds, share
-            )
+            found = rates_from_share(whole.full, attention, dense["seconds"]["p50"] / calls, share)
         except ValueError:
             continue
         return found, f"{case['width']} x {case['height']}"

@@ -24,7 +24,8 @@ import typer
 
 from benchmarks import RESULTS
 from benchmarks.kernels import check_among, checked_out, chosen_device, collect, fail_if_refused
-from todo_attn.bench import attention, kernels, machine, report
+from todo_attn import machine
+from todo_attn.bench import attention, kernels, report
 from todo_attn.bench.attention import Call
 from todo_attn.bench.cases import Case
 from todo_attn.bench.trial import Trial

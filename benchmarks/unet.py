@@ -41,7 +41,8 @@ from benchmarks.unet_plan import (
 )
 from benchmarks.unet_sides import Sides, check_exact, check_output, checked
 from benchmarks.unet_stop import Stoppable, as_far_as_it_got, pairs
-from todo_attn.bench import harness, machine
+from todo_attn import machine
+from todo_attn.bench import harness
 from todo_attn.bench.cases import DTYPES
 from todo_attn.bench.harness import Meter, Rounds
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from diffusers.models import UNet2DConditionModel
 
-from todo_attn import ToDoConfig, reference
+from todo_attn import ToDoConfig
 from todo_attn.diffusers.levels import self_attentions, transformers_by_level
 from todo_attn.diffusers.state import ATTRIBUTE
+from todo_attn.ops import reference
 
 _SCORES = 1 << 25  # of a layer, those computed: all of them for one picture of 512 x 512 pixels with 1024 keys
 # Relative to the mean size of a head's answer. A right one was off by at most 1.3 times its dtype's precision in half

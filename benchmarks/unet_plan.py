@@ -12,8 +12,8 @@ import typer
 
 from benchmarks import models
 from benchmarks.kernels import check_among
-from todo_attn.compare_methods import KINDS, MethodOptions, SettingError
-from todo_attn.schedule import names as published
+from todo_attn.config.schedule import names as published
+from todo_attn.options.methods import KINDS, MethodOptions, SettingError
 
 DENSE = "dense"
 CACHED = ("dato", "todo+dato", "deepcache")  # a call takes something over from the one before
@@ -23,7 +23,7 @@ Size = tuple[int, int]  # height, width in pixels
 
 
 class Contender(NamedTuple):
-    """A method of kind ``kind`` (:data:`todo_attn.compare_methods.KINDS`), under the name it has in the rows."""
+    """A method of kind ``kind`` (:data:`todo_attn.options.methods.KINDS`), under the name it has in the rows."""
 
     name: str
     kind: str
@@ -35,7 +35,7 @@ class Choice:
     """The methods asked for, and the values of their options, each of which is one more contender.
 
     Args:
-        kinds: of :data:`todo_attn.compare_methods.KINDS`.
+        kinds: of :data:`todo_attn.options.methods.KINDS`.
         caps, factors: ToDo's; none of either is its defaults.
         schedules: DaTo's, names or JSON files.
         prune_ratio: DaTo's.

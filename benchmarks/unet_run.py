@@ -13,8 +13,8 @@ import torch
 from diffusers.models import UNet2DConditionModel
 
 from todo_attn.bench.harness import between, stamp
+from todo_attn.config.schedule import FULL, REUSE, SHALLOW
 from todo_attn.peak_memory import watch_peak
-from todo_attn.schedule import FULL, REUSE, SHALLOW
 
 _KINDS = {FULL: "full", SHALLOW: "shallow", REUSE: "reuse"}
 

@@ -19,10 +19,10 @@ from benchmarks.unet_plan import Contender
 from benchmarks.unet_run import CallTimes, Run
 from todo_attn import DaToConfig, ToDoConfig
 from todo_attn.bench.harness import Sample, Side
-from todo_attn.compare_methods import Method
+from todo_attn.config.schedule import FULL, SHALLOW
 from todo_attn.diffusers.levels import transformers_by_level
-from todo_attn.diffusers.unets import twin
-from todo_attn.schedule import FULL, SHALLOW
+from todo_attn.models.unets import twin
+from todo_attn.options.methods import Method
 
 # Puts a method on a UNet, and gives what is to be called and what frees memory after a run.
 Apply = Callable[[UNet2DConditionModel], tuple[Callable[..., Any], Callable[[], object]]]

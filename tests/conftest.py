@@ -28,7 +28,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _this_process_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """How a benchmark sets its allocator lasts as long as its process, in which other tests measure memory."""
-    monkeypatch.setattr("todo_attn.bench.machine.keep_freed_memory", lambda: False)
+    monkeypatch.setattr("todo_attn.machine.keep_freed_memory", lambda: False)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from todo_attn.config import ToDoConfig
+from todo_attn.config.todo import ToDoConfig
 
 
 def test_defaults():

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from todo_attn import schedule
-from todo_attn.config import ToDoConfig
-from todo_attn.dato_config import DaToConfig
+from todo_attn.config import schedule
+from todo_attn.config.dato import DaToConfig
+from todo_attn.config.todo import ToDoConfig
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -245,8 +245,8 @@ def test_it_imports_neither_torch_nor_diffusers():
         "package = types.ModuleType('todo_attn')\n"
         "package.__path__ = list(importlib.util.find_spec('todo_attn').submodule_search_locations)\n"
         "sys.modules['todo_attn'] = package\n"
-        "import todo_attn.dato_config\n"
-        "assert todo_attn.dato_config.DaToConfig.preset('coco').cache_schedule\n"
+        "import todo_attn.config.dato\n"
+        "assert todo_attn.config.dato.DaToConfig.preset('coco').cache_schedule\n"
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

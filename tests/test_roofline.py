@@ -2,7 +2,7 @@
 
 import pytest
 
-from todo_attn.roofline import Rates, Work, gain, rates_from_share
+from todo_attn.predict.model import Rates, Work, gain, rates_from_share
 
 WORK = Work(attention=400, other=600, launches=10)
 

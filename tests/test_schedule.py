@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from todo_attn import schedule
-from todo_attn.schedule import Schedule
+from todo_attn.config import schedule
+from todo_attn.config.schedule import Schedule
 
 COCO = "11110110110112100011010200000010101200000010120101"
 

@@ -15,8 +15,7 @@ from .interrupt import leave_on_interrupt
 leave_on_interrupt()  # first: torch takes seconds to import
 
 from . import ops  # noqa: E402
-from .config import ToDoConfig  # noqa: E402
-from .dato_config import DaToConfig  # noqa: E402
+from .config import DaToConfig, ToDoConfig  # noqa: E402
 from .example import example_pipeline  # noqa: E402
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import ops, reference
+from . import ops
 from .logs import silent
-from .ops import backends, libraries
-from .versions import device_name, machine, versions
+from .machine import device_name, machine, versions
+from .ops import backends, libraries, reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Largest error taken for right, with outputs of about 1: some roundings of the dtype.
@@ -205,7 +205,7 @@ def _try_processor() -> str | None:
     from diffusers import UNet2DConditionModel
 
     from . import ToDoConfig, apply_todo, remove_todo
-    from .diffusers.unets import SMALLEST
+    from .models.unets import SMALLEST
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), silent():
         torch.manual_seed(0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from todo_attn import ops
-from todo_attn.bench import attention, harness, kernels, machine, matching, report, tokens, trial
+from todo_attn import machine, ops
+from todo_attn.bench import attention, harness, kernels, matching, report, tokens, trial
 from todo_attn.bench.cases import Case
 from todo_attn.bench.harness import Rounds
 

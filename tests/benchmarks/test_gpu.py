@@ -219,7 +219,7 @@ def test_nothing_is_measured_without_a_gpu_or_a_commit(tmp_path, capsys, monkeyp
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(out)])
     assert "--device cuda needs a GPU" in capsys.readouterr().err
-    monkeypatch.setattr("todo_attn.bench.machine.commit", lambda: None)
+    monkeypatch.setattr("todo_attn.machine.commit", lambda: None)
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu", "--out", str(out)])
     assert "give it as GIT_COMMIT" in capsys.readouterr().err

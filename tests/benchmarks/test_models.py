@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import models
-from todo_attn.diffusers import unets
+from todo_attn.models import unets
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from benchmarks import models, plot, plot_model
 from todo_attn import ToDoConfig
-from todo_attn.diffusers.advice import call_work, self_attention_work
-from todo_attn.roofline import Rates, Work
+from todo_attn.predict.count import count_self_attention, count_work
+from todo_attn.predict.model import Rates, Work
 
 GPU = {"device": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "capability": "9.0", "multiprocessors": 132}
 CPU = {"device": "AMD EPYC", "driver": None, "cuda": None, "threads": 2}
@@ -138,10 +138,10 @@ def test_the_ceiling_is_the_bound_at_the_measured_clock():
 
 def test_rates_are_those_of_the_smallest_dense_call():
     """A dense call made up from rates gives them back, batch and calls taken into account."""
-    unet, rates = models.on_meta("sd15"), Rates(300e12, 500e12)
+    unet, rates = models.CONFIGS["sd15"], Rates(300e12, 500e12)
     made = unet_row(1024, 1.8)
-    whole = call_work(unet, (128, 128), batch=2)
-    attention = self_attention_work(unet, (128, 128), batch=2)
+    whole = count_work(unet, 1024, 1024, [], batch=2)[0].full
+    attention = count_self_attention(unet, 1024, 1024, batch=2)
     made["case"]["calls"] = 50
     made["baseline"]["seconds"]["p50"] = 50 * rates.seconds(whole)
     made["baseline"]["self_attention_share"] = rates.seconds(attention) / rates.seconds(whole)
@@ -152,8 +152,8 @@ def test_rates_are_those_of_the_smallest_dense_call():
 
 def test_the_line_is_the_model_of_time():
     rates = Rates(attention=1e12, other=2e12)
-    unet = models.on_meta("sd15")
-    dense, todo = (call_work(unet, (128, 128), config) for config in (None, ToDoConfig()))
+    counted = count_work(models.CONFIGS["sd15"], 1024, 1024, [ToDoConfig()], batch=1)
+    dense, todo = (each.full for each in counted)
     assert plot_model.predicted_speedup("sd15", 1024, ToDoConfig(), rates) == rates.seconds(dense) / rates.seconds(todo)
     assert plot_model.predicted_speedup("sd15", 512, ToDoConfig(), rates) == 1
     assert isinstance(dense, Work) and todo.attention < dense.attention

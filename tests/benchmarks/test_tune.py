@@ -8,8 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import tune
-from todo_attn import ops
-from todo_attn.bench import harness, kernels, machine
+from todo_attn import machine, ops
+from todo_attn.bench import harness, kernels
 from todo_attn.bench.harness import Rounds
 from todo_attn.kernels import launch
 from todo_attn.kernels.launch import Settings

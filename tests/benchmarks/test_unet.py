@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from benchmarks import unet
 from benchmarks.unet_plan import CACHED, Choice, calls_of, kinds_of, parse_size, plan
 from benchmarks.unet_stop import InterruptError, Stoppable, as_far_as_it_got, pairs
-from todo_attn import DaToConfig, ToDoConfig, ops
-from todo_attn.bench import harness, machine
+from todo_attn import DaToConfig, ToDoConfig, machine, ops
+from todo_attn.bench import harness
 from todo_attn.bench.harness import Meter, Rounds
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

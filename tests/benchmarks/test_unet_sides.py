@@ -15,9 +15,9 @@ from benchmarks.unet_run import CallTimes, self_attention
 from benchmarks.unet_sides import Sides, check_exact, check_output, checked
 from todo_attn import DaToConfig, ToDoConfig, ops
 from todo_attn.bench import harness
-from todo_attn.compare_methods import KINDS
+from todo_attn.config.schedule import FULL, SHALLOW
 from todo_attn.diffusers import processor
-from todo_attn.schedule import FULL, SHALLOW
+from todo_attn.options.methods import KINDS
 
 CPU = torch.device("cpu")
 CALLS = 7

@@ -142,7 +142,7 @@ def _no_request_leaves_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("tests have no network")
 
-    monkeypatch.setattr("todo_attn.diffusers.loading.model_info", lost)
+    monkeypatch.setattr("todo_attn.models.loading.model_info", lost)
 
 
 class Ran(NamedTuple):

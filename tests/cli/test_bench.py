@@ -5,9 +5,10 @@ import json
 import pytest
 from diffusers import UNet2DConditionModel
 
-from todo_attn import bench_command, ops
-from todo_attn.bench import cases, harness, kernels, machine
+from todo_attn import machine, ops
+from todo_attn.bench import cases, harness, kernels
 from todo_attn.bench.harness import Measured, Rounds, Side
+from todo_attn.cli import bench as bench_command
 
 
 @pytest.fixture(autouse=True)

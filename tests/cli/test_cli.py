@@ -11,7 +11,7 @@ import diffusers
 import pytest
 from PIL import Image
 
-import todo_attn.diffusers.pipelines
+import todo_attn.models.pipelines
 from todo_attn.cli import main
 
 
@@ -114,7 +114,7 @@ def one_line(ran) -> str:
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_loaded(run, small, tmp_path, monkeypatch, option, value):
-    monkeypatch.setattr(todo_attn.diffusers.pipelines, "load_pipeline", None)
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", None)
     out = tmp_path / "out"
     assert option in one_line(run("compare", *small, option, value, "--out", out))
     assert not out.exists()
@@ -159,7 +159,7 @@ def test_a_level_that_the_model_lacks(run, small, tmp_path):
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
 def test_out_that_cannot_be_written(run, small, tmp_path, monkeypatch, where):
-    monkeypatch.setattr(todo_attn.diffusers.pipelines, "load_pipeline", None)
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", None)
     (tmp_path / "file").write_text("")
     assert one_line(run("compare", *small, "--out", tmp_path / where)).startswith("--out must be a folder")
 
@@ -170,7 +170,7 @@ def test_out_of_memory_is_one_line(run, small, tmp_path, monkeypatch):
 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(todo_attn.diffusers.pipelines, "load_pipeline", full)
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", full)
     ran = run("compare", *small, "--out", tmp_path)
     assert ran.code == 1 and "out of memory" in ran.err and ran.err.count("\n") == 1
 
@@ -227,7 +227,7 @@ def test_an_interrupt_while_the_pipeline_loads(run, small, tmp_path, monkeypatch
     def interrupted(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(todo_attn.diffusers.pipelines, "load_pipeline", interrupted)
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", interrupted)
     ran = run("compare", *small, "--out", tmp_path / "out")
     assert ran.code == 130
     assert ran.err.splitlines()[-1] == "todo-attn: error: interrupted: no picture was finished, and nothing is written"
@@ -326,7 +326,7 @@ def test_overwrite_of_a_partial_comparison_removes_what_its_report_may_lack(run,
 
 @pytest.mark.parametrize("file", ["../../precious.png", "/precious.png", "images/../precious.png", "precious.png"])
 def test_a_report_cannot_name_files_elsewhere(run, small, tmp_path, monkeypatch, file):
-    monkeypatch.setattr(todo_attn.diffusers.pipelines, "load_pipeline", None)
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", None)
     report = {"methods": [{"images": [{"file": file}]}]}
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
     line = one_line(run("compare", *small, "--out", tmp_path, "--overwrite"))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from todo_attn.compare_methods import SettingError
-from todo_attn.compare_settings import SCHEDULERS, CompareSettings
-from todo_attn.diffusers import compare as comparing
-from todo_attn.diffusers.compare import compare
-from todo_attn.diffusers.methods import BoundMethod
-from todo_attn.diffusers.pipelines import load_pipeline, sized
+from todo_attn.compare import run as comparing
+from todo_attn.compare.bind import BoundMethod
+from todo_attn.compare.run import compare
+from todo_attn.models.pipelines import load_pipeline, sized
+from todo_attn.options.methods import SettingError
+from todo_attn.options.settings import SCHEDULERS, CompareSettings
 from todo_attn.peak_memory import watch_peak
 
 

@@ -8,8 +8,8 @@ import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
-from todo_attn import fonts
-from todo_attn.contact_sheet import Column, Row, draw_sheet
+from todo_attn.compare import fonts
+from todo_attn.compare.sheet import Column, Row, draw_sheet
 
 
 def picture(colour: tuple[int, int, int], height: int = 40, width: int = 60) -> np.ndarray:
@@ -161,7 +161,7 @@ def test_a_long_subtitle_is_wrapped_and_whole():
     parts = [f"a part with its number {i}" for i in range(12)]
     short, long = (draw_sheet("title", "  ·  ".join(p), COLUMNS, [Row("", cells)]) for p in (parts[:1], parts))
     assert long.height > short.height and long.width == short.width
-    from todo_attn.contact_sheet import _wrapped
+    from todo_attn.compare.sheet import _wrapped
 
     lines = _wrapped("  ·  ".join(parts), 15, 300)
     assert all(fonts.length(line, 15) <= 300 and not line.startswith("·") for line in lines)

@@ -14,13 +14,13 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from todo_attn.compare_methods import SettingError
-from todo_attn.compare_settings import ARCHITECTURES, CompareSettings
-from todo_attn.diffusers import loading
-from todo_attn.diffusers.architectures import CONFIGS, read_architecture
-from todo_attn.diffusers.compare import compare
-from todo_attn.diffusers.pipelines import load_pipeline
-from todo_attn.diffusers.unets import on_meta
+from todo_attn.compare.run import compare
+from todo_attn.models import loading
+from todo_attn.models.architectures import CONFIGS, read_architecture
+from todo_attn.models.pipelines import load_pipeline
+from todo_attn.models.unets import on_meta
+from todo_attn.options.methods import SettingError
+from todo_attn.options.settings import ARCHITECTURES, CompareSettings
 
 # Single files. Names in the layout of the original code, against those of diffusers.
 
@@ -238,9 +238,9 @@ def test_measuring_a_single_file_needs_its_shapes_alone(holds, monkeypatch):
     file = holds(tensors)
     seen = []
     monkeypatch.setattr(
-        "todo_attn.diffusers.timing.with_random_weights", lambda config, *rest: seen.append(config) or on_meta(config)
+        "todo_attn.predict.timing.with_random_weights", lambda config, *rest: seen.append(config) or on_meta(config)
     )
-    from todo_attn.diffusers.timing import _load
+    from todo_attn.predict.timing import _load
 
     _load(read_architecture(str(file)), torch.device("cpu"), torch.float32)
     assert seen == [CONFIGS["sd15"]]

@@ -10,12 +10,13 @@ import tomesd.patch
 import torch
 from DeepCache import DeepCacheSDHelper
 
-from todo_attn import apply_todo, remove_todo, schedule
-from todo_attn.compare_methods import Method, SettingError
-from todo_attn.compare_settings import CompareSettings
+from todo_attn import apply_todo, remove_todo
+from todo_attn.compare.bind import bind, calls_of
+from todo_attn.config import schedule
 from todo_attn.diffusers.dato import apply_dato, remove_dato
-from todo_attn.diffusers.methods import bind, calls_of
-from todo_attn.diffusers.pipelines import load_pipeline
+from todo_attn.models.pipelines import load_pipeline
+from todo_attn.options.methods import Method, SettingError
+from todo_attn.options.settings import CompareSettings
 
 METHODS = ["todo:2", "tome:0.5", "dato", "dato:search", "todo+dato", "deepcache", "deepcache:2"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from todo_attn.metrics import psnr, ssim
+from todo_attn.compare.metrics import psnr, ssim
 
 
 def noise(seed: int, shape: tuple[int, ...] = (24, 32, 3)) -> np.ndarray:

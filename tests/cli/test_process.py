@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from todo_attn import __version__, commands, doctor
-from todo_attn.cli import main
+from todo_attn import __version__, doctor
+from todo_attn.cli import commands, main
 
 ROOT = Path(__file__).parents[2]
 # Ctrl-C as soon as the module that INTERRUPT_AT names is imported, after any meaning that the tests' parent gave to it.

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from todo_attn.compare_output import Output, sheet_of
-from todo_attn.compare_report import build_report, spread
-from todo_attn.compare_settings import CompareSettings
-from todo_attn.diffusers.compare import Comparison, Shot
-from todo_attn.diffusers.methods import BoundMethod
-from todo_attn.metrics import psnr, ssim
-from todo_attn.printing import bytes_text, compare_table
+from todo_attn.cli.printing import bytes_text, compare_table
+from todo_attn.compare.bind import BoundMethod
+from todo_attn.compare.metrics import psnr, ssim
+from todo_attn.compare.output import Output, sheet_of
+from todo_attn.compare.report import build_report, spread
+from todo_attn.compare.run import Comparison, Shot
+from todo_attn.options.settings import CompareSettings
 
 
 def shot(label: str, picture: int, seconds: float, value: int, **given) -> Shot:
@@ -98,7 +98,7 @@ def test_broken_pictures_have_no_quality_and_a_note(comparison):
 
 def test_letters_without_a_font_have_a_note(comparison, monkeypatch):
     monkeypatch.setattr(
-        "todo_attn.compare_report.without_font", lambda text: ["中", "🚀"] if "prompt 0" in text else []
+        "todo_attn.compare.report.without_font", lambda text: ["中", "🚀"] if "prompt 0" in text else []
     )
     (note,) = (n for n in build_report(comparison)["notes"] if "font" in n)
     assert "2 of the prompts' characters (U+4E2D, U+1F680)" in note and note.isascii()

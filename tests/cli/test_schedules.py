@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from todo_attn import schedule
-from todo_attn.dato_config import DaToConfig
-from todo_attn.diffusers import cost
-from todo_attn.diffusers.architectures import read_architecture
+from todo_attn.config import schedule
+from todo_attn.config.dato import DaToConfig
+from todo_attn.models.architectures import read_architecture
+from todo_attn.predict import count as cost
 
 
 def one_line(ran) -> str:

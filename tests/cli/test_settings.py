@@ -6,9 +6,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from todo_attn import ToDoConfig, schedule
-from todo_attn.compare_methods import Method, SettingError, parse_factor
-from todo_attn.compare_settings import CompareSettings
+from todo_attn import ToDoConfig
+from todo_attn.config import schedule
+from todo_attn.options.methods import Method, SettingError, parse_factor
+from todo_attn.options.settings import CompareSettings
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from todo_attn import schedule
-from todo_attn.config import ToDoConfig
-from todo_attn.dato_config import DaToConfig
-from todo_attn.diffusers import architectures, cost
-from todo_attn.diffusers.architectures import read_architecture
+from todo_attn.config import schedule
+from todo_attn.config.dato import DaToConfig
+from todo_attn.config.todo import ToDoConfig
+from todo_attn.models import architectures
+from todo_attn.models.architectures import read_architecture
+from todo_attn.predict import count as cost
 
 GRID, BATCH, CHANNELS = (12, 16), 2, 8
 N = GRID[0] * GRID[1]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from todo_attn.config import ToDoConfig
-from todo_attn.dato_config import DaToConfig
-from todo_attn.diffusers.verdict import Gains, Verdict, compare_runs, computes_everything, kinds_of
-from todo_attn.roofline import Rates, Work
+from todo_attn.config.dato import DaToConfig
+from todo_attn.config.todo import ToDoConfig
+from todo_attn.predict.model import Rates, Work
+from todo_attn.predict.verdict import Gains, Verdict, compare_runs, kinds_of
 
 TODO, DATO = ToDoConfig(factor=2), DaToConfig(cache_schedule="10")
 BOTH = DaToConfig(cache_schedule="10", todo=ToDoConfig(max_kv_tokens=64))
@@ -121,5 +121,5 @@ def test_runs_are_compared():
     ],
 )
 def test_what_a_configuration_computes(config, kinds, everything):
-    assert kinds_of(config) == kinds and computes_everything(config) == everything
+    assert kinds_of(config) == kinds and config.computes_everything == everything
     assert kinds_of(ToDoConfig()) == "2"

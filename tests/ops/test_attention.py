@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from todo_attn import ops, reference
+from todo_attn import ops
 from todo_attn.kernels import launch
+from todo_attn.ops import reference
 
 HALF = [torch.float16, torch.bfloat16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

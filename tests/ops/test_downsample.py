@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from todo_attn import ops, reference
+from todo_attn import ops
+from todo_attn.ops import reference
 from todo_attn.ops.downsample import _float32, _source_index
 
 INTERPOLATE = {"nearest": "nearest", "nearest-exact": "nearest-exact", "mean": "area"}

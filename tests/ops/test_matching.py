@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from todo_attn import reference
-from todo_attn.ops import backends, libraries, matching
+from todo_attn.ops import backends, libraries, matching, reference
 from todo_attn.ops.matching import match_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from todo_attn import reference
+from todo_attn.ops import reference
 from todo_attn.ops.pruning import plan_from_bases, plan_pruning
 
 GAP = 1e-6

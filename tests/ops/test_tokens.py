@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from todo_attn import reference
+from todo_attn.ops import reference
 from todo_attn.ops import tokens as T
 
 compiled = torch.ops.todo_attn  # the compiled kernels where their library is loaded, else the fallback again

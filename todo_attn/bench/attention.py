@@ -1,9 +1,9 @@
 """``downsampled_attention`` against what else computes it.
 
-Two oracles look at every result. One is :func:`todo_attn.reference.downsampled_attention` in float64 for 512 queries,
-spread from the first to the last (one in each 128 up to 2048 x 2048 pixels), of every head, in the first and last of
-the batch. Ours may err twice as much as torch's own attention on the same queries in the same dtype. The peers' bounds
-are wider: they are there to find a wrong function, and one that is only less exact must not leave the comparison.
+Two oracles look at every result. One is :func:`todo_attn.ops.reference.downsampled_attention` in float64 for 512
+queries, spread from the first to the last (one in each 128 up to 2048 x 2048 pixels), of every head, in the first and
+last of the batch. Ours may err twice as much as torch's own attention on the same queries in the same dtype. The
+peers' bounds are wider: they are there to find a wrong function, and one that is only less exact must not leave it.
 The other is torch's own attention itself, for all outputs: no head of any 128 queries may be further from it than four
 times that bound. (Not for "dense", which is that attention.) Neither ever holds N x M scores.
 """
@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from todo_attn import ops, reference
-from todo_attn.ops import backends
-
+from .. import ops
+from ..ops import backends, reference
 from .cases import DTYPES, SDPA, Case
 from .harness import Side
 from .trial import Trial, ends, needs_cuda, once, rotation, spread, work, wrong
@@ -243,7 +242,7 @@ def _published(x: Inputs, case: Case) -> torch.Tensor:
 def _packed(case: Case, device: torch.device) -> Call:
     """Ours without the copy of keys and values: what they are packed to is kept from the first call on each set."""
     backends.choose("triton", device, DTYPES[case.dtype], case.head_dim)  # says why where it cannot run
-    from todo_attn.kernels import attention
+    from ..kernels import attention
 
     pack, kept = attention.pack, dict[int, Any]()
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from todo_attn.config import ToDoConfig
+from ..config.todo import ToDoConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BENCHMARKS = ("attention", "gather", "scatter", "recover", "match_tokens", "plan_pruning")

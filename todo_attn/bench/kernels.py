@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from . import attention, harness, machine, matching, tokens
+from .. import machine
+from . import attention, harness, matching, tokens
 from .cases import Case
 from .harness import Measured, Meter, Rounds, Side
 from .trial import Trial, rates

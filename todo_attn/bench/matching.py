@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from todo_attn import ops, reference
-from todo_attn.ops.pruning import without
-
+from .. import ops
+from ..ops import reference
+from ..ops.pruning import without
 from .cases import DTYPES, PATCH, PRUNE_RATIO, Case
 from .harness import Side
 from .trial import Trial, ends, once, rotation, spread, work, wrong

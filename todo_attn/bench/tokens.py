@@ -1,6 +1,6 @@
 """``gather``, ``scatter`` and ``recover`` against the torch ops they replace and a copy of as many bytes.
 
-The oracle is :mod:`todo_attn.reference` on the same tensors: every bit of every side must be the same.
+The oracle is :mod:`todo_attn.ops.reference` on the same tensors: every bit of every side must be the same.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from todo_attn import ops, reference
-
+from .. import ops
+from ..ops import reference
 from .cases import DTYPES, Case
 from .harness import Side
 from .trial import Trial, once, rotation, work, wrong

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import machine
+from .. import machine
 from .harness import Side
 
 _CACHES = 3  # the sets of inputs together, in caches

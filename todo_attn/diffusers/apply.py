@@ -16,8 +16,7 @@ from diffusers.models.attention_processor import (
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from ..config import ToDoConfig
-from .advice import log_todo
+from ..config.todo import ToDoConfig
 from .install import attach_all, take_off
 from .levels import check_levels, self_attentions, transformers_by_level
 from .processor import ToDoProcessor, written_class
@@ -61,12 +60,6 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
             diffusers' plain ones. Nothing has been changed then.
     """
     config = ToDoConfig() if config is None else config
-    put_on(pipe_or_model, config)
-    log_todo(pipe_or_model, models_of(pipe_or_model)[0][0], config)
-
-
-def put_on(pipe_or_model: Any, config: ToDoConfig) -> None:
-    """:func:`apply_todo`, without a word of what it gains."""
     if not isinstance(config, ToDoConfig):
         raise ValueError(f"config must be a ToDoConfig or None, got {type(config).__name__}")
     models, controlnets = models_of(pipe_or_model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import ToDoConfig
+from ..config.todo import ToDoConfig
 from .call_stack import running_model, running_transformer
 from .install import attach_all
 from .state import ATTRIBUTE, AttentionState, ModelState, TransformerState, check_own_config

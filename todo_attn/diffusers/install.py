@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import nn
 
-from ..config import ToDoConfig
+from ..config.todo import ToDoConfig
 from .levels import self_attentions, transformers_by_level
 from .state import ATTRIBUTE, AttentionState, ModelState, TakesPlan, TransformerState
 

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from ..config import FINEST, ToDoConfig
+from ..config.todo import FINEST, ToDoConfig
 
 
 def self_attentions(transformer: Transformer2DModel) -> list[Attention]:
@@ -74,3 +74,12 @@ def check_levels(config: ToDoConfig, model: nn.Module) -> None:
         )
     if FINEST in config.factor and levels[0] in config.factor:
         raise ValueError(f"factor must name a level once, got {FINEST!r} and {levels[0]}, the same in this model")
+
+
+def heads_by_level(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """Heads and head dim of each level's self-attention, the finest first; of several in a level, the first one's."""
+    found: dict[int, tuple[int, int]] = {}
+    for level, transformer in transformers_by_level(model):
+        attn: Any = self_attentions(transformer)[0]
+        found.setdefault(level, (attn.heads, attn.inner_dim // attn.heads))
+    return dict(sorted(found.items()))

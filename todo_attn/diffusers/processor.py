@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils import deprecate
 
 from .. import ops
-from ..config import ToDoConfig
+from ..config.todo import ToDoConfig
 from ..logs import logger
 from ..ops.tracing import as_numbers, constant_in_graphs
 from .grid import adopt_from_call_stack

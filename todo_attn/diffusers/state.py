@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..config import ToDoConfig
+from ..config.todo import ToDoConfig
 from ..logs import logger
 from ..ops.tracing import as_numbers, constant_in_graphs
 from .call_stack import RunningModel, running_model

@@ -28,7 +28,7 @@ def _forward(
     gh, gw = grid
     fh, fw = factor
     if backend == "triton":
-        from todo_attn.kernels.attention import attention
+        from ..kernels.attention import attention
 
         return attention(query, key, value, (gh, gw), (fh, fw), mode, scale)
     key, value = (coarse_tokens(t, (gh, gw), (fh, fw), mode).transpose(1, 2) for t in (key, value))

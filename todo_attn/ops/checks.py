@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..modes import MODES
+from ..config.modes import MODES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int32, torch.int64)
@@ -119,7 +119,7 @@ def patch(value: object) -> tuple[int, int]:
 
 
 def mode(value: object) -> str:
-    """``value`` must be one of :data:`todo_attn.modes.MODES`."""
+    """``value`` must be one of :data:`todo_attn.config.modes.MODES`."""
     if not isinstance(value, str) or value not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {value!r}")
     return value

@@ -116,7 +116,7 @@ def _forward(
         if backend == "triton" and x.is_cuda:  # gather_tokens asserts it itself
             torch._assert_async(((index >= 0) & (index < x.shape[1])).all(), f"{name} must be below {x.shape[1]}")
     if backend == "triton":
-        from todo_attn.kernels.match import match
+        from ..kernels.match import match
 
         position, similarity = match(x, query_index, key_index)
     elif backend == "compiled":

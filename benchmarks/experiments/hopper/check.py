@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from benchmarks.experiments.hopper.launch import RUNS, Run, attention
 from benchmarks.kernels import check_among
-from todo_attn import reference
+from todo_attn.ops import reference
 
 BOUND = 2.0  # of "worst"
 SECONDS = 120.0  # most of which goes into compiling: ten programs, as divisible sizes are compiled apart

@@ -10,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import StableDiffusionControlNetPipeline
 from peft import LoraConfig
 
-from todo_attn.dato_config import DaToConfig
+from todo_attn.config.dato import DaToConfig
 from todo_attn.diffusers.dato import apply_dato, remove_dato
 
 REPLAY = DaToConfig(prune_ratio=0.0, cache_schedule="110211")

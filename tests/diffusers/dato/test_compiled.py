@@ -6,7 +6,7 @@ import torch._dynamo.testing
 from torch._dynamo.utils import counters
 
 from todo_attn import ToDoConfig
-from todo_attn.dato_config import DaToConfig
+from todo_attn.config.dato import DaToConfig
 from todo_attn.diffusers.dato import apply_dato, remove_dato
 
 # One run of 50 calls, which pipelines give as many timesteps.

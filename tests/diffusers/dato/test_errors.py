@@ -12,7 +12,7 @@ from DeepCache import DeepCacheSDHelper
 from diffusers import MultiControlNetModel, UNet2DModel
 
 from todo_attn import ToDoConfig, ToDoProcessor, apply_todo
-from todo_attn.dato_config import DaToConfig
+from todo_attn.config.dato import DaToConfig
 from todo_attn.diffusers.dato import apply_dato, remove_dato, reset_dato
 
 TODO = ToDoConfig(factor=2)
@@ -242,3 +242,11 @@ def test_exports(make_unet, inputs, how, fresh_dynamo):
         with pytest.raises(RuntimeError, match=r"remove_dato\(pipe\) first"):
             EXPORTS[how](Positional(unet), arguments)
         assert torch.equal(unet(*arguments).sample, expected)
+
+
+def test_a_configuration_that_leaves_nothing_out_is_said(unet, caplog):
+    apply_dato(unet, DaToConfig(prune_ratio=0, cache_schedule="22"))
+    (record,) = (r for r in caplog.records if r.name == "todo_attn")
+    assert record.levelname == "WARNING" and "this will not help" in record.getMessage()
+    apply_dato(unet, DaToConfig(prune_ratio=(0.0, 0.1)))
+    assert len(caplog.records) == 1

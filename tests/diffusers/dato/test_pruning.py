@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 
-from todo_attn.dato_config import DaToConfig
+from todo_attn.config.dato import DaToConfig
 from todo_attn.diffusers.dato import apply_dato
 
 

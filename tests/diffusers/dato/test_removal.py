@@ -7,7 +7,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from todo_attn import ToDoConfig
-from todo_attn.dato_config import DaToConfig
+from todo_attn.config.dato import DaToConfig
 from todo_attn.diffusers.dato import apply_dato, remove_dato, reset_dato
 
 EVERYTHING = DaToConfig(

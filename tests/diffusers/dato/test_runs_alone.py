@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from todo_attn.dato_config import DaToConfig
+from todo_attn.config.dato import DaToConfig
 from todo_attn.diffusers.dato import apply_dato, reset_dato
 
 

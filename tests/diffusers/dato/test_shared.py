@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from todo_attn.dato_config import DaToConfig
+from todo_attn.config.dato import DaToConfig
 from todo_attn.diffusers.dato import apply_dato
 
 SMALL = {"height": 16, "width": 16}

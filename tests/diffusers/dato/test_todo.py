@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from todo_attn import ToDoConfig, ToDoProcessor, apply_todo, remove_todo
-from todo_attn.dato_config import DaToConfig
+from todo_attn.config.dato import DaToConfig
 from todo_attn.diffusers.dato import apply_dato, remove_dato
 
 TODO = ToDoConfig(factor=2)

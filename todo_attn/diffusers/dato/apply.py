@@ -9,10 +9,10 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from ...dato_config import DaToConfig
-from ...schedule import FULL, REUSE, SHALLOW
-from ..advice import log_dato
-from ..apply import models_of, put_on, remove_todo, unwrap
+from ...config.dato import DaToConfig
+from ...config.schedule import FULL, REUSE, SHALLOW
+from ...logs import logger
+from ..apply import apply_todo, models_of, remove_todo, unwrap
 from ..levels import transformers_by_level
 from ..patches import has_deepcache, has_todo
 from . import cache
@@ -163,14 +163,18 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
                 "replace: remove_todo first, or leave todo=None to combine with what is there"
             )
     if config.todo is not None:  # first, because it may refuse; it replaces what an earlier apply_dato put there
-        put_on(pipe_or_unet, config.todo)
+        apply_todo(pipe_or_unet, config.todo)
     for model in with_todo:
         if model not in models:
             remove_todo(model)
     if previous is not None:
         _take_off(unet, previous)
     setattr(unet, ATTRIBUTE, DaToState(unet, Run(config), models))
-    log_dato(pipe_or_unet, unet, config)
+    if config.computes_everything and config.todo is None:
+        logger.warning(
+            "DaTo: this will not help: prune_ratio is 0 and cache_schedule has every call computed in full. "
+            "DaToConfig.preset('coco') does both."
+        )
 
 
 def remove_dato(pipe_or_unet: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from ...schedule import FULL, REUSE, SHALLOW
+from ...config.schedule import FULL, REUSE, SHALLOW
 from .run import Run
 
 NAME = "todo_attn_dato"

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...dato_config import DaToConfig
+from ...config.dato import DaToConfig
+from ...config.schedule import FULL, REUSE
 from ...logs import logger
-from ...schedule import FULL, REUSE
 from ..patches import keeps_attention_maps
 from .caller import calling_pipeline
 from .streams import Stream, Streams, elements_from

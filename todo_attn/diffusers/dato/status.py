@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...schedule import FULL, REUSE, SHALLOW
+from ...config.schedule import FULL, REUSE, SHALLOW
 from .apply import ATTRIBUTE, DaToState
 
 _KINDS = {FULL: "full", SHALLOW: "shallow", REUSE: "reuse"}

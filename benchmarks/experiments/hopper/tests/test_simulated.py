@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.experiments.hopper import simulator
 from benchmarks.experiments.hopper.simulator import MachineError
-from todo_attn import reference
+from todo_attn.ops import reference
 
 pytest.importorskip("triton")
 

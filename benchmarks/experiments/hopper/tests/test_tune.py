@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from benchmarks import tune
 from benchmarks.experiments.hopper import check, launch
 from benchmarks.experiments.hopper.tune import main
-from todo_attn import ops
-from todo_attn.bench import harness, kernels, machine
+from todo_attn import machine, ops
+from todo_attn.bench import harness, kernels
 from todo_attn.bench.harness import Rounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,93 @@
+"""The console script: runs the commands and turns whatever went wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import NoReturn
+
+from ..interrupt import EXIT_CODE, MESSAGE, noticing_interrupts
+from ..peak_memory import MAY_FIT, OUT_OF_MEMORY, is_out_of_memory
+
+# The packages of the extra "cli" that a command may find missing.
+_EXTRA = {"typer", "rich", "tabulate", "tqdm", "PIL", "skimage", "diffusers", "transformers", "accelerate"}
+# What the system says of a file or a terminal that takes no more.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run ``todo-attn`` with ``arguments`` (None: the process's) and exit.
+
+    Exit codes: 0 done; 1 it failed, or ``doctor`` found something broken; 2 the arguments cannot be used; 130
+    interrupted. Whatever goes wrong with them is one line on stderr; of a pipe that is closed nothing is said.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # None where it is closed
+            stream.reconfigure(errors="replace")  # rather a question mark than no output
+    with noticing_interrupts() as interrupts:
+        code, complaint = _run(arguments, interrupts)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError as error:
+            # Python would try it again when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code, complaint = _unwritten(error)
+        if complaint:
+            _complain(complaint)
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None, interrupts: list[int]) -> tuple[int, str]:
+    """The exit code, and what is to be said on stderr."""
+    try:
+        import typer
+
+        from .commands import app
+
+        try:
+            code = app(arguments, prog_name="todo-attn", standalone_mode=False) or 0
+        except typer.Abort:
+            code = EXIT_CODE
+        return code, MESSAGE if code == EXIT_CODE else ""
+    except KeyboardInterrupt:
+        return EXIT_CODE, MESSAGE
+    except SystemExit as exit:  # rich's on a closed pipe, the shell completion's
+        return exit.code if isinstance(exit.code, int) else 0, ""
+    except Exception as error:
+        # The parser's complaints (click's exceptions, which typer takes from click or carries itself, by version), and
+        # our own, which are like them.
+        said = error.format_message() if hasattr(error, "format_message") else None
+        code = getattr(error, "exit_code", 1)
+        if interrupts and code != EXIT_CODE:  # what a library made of it
+            return EXIT_CODE, MESSAGE
+        if is_out_of_memory(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__)):
+            return 1, _error(f"{OUT_OF_MEMORY}: {MAY_FIT}")
+        if said is not None:
+            return code, said and _error(said)  # empty without any arguments: the help has been printed
+        if isinstance(error, OSError) and error.errno in {errno.EPIPE, *_FULL}:
+            return _unwritten(error)
+        package = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and package in _EXTRA:
+            return 1, _error(f"{package} is not installed: pip install 'todo_attn[cli]'")
+        raise
+
+
+def _unwritten(error: OSError) -> tuple[int, str]:
+    """Output that found no room, or no reader any more."""
+    if error.errno == errno.EPIPE:
+        return 1, ""
+    where = f"{error.filename} " if error.filename else "output "
+    return 1, _error(f"{where}cannot be written: {error.strerror}")
+
+
+def _error(message: str) -> str:
+    return f"todo-attn: error: {' '.join(message.split())}"
+
+
+def _complain(message: str) -> None:
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:  # nobody can be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

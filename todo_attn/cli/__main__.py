@@ -1,0 +1,5 @@
+"""``python -m todo_attn.cli`` is ``todo-attn``."""
+
+from . import main
+
+main()

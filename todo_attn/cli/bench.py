@@ -1,0 +1,85 @@
+"""What ``todo-attn bench`` does: the kernel benchmark's short form for the machine at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import machine
+from ..bench import cases, kernels, report
+from ..options.methods import SettingError
+from ..options.settings import check_area, resolved_device
+
+if TYPE_CHECKING:
+    from ..models.architectures import Architecture
+
+_SHORT = {str(dtype).removeprefix("torch."): name for name, dtype in cases.DTYPES.items()}
+
+
+def bench(
+    device: str,
+    dtype: str,
+    model: str,
+    height: int | None,
+    width: int | None,
+    show: Callable[[list[dict[str, Any]]], None],
+    architecture: Architecture | None = None,
+) -> dict[str, Any]:
+    """Time a picture's self-attentions under ToDo, and DaTo's ops at its finest level, against their peers.
+
+    Args:
+        device: "auto" (a GPU where torch sees one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (fp16 on CUDA, else fp32), fp32, fp16, bf16, or torch's name of one of these.
+        model: "sd15" or "sdxl", or what the rows call ``architecture``.
+        height, width: in pixels; with one of them a square, with none 2048 on a GPU and 768 on a CPU.
+        show: is given the rows of each case as soon as they are measured.
+        architecture: the UNet; None where ``model`` says it.
+
+    Returns:
+        ``rows``, as :func:`todo_attn.bench.harness.compare` makes them, and ``notes``, sentences: where ToDo does
+        nothing, where it is not the faster one, and whether the machine is too busy to tell.
+
+    Raises:
+        ValueError: an argument that does not fit, naming it; nothing has been timed then.
+    """
+    where = torch.device(resolved_device(device, mps=False))
+    gpu = where.type == "cuda"
+    if height is None:
+        height = width if width is not None else 2048 if gpu else 768
+    if width is None:
+        width = height
+    check_area(height, width)
+    dtype = ("fp16" if gpu else "fp32") if dtype == "auto" else _SHORT.get(dtype, dtype)
+    batch = 2 if gpu else 1
+    if architecture is None:
+        chosen = cases.short(model, height, width, batch, dtype)
+    else:
+        levels, pixels_per_latent = _heads(architecture), architecture.pixels_per_latent
+        chosen = cases.short(model, height, width, batch, dtype, levels, pixels_per_latent)
+    if not gpu:
+        machine.keep_freed_memory()
+    rows = []
+    for new in kernels.run(chosen, where, kernels.rounds_for(where)):
+        show(new)
+        rows += new
+    notes = report.slower(rows) + report.noisy(rows)
+    if not any(case.benchmark == "attention" for case in chosen):
+        size = f"{width}x{height}"
+        notes.insert(0, f"ToDo changes nothing at {size}: no self-attention of {model} has more than 4096 keys there")
+    return {"rows": rows, "notes": notes, "machine": machine.describe(where)}
+
+
+def _heads(architecture: Architecture) -> dict[int, tuple[int, int]]:
+    """(heads, head dim) of each level's self-attention."""
+    from ..diffusers.levels import heads_by_level
+    from ..models.unets import on_meta
+
+    try:
+        levels = heads_by_level(on_meta(architecture.config))
+    except ValueError as error:
+        raise SettingError("model", f"has a UNet that cannot be made: {error}") from error
+    if not levels:
+        raise SettingError("model", f"must have a UNet with self-attention, and {architecture.name!r} has none")
+    return levels

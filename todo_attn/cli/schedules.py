@@ -1,0 +1,89 @@
+"""What ``todo-attn schedules`` tells, as plain data: schedules and what they save of a given UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..config import schedule
+from ..config.dato import DaToConfig
+from ..options.methods import SettingError
+
+if TYPE_CHECKING:
+    from ..models.architectures import Architecture
+
+_BATCH = 2  # a picture with guidance
+_KINDS = {"full": schedule.FULL, "shallow": schedule.SHALLOW, "reuse": schedule.REUSE}
+
+
+def build_listing(
+    architecture: Architecture,
+    height: int | None,
+    width: int | None,
+    steps: int,
+    schedules: Iterable[schedule.Schedule],
+    watch: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Each of ``schedules`` with its source, and its operations on ``architecture``; ``json.dumps`` takes it.
+
+    Args:
+        architecture: the UNet.
+        height, width: in pixels; None is what the UNet was trained for.
+        steps: of the scheduler, one fewer than the calls of the UNet, as with PNDM.
+        schedules: resampled to ``steps``.
+        watch: called with how many of how many calls have been counted.
+
+    Raises:
+        SettingError: a size or number of steps that does not fit, or a UNet that cannot be counted.
+    """
+    from ..models.architectures import chosen_size
+    from ..predict.count import count_call, run_cost
+
+    if steps < 1:
+        raise SettingError("steps", f"must be at least 1, got {steps}")
+    height, width = chosen_size(architecture, height, width)
+    config = DaToConfig()
+    try:
+        call = count_call(
+            architecture.config,
+            height,
+            width,
+            config=config,
+            batch=_BATCH,
+            pixels_per_latent=architecture.pixels_per_latent,
+            watch=watch,
+        )
+    except ValueError as error:
+        raise SettingError("model", f"cannot be counted: {error}") from error
+    rows = []
+    for published in schedules:
+        digits = schedule.resample(published.digits, steps)
+        cost = run_cost(call, digits)
+        rows.append(
+            {
+                "name": published.name,
+                "digits": digits,
+                **{key: cost.kinds.count(kind) for key, kind in _KINDS.items()},
+                "operations": cost.total,
+                "speedup": cost.speedup,
+                "saving": cost.saving,
+                "source": published.source,
+                "published": {
+                    "digits": published.digits,
+                    "steps": published.steps,
+                    "scheduler": published.scheduler,
+                    "speedup": published.published_speedup,
+                },
+            }
+        )
+    return {
+        "model": architecture.name,
+        "height": height,
+        "width": width,
+        "batch": _BATCH,
+        "steps": steps,
+        "calls": steps + 1,
+        "prune_ratio": config.prune_ratio,
+        "operations_per_call": {"dense": call.dense} | {key: call.of(kind) for key, kind in _KINDS.items()},
+        "schedules": rows,
+    }

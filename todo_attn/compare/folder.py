@@ -1,0 +1,90 @@
+"""The folder that a comparison is written into: whether it may be, and what an older comparison left there."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from ..options.methods import SettingError
+
+IMAGES, SHEET, REPORT = "images", "contact_sheet.png", "report.json"
+NOTHING_MADE = "no picture was finished, and nothing is written"
+DEFAULT = Path("compare")
+_PICTURE = re.compile(rf"{IMAGES}/[^/\\]+\.png")
+
+
+def choose_folder(out: str | None, overwrite: bool) -> Path:
+    """The folder that ``out`` names; for None "compare", or without ``overwrite`` the first free of "compare-2", ...
+
+    Raises:
+        SettingError: it cannot be written, or holds files already; with ``overwrite`` an older comparison may be there.
+    """
+    if out is not None and not out.strip():
+        raise SettingError("out", f"must name a folder, got {out!r}")
+    if out is None and not overwrite:
+        names = (DEFAULT if i == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{i}") for i in count(1))
+        folder = next(name for name in names if not name.exists() or (name.is_dir() and not _entries(name)))
+    else:
+        folder = DEFAULT if out is None else Path(out).expanduser()
+    _check_writable(folder)
+    _check_free(folder, overwrite)
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, without leaving anything behind."""
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        problem = f"must be a folder that can be written, got {str(folder)!r}: {error.strerror}"
+        raise SettingError("out", problem) from error
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    entries = _entries(folder)
+    if not entries:
+        return
+    if _files_of_comparison(folder) is not None:
+        if not overwrite:
+            problem = f"must be a new or an empty folder, and {str(folder)!r} holds an older comparison"
+            raise SettingError("out", f"{problem}: --overwrite removes that, or name another folder")
+    elif not overwrite or entries & {IMAGES, SHEET, REPORT}:
+        known = " that no comparison's report names" if overwrite else ""
+        raise SettingError("out", f"must be a new or an empty folder, and {str(folder)!r} holds files{known}")
+
+
+def _entries(folder: Path) -> set[str]:
+    """The names of what lies in a folder, without hidden files."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+
+
+def _files_of_comparison(folder: Path) -> list[Path] | None:
+    """Every file that the report in ``folder`` names, itself the last; None if there is no report of a comparison."""
+    try:
+        report: Any = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        pictures = [image["file"] for method in report["methods"] for image in method["images"]]
+        pictures += report.get("missing", [])
+        if all(_PICTURE.fullmatch(picture) for picture in pictures):
+            return [folder / name for name in (*pictures, SHEET, REPORT)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def remove_comparison(folder: Path) -> None:
+    """Remove the files of the comparison in ``folder``, if there is one, and nothing else.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    for file in _files_of_comparison(folder) or ():
+        file.unlink(missing_ok=True)
+    images = folder / IMAGES
+    if images.is_dir() and not any(images.iterdir()):
+        images.rmdir()

@@ -1,0 +1,179 @@
+"""What a comparison leaves in its folder: the pictures, the contact sheet and report.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from .folder import IMAGES, NOTHING_MADE, REPORT, SHEET, remove_comparison
+from .report import build_report, file_name
+from .sheet import Column, Row, draw_sheet
+from .words import seconds_text, steps_text
+
+if TYPE_CHECKING:
+    from .run import Comparison
+
+
+class Output:
+    """Fills the folder of one comparison, each picture as soon as it is made.
+
+    With the first picture goes a report that names all that are to come, so that the folder is known for a
+    comparison's, however that ends. Whatever an older one left there goes just before. A file that cannot be written is
+    no reason to stop: it is in ``failures``.
+
+    Args:
+        folder: as :func:`~todo_attn.compare.folder.choose_folder` gives it; it is made with the first picture.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.failures: list[OSError] = []
+        self._comparison: Comparison | None = None  # the latest
+        self._written = 0
+        self._usable = True
+
+    def add(self, comparison: Comparison) -> None:
+        """Write those pictures of ``comparison`` that are new."""
+        if not comparison.shots:
+            return
+        if self._comparison is None:
+            self._open(comparison)
+        self._comparison = comparison
+        for shot in comparison.shots[self._written :]:
+            self._save(file_name(shot.picture, shot.seed, shot.label), Image.fromarray(shot.pixels))
+            self._written += 1
+
+    def finish(self, comparison: Comparison, report: dict[str, Any]) -> None:
+        """Write the report, which is small, and then the contact sheet."""
+        self.add(comparison)
+        self._save_report(report)
+        self._save(SHEET, sheet_of(comparison, report), replace=True)
+
+    def stop(self) -> str:
+        """Write what there is of a comparison that ended early, a sheet if two methods made some, and say where."""
+        if self._comparison is None:
+            return NOTHING_MADE
+        self.add(self._comparison)
+        report = build_report(self._comparison)
+        self._save_report(report)
+        if len({shot.label for shot in self._comparison.shots}) > 1:
+            self._save(SHEET, sheet_of(self._comparison, report), replace=True)
+        done = len(self._comparison.shots)
+        total = done + len(report["missing"])
+        return (
+            f"{done} of {total} pictures are in {self.folder / IMAGES}, with a partial report, {self.folder / REPORT}"
+        )
+
+    def problem(self) -> str | None:
+        """One sentence on the files that could not be written."""
+        if not self.failures:
+            return None
+        first, more = self.failures[0], len(self.failures) - 1
+        return f"cannot write {first.filename}: {first.strerror}" + (f" (and {more} files more)" if more else "")
+
+    def _open(self, comparison: Comparison) -> None:
+        try:
+            remove_comparison(self.folder)
+            (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self.failures.append(error)
+            self._usable = False  # an older comparison may be there, in part
+            return
+        self._save_report(build_report(dataclasses.replace(comparison, shots=[])))
+
+    def _save_report(self, report: dict[str, Any]) -> None:
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        self._write(REPORT, text.encode(), replace=True)
+
+    def _save(self, name: str, picture: Image.Image, replace: bool = False) -> None:
+        png = io.BytesIO()
+        picture.save(png, "png")
+        self._write(name, png.getvalue(), replace)
+
+    def _write(self, name: str, content: bytes, replace: bool) -> None:
+        """All of a file or nothing; without ``replace`` no file that is there already is touched."""
+        if not self._usable:
+            return
+        file = self.folder / name
+        part = file.with_name(f".{file.name}.part") if replace else file
+        try:
+            with open(part, "wb" if replace else "xb") as opened, _removed_if_not_whole(part):
+                opened.write(content)
+                opened.flush()
+            if replace:
+                os.replace(part, file)
+        except OSError as error:
+            self.failures.append(OSError(error.errno, error.strerror or str(error), str(file)))
+
+
+@contextmanager
+def _removed_if_not_whole(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:  # an interrupt too
+        file.unlink(missing_ok=True)
+        raise
+
+
+def sheet_of(comparison: Comparison, report: dict[str, Any]) -> Image.Image:
+    """The contact sheet of a comparison and its report."""
+    settings = report["settings"]
+    pixels = {(s.label, s.picture): s.pixels for s in comparison.shots}
+    images = {(m["method"], i["picture"]): i for m in report["methods"] for i in m["images"]}
+    rows = [
+        Row(
+            f"{prompt}   (seed {seed})",
+            [
+                (pixels.get((m["method"], number)), _caption(m, images.get((m["method"], number))))
+                for m in report["methods"]
+            ],
+        )
+        for number, (prompt, seed) in enumerate(comparison.settings.pictures)
+        if any(picture == number for _, picture in images)
+    ]
+    title = f"{settings['width']} x {settings['height']} pixels, {steps_text(settings['steps'])}"
+    folder = Path(settings["model"])
+    parts = (
+        folder.name if comparison.settings.model and folder.exists() else settings["model"],
+        settings["pipeline"],
+        settings["scheduler"],
+        settings["dtype"],
+        report["machine"]["device"],
+        f"torch {report['versions']['torch']}",
+    )
+    columns = [
+        Column(m["method"], _badge(m), _detail(m), good=m["speedup"] is not None and m["speedup"] >= 1)
+        for m in report["methods"]
+    ]
+    return draw_sheet(title, "  ·  ".join(parts), columns, rows)
+
+
+def _badge(method: dict[str, Any]) -> str:
+    return "" if method["method"] == "dense" or method["speedup"] is None else f"{method['speedup']:.2f}x"
+
+
+def _detail(method: dict[str, Any]) -> str:
+    if method["seconds"] is None:
+        return "left out" if method["unavailable"] else "not made yet"
+    text = f"{seconds_text(method['seconds']['median'])} per picture"
+    return text if method["psnr"] is None else f"{text}  ·  PSNR {method['psnr']:.1f} dB"
+
+
+def _caption(method: dict[str, Any], image: dict[str, Any] | None) -> str:
+    if image is None:
+        return method["unavailable"] or ""
+    if not image["finite"]:
+        return "NaN or infinity in it"
+    if image["same_as_dense"]:
+        return f"{seconds_text(image['seconds'])}  ·  the same as dense"
+    if image["psnr"] is None:
+        return seconds_text(image["seconds"])
+    return f"{seconds_text(image['seconds'])}  ·  PSNR {image['psnr']:.1f} dB  ·  SSIM {image['ssim']:.3f}"

@@ -1,0 +1,241 @@
+"""The same pictures by each method, taking turns, with the time each took."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..logs import logger
+from ..models.pipelines import check_pipeline, sized
+from ..options.settings import CompareSettings
+from ..peak_memory import OUT_OF_MEMORY, is_out_of_memory, watch_peak
+from .bind import BoundMethod, bind
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture by one method.
+
+    Args:
+        picture: its number among the pairs of prompt and seed, from 0.
+        pixels: (height, width, 3) uint8.
+        seconds: from the call of the pipeline to the pixels on the CPU, text encoder and VAE included.
+        peak_bytes: the most memory held meanwhile, as :func:`~todo_attn.peak_memory.watch_peak` has it; None where
+            that cannot be told.
+        finite: False where the pipeline gave NaN or infinity.
+        blacked_out: whether its safety checker did away with it.
+    """
+
+    label: str
+    picture: int
+    prompt: str
+    seed: int
+    pixels: np.ndarray
+    seconds: float
+    peak_bytes: int | None
+    finite: bool
+    blacked_out: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found: ``settings`` with nothing left open, and every shot in the order it was taken.
+
+    A method that ran out of memory is ``unavailable`` from there on; what it made before is among the shots.
+    """
+
+    settings: CompareSettings
+    pipeline: str
+    scheduler: str
+    device: torch.device
+    dtype: torch.dtype
+    methods: list[BoundMethod]
+    shots: list[Shot]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a comparison is, in scheduler steps (``done`` of ``total``), and ``what`` is running."""
+
+    done: float
+    total: int
+    what: str
+
+
+def compare(
+    pipe: Any,
+    settings: CompareSettings,
+    watch: Callable[[Progress], None] | None = None,
+    keep: Callable[[Comparison], None] | None = None,
+) -> Comparison:
+    """Make every prompt and seed of ``settings`` by each of its methods.
+
+    One uncounted and shorter pass of each method goes first. Then the methods take turns at each picture, in turned
+    order from one picture to the next, so that a machine that slows down or speeds up does so for all of them. Starting
+    noise comes from the CPU, seeded per picture, and is the same for every method. A method is put on the pipeline for
+    one picture and taken off again, also when something raises: the pipeline is left as found.
+
+    Args:
+        pipe: a text-to-image pipeline with a UNet, as :func:`~todo_attn.models.pipelines.load_pipeline` gives.
+            Device, dtype and scheduler are its own, and those of ``settings`` are not looked at.
+        watch: called after every scheduler step.
+        keep: called after every picture with the comparison so far.
+
+    Raises:
+        SettingError: a setting that does not fit the pipeline.
+        ValueError: one of the methods is on the pipeline already.
+        torch.OutOfMemoryError: memory does not suffice for a picture by any method.
+    """
+    check_pipeline(pipe, settings.source)
+    settings = sized(settings, pipe)
+    assert settings.steps is not None
+    warmup_steps = min(settings.warmup_steps, settings.steps)
+    methods = [bind(method, pipe, settings) for method in settings.parsed_methods()]
+    able = [m for m in methods if m.unavailable is None]
+    # A schedule is made for a number of steps, and so the method with it.
+    short = replace(settings, steps=warmup_steps)
+    warm_ups = [b for b in (bind(method, pipe, short) for method in short.parsed_methods()) if b.unavailable is None]
+    pictures = settings.pictures
+    total = len(able) * (warmup_steps + len(pictures) * settings.steps)
+    done = 0
+    names = type(pipe).__name__, type(pipe.scheduler).__name__
+    shots: list[Shot] = []
+    out_of_memory: set[str] = set()
+
+    def so_far() -> Comparison:
+        now = [replace(m, unavailable=OUT_OF_MEMORY) if m.label in out_of_memory else m for m in methods]
+        return Comparison(settings, *names, pipe.unet.device, pipe.unet.dtype, now, list(shots))
+
+    def take(method: BoundMethod, picture: int, steps: int, what: str) -> Shot | None:
+        """The picture, or None if memory does not suffice: the method is left out from then on."""
+        nonlocal done
+        if method.label in out_of_memory:
+            return None
+        prompt, seed = pictures[picture]
+
+        def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if watch is not None:
+                # Some schedulers call the UNet more than once a step, so that there are more timesteps than steps.
+                watch(Progress(done + steps * min(1.0, (step + 1) / pipe.num_timesteps), total, what))
+            return values
+
+        try:
+            with method.applied():
+                shot = _take(pipe, settings, prompt, seed, steps, on_step, label=method.label, picture=picture)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            out_of_memory.add(method.label)
+        else:
+            done += steps
+            return shot
+        gc.collect()  # what the pipeline held where it broke off
+        if pipe.unet.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    with _quiet(pipe), _told_once():
+        for method in warm_ups:
+            take(method, 0, warmup_steps, f"warm-up: {method.label}")
+        for picture in range(len(pictures)):
+            for method in able[:: -1 if picture % 2 else 1]:
+                what = f"picture {picture + 1} of {len(pictures)}: {method.label}"
+                shot = take(method, picture, settings.steps, what)
+                if shot is None:
+                    continue
+                shots.append(shot)
+                if keep is not None:
+                    keep(so_far())
+    if not shots:
+        raise torch.OutOfMemoryError("memory does not suffice for a picture by any method")
+    return so_far()
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Each of this package's warnings once, not at every picture that a method is put on for."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message, before = record.getMessage(), len(told)
+        told.add(message)
+        return len(told) > before
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+def _take(
+    pipe: Any,
+    settings: CompareSettings,
+    prompt: str,
+    seed: int,
+    steps: int,
+    on_step: Callable[..., Any],
+    **names: Any,
+) -> Shot:
+    device = pipe.unet.device
+    guidance = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
+    # tomesd draws from a copy of the global generator.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        peak = watch_peak(device)
+        _wait_for(device)
+        start = time.perf_counter()
+        output = pipe(
+            prompt,
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=steps,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="np",
+            callback_on_step_end=on_step,
+            **guidance,
+        )
+        _wait_for(device)
+        seconds = time.perf_counter() - start
+        peak_bytes = peak()
+    image = output.images[0]  # (height, width, 3) float in [0, 1]
+    pixels = (np.nan_to_num(image, posinf=1.0, neginf=0.0) * 255).round().astype(np.uint8)
+    return Shot(
+        **names,
+        prompt=prompt,
+        seed=seed,
+        pixels=pixels,
+        seconds=seconds,
+        peak_bytes=peak_bytes,
+        finite=bool(np.isfinite(image).all()),
+        blacked_out=any(getattr(output, "nsfw_content_detected", None) or ()),
+    )
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,192 @@
+"""What DaTo is asked to do, as validated plain data. No diffusers, no torch: it reads and writes JSON as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import Any
+
+from . import schedule
+from .checks import arguments_of, is_int, is_number
+from .todo import ToDoConfig
+
+_FLAGS = ("align_guidance", "prune_cross_attention", "prune_feed_forward")
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class DaToConfig:
+    """Dynamics-aware token pruning and feature caching (DaTo, arXiv 2501.00375): what each call of the UNet leaves out.
+
+    Args:
+        prune_ratio: the share of the tokens, at least 0 and below 1, that leaves the self-attentions of the model's
+            finest level; or one such number per call of the UNet (made to fit a run of another length, each call then
+            taking that of the nearest moment). At most 1 - 1 / (patch height * width) on a grid that the patch
+            divides, and more on others, whose edges hold no base token: :func:`todo_attn.ops.plan_pruning` checks
+            that at the call. What no grid allows is refused here. The other arguments are given by name.
+        cache_schedule: a digit per call of the UNet after the first, which is always full: "2" full, "1" shallow, "0"
+            the output before once more (:mod:`todo_attn.config.schedule`). None computes every call in full.
+        patch: (height, width) in tokens of the patches, each of which keeps one base token.
+        noise_weight, dynamics_weight: a token's score is dynamics_weight * (how much the prediction changed there) +
+            noise_weight * noise; the highest of a patch is its base. At least 0; only their proportion matters.
+        align_guidance: whether both halves of a batch with guidance have the bases of the first.
+        prune_cross_attention, prune_feed_forward: whether the pruned tokens leave those too.
+        todo: a :class:`~todo_attn.ToDoConfig`: the tokens that are left read its coarser grid of keys.
+        seed: of the noise, from 0 to 2**63 - 1.
+
+    Raises:
+        ValueError: an argument that does not fit, naming it, what it must be and what it was; or as many ratios as do
+            not fit the schedule.
+    """
+
+    prune_ratio: float | Sequence[float] = 0.4
+    _: KW_ONLY
+    cache_schedule: str | None = None
+    patch: tuple[int, int] = (2, 2)
+    noise_weight: float = 0.1
+    dynamics_weight: float = 0.1
+    align_guidance: bool = True
+    prune_cross_attention: bool = False
+    prune_feed_forward: bool = False
+    todo: ToDoConfig | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ratio = _checked_ratio(self.prune_ratio)
+        object.__setattr__(self, "prune_ratio", ratio)
+        if self.cache_schedule is not None:
+            schedule.check_digits(self.cache_schedule, "cache_schedule")
+        object.__setattr__(self, "patch", _checked_patch(self.patch))
+        _check_room(ratio, self.patch)
+        for name in ("noise_weight", "dynamics_weight"):
+            value = getattr(self, name)
+            if not is_number(value) or value < 0:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.todo is not None and not isinstance(self.todo, ToDoConfig):
+            raise ValueError(f"todo must be a ToDoConfig or None, got {self.todo!r}")
+        if not is_int(self.seed) or not 0 <= self.seed <= _MAX_SEED:
+            raise ValueError(f"seed must be an integer from 0 to {_MAX_SEED}, got {self.seed!r}")
+        if isinstance(self.prune_ratio, tuple) and self.cache_schedule is not None:
+            ratios, calls = len(self.prune_ratio), len(self.cache_schedule) + 1
+            if ratios != calls:
+                raise ValueError(
+                    f"prune_ratio must have a ratio for each of the {calls} calls of cache_schedule (its digits and "
+                    f"the first call), got {ratios}"
+                )
+
+    @property
+    def computes_everything(self) -> bool:
+        """Whether it prunes nothing and has every call computed in full; its ToDo may still act."""
+        ratios = self.prune_ratio if isinstance(self.prune_ratio, tuple) else (self.prune_ratio,)
+        return not any(ratios) and set(self.cache_schedule or "") <= {schedule.FULL}
+
+    @classmethod
+    def preset(cls, name: str, steps: int = 50, **overrides: Any) -> DaToConfig:
+        """A published schedule, resampled to ``steps`` steps of the scheduler.
+
+        Args:
+            name: one of :func:`todo_attn.config.schedule.names`, such as "coco", or a schedule's JSON file.
+            steps: at least 1. The schedule gets as many digits: that is for a scheduler which calls the UNet once more
+                than it has steps, as PNDM does, for which they were made.
+            overrides: other arguments of ``DaToConfig``.
+
+        Raises:
+            ValueError: no such schedule, ``steps`` is not a positive integer, or an argument does not fit.
+        """
+        if not is_int(steps) or steps < 1:
+            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+        if "cache_schedule" in overrides:
+            raise ValueError("cache_schedule must not be given: it is what the preset says")
+        return cls(cache_schedule=schedule.resample(schedule.load(name).digits, steps), **overrides)
+
+    def schedule_for(self, calls: int) -> str:
+        """The digits for a run of ``calls`` calls of the UNet: ``calls - 1`` of them, "2" where nothing is cached.
+
+        Raises:
+            ValueError: ``calls`` is not an integer of at least 1.
+        """
+        _check_calls(calls)
+        if self.cache_schedule is None:
+            return schedule.FULL * (calls - 1)
+        return schedule.resample(self.cache_schedule, calls - 1)
+
+    def ratio_for(self, call: int, calls: int | None = None) -> float:
+        """The share of tokens that call number ``call`` of a run prunes.
+
+        Args:
+            call: from 0. Calls after the last have its ratio.
+            calls: how many calls the run has; None takes a ratio per call as they are.
+
+        Raises:
+            ValueError: ``call`` is not an integer of at least 0, or ``calls`` of at least 1.
+        """
+        if not is_int(call) or call < 0:
+            raise ValueError(f"call must be an integer of at least 0, got {call!r}")
+        if calls is not None:
+            _check_calls(calls)
+        ratios = self.prune_ratio
+        if isinstance(ratios, (int, float)):
+            return ratios
+        last = len(ratios) - 1
+        if calls is None:
+            return ratios[min(call, last)]
+        # The first call is the first and the last the last, whatever is between.
+        return ratios[(2 * min(call, calls - 1) * last + calls - 1) // (2 * (calls - 1)) if calls > 1 else 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``json.dumps`` takes; :meth:`from_dict` reads it back."""
+        ratio = list(self.prune_ratio) if isinstance(self.prune_ratio, tuple) else self.prune_ratio
+        todo = None if self.todo is None else self.todo.to_dict()
+        return asdict(self) | {"prune_ratio": ratio, "patch": list(self.patch), "todo": todo}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DaToConfig:
+        """The configuration that :meth:`to_dict` gave, also after a round trip through JSON.
+
+        Raises:
+            ValueError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
+        """
+        arguments = arguments_of(cls, data)
+        if isinstance(arguments.get("todo"), Mapping):
+            arguments["todo"] = ToDoConfig.from_dict(arguments["todo"])
+        return cls(**arguments)
+
+
+def _checked_ratio(value: object) -> float | tuple[float, ...]:
+    def checked(x: object) -> float:
+        if not isinstance(x, (int, float)) or not is_number(x) or not 0 <= x < 1:
+            raise ValueError(f"prune_ratio must be at least 0 and below 1, or a sequence of such numbers, got {x!r}")
+        return float(x)
+
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return checked(value)
+    if not value:
+        raise ValueError("prune_ratio must have a number for each call, got none")
+    return tuple(map(checked, value))
+
+
+def _checked_patch(value: object) -> tuple[int, int]:
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(x) and x >= 1 for x in value)):
+        raise ValueError(f"patch must be a pair of integers of at least 1 (height, width), got {value!r}")
+    height, width = value
+    return height, width
+
+
+def _check_room(ratio: float | tuple[float, ...], patch: tuple[int, int]) -> None:
+    """No grid leaves more to prune than one with a single whole patch and as much past it as holds no other."""
+    tokens = (2 * patch[0] - 1) * (2 * patch[1] - 1)
+    most = (tokens - 1) / tokens
+    highest = max(ratio) if isinstance(ratio, tuple) else ratio
+    if highest > most:
+        raise ValueError(
+            f"prune_ratio must be at most {most:.6g}, the most that any grid leaves beside the base tokens of patches "
+            f"of {patch}, got {highest!r}"
+        )
+
+
+def _check_calls(calls: object) -> None:
+    if not isinstance(calls, int) or not is_int(calls) or calls < 1:
+        raise ValueError(f"calls must be an integer of at least 1, got {calls!r}")

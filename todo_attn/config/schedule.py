@@ -1,0 +1,250 @@
+"""Cache schedules of DaTo: which calls of the UNet are computed in full, which in part, and which not at all.
+
+A schedule is a string of digits, one for each call of the UNet after the first, which is always full: "2" full, "1"
+shallow (the last resnet and attention of the UNet, the rest from the cache), "0" the previous output again. Files are
+JSON and nothing else, and every value in them is checked; the published schedules lie in ``published.json``. No torch,
+no diffusers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .checks import is_int, is_number
+
+FULL, SHALLOW, REUSE = "2", "1", "0"
+DIGITS = frozenset((FULL, SHALLOW, REUSE))
+VERSION = 1
+FEWEST_CALLS = 12  # of the UNet, about, from which on a schedule pays
+_SHIPPED = Path(__file__).parent / "published.json"
+_NUMBERED = re.compile(r"run\d+-\d+")
+
+
+def check_digits(value: object, name: str = "digits") -> str:
+    """``value`` itself, where it is a schedule's digits.
+
+    Raises:
+        ValueError: it is no string, is empty, or has a character other than "0", "1" and "2"; ``name`` is what the
+            message calls it.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string of the digits 0, 1 and 2, got {value!r}")
+    if not value:
+        raise ValueError(f"{name} must have a digit for each call after the first, got an empty string")
+    for position, digit in enumerate(value):
+        if digit not in DIGITS:
+            raise ValueError(f"{name} must be of the digits 0, 1 and 2, got {digit!r} at position {position}")
+    return value
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A cache schedule and where it comes from.
+
+    Args:
+        digits: one per call of the UNet after the first.
+        name: short; empty where it has none.
+        source: who made it and for what.
+        steps: the steps of the scheduler it was made for, where that is known.
+        scheduler: that scheduler, such as "PNDM", which calls the UNet once more than it has steps.
+        published_speedup: operations of the dense run over those of the code it was published with, for Stable
+            Diffusion 1.5 at 512 x 512 with nothing pruned. That code's shallow calls compute the middle block too and
+            throw it away; what this package's calls cost is counted by :mod:`todo_attn.predict.count`.
+
+    Raises:
+        ValueError: an argument that does not fit, naming it, what it must be and what it was.
+    """
+
+    digits: str
+    name: str = ""
+    source: str = ""
+    steps: int | None = None
+    scheduler: str | None = None
+    published_speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        check_digits(self.digits)
+        for key in ("name", "source"):
+            if not isinstance(getattr(self, key), str):
+                raise ValueError(f"{key} must be a string, got {getattr(self, key)!r}")
+        if self.scheduler is not None and not isinstance(self.scheduler, str):
+            raise ValueError(f"scheduler must be a string or None, got {self.scheduler!r}")
+        if self.steps is not None and not (is_int(self.steps) and self.steps >= 1):
+            raise ValueError(f"steps must be an integer of at least 1 or None, got {self.steps!r}")
+        if self.published_speedup is not None and not (
+            is_number(self.published_speedup) and self.published_speedup > 0
+        ):
+            raise ValueError(f"published_speedup must be a number above 0 or None, got {self.published_speedup!r}")
+
+    @property
+    def calls(self) -> int:
+        """How many calls of the UNet it is for, the first one included."""
+        return len(self.digits) + 1
+
+    @property
+    def full(self) -> int:
+        """Full calls, the first one included."""
+        return self.digits.count(FULL) + 1
+
+    @property
+    def shallow(self) -> int:
+        """Shallow calls."""
+        return self.digits.count(SHALLOW)
+
+    @property
+    def reuse(self) -> int:
+        """Calls that return the output before."""
+        return self.digits.count(REUSE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``json.dumps`` takes: what is not known is left out."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, "")}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
+        """The schedule that :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: ``data`` is not a mapping, has no digits, a key that is not known, or a value that does not fit.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(
+                f"a schedule must be a mapping of {', '.join(cls.__dataclass_fields__)}, got {_kind(data)}"
+            )
+        unknown = [key for key in data if key not in cls.__dataclass_fields__]
+        if unknown:
+            raise ValueError(f"a schedule must have only the keys {', '.join(cls.__dataclass_fields__)}, got {unknown}")
+        if "digits" not in data:
+            raise ValueError(f"a schedule must have digits, got only {list(data)}")
+        return cls(**data)
+
+
+def dumps(schedule: Schedule) -> str:
+    """A file's text, as :func:`loads` reads it."""
+    return json.dumps({"version": VERSION, **schedule.to_dict()}, indent=2) + "\n"
+
+
+def loads(text: str) -> Schedule:
+    """The schedule in the text of a JSON file.
+
+    Raises:
+        ValueError: ``text`` is not JSON, of another version, or no schedule: what was wrong.
+    """
+    return Schedule.from_dict(_versioned(text))
+
+
+def save(schedule: Schedule, path: str | os.PathLike[str]) -> None:
+    """Write ``schedule`` to ``path`` as JSON."""
+    Path(path).write_text(dumps(schedule), encoding="utf-8")
+
+
+def load(source: str | os.PathLike[str]) -> Schedule:
+    """A published schedule by its name, or the schedule in a JSON file.
+
+    Args:
+        source: a name in :func:`names`, which comes first, or else a path.
+
+    Raises:
+        ValueError: there is neither such a name nor such a file, or the file is no schedule: its path and what was
+            wrong.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"schedule must be a name or a file, got {source!r}")
+    if isinstance(source, str) and source in names():
+        return _shipped()[source]
+    path = Path(source)
+    if isinstance(source, str) and not path.exists():
+        near = difflib.get_close_matches(source, names(), n=3) or names()[:4]
+        raise ValueError(f"schedule must be a file or a name such as {', '.join(map(repr, near))}, got {source!r}")
+    try:
+        return loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a schedule: {error}") from error
+
+
+def names() -> list[str]:
+    """The names of the published schedules, those with a name of their own first."""
+    return list(_shipped())
+
+
+def named() -> list[str]:
+    """Those of :func:`names` that are a name of their own, such as "coco", and not a search's number, "run0-02"."""
+    return [name for name in names() if not _NUMBERED.fullmatch(name)]
+
+
+def resample(digits: str, length: int) -> str:
+    """``digits`` for another number of calls: the same kinds at about the same moments, in the same shares.
+
+    Each new call covers a stretch of the old ones, and owes its share of each kind to the count of that kind. A call
+    is full as soon as half a full call is owed; otherwise it is of that kind, shallow or reuse, of which more is owed
+    (shallow where it is the same). So:
+
+    - the same length gives the same digits;
+    - at every moment of the run the full calls so far differ by at most half a call from the old schedule's share, and
+      the shallow and the reusing ones by at most 1.25 calls, so that neither the cost nor the moments drift;
+    - a kind that the old schedule lacks for a while, the new one lacks too, but for those 1.25 calls.
+
+    Args:
+        digits: a schedule.
+        length: how many digits, 0 or more.
+
+    Raises:
+        ValueError: ``digits`` is no schedule, or ``length`` is not an integer of at least 0.
+    """
+    check_digits(digits)
+    if not (is_int(length) and length >= 0):
+        raise ValueError(f"length must be an integer of at least 0, got {length!r}")
+    # What is owed is counted in units of 1 / len(digits) of a call, which makes it exact: an old call is worth `length`
+    # units and a new one takes len(digits).
+    unit, owed, resampled = len(digits), dict.fromkeys((FULL, SHALLOW, REUSE), 0), []
+    for start in range(0, length * unit, unit):
+        stop = start + unit
+        for old in range(start // length, -(-stop // length)):
+            owed[digits[old]] += min(stop, (old + 1) * length) - max(start, old * length)
+        kind = FULL if 2 * owed[FULL] >= unit else max((SHALLOW, REUSE), key=owed.__getitem__)
+        owed[kind] -= unit
+        resampled.append(kind)
+    return "".join(resampled)
+
+
+@cache
+def _shipped() -> dict[str, Schedule]:
+    data = _versioned(_SHIPPED.read_text(encoding="utf-8"))
+    return _by_name(Schedule.from_dict(entry) for entry in data["schedules"])
+
+
+def _by_name(schedules: Iterable[Schedule]) -> dict[str, Schedule]:
+    found: dict[str, Schedule] = {}
+    for schedule in schedules:
+        if not schedule.name or schedule.name in found:
+            raise ValueError(f"name must be there and be the only one, got {schedule.name!r}")
+        found[schedule.name] = schedule
+    return found
+
+
+def _versioned(text: str) -> dict[str, Any]:
+    """The object in ``text`` without its version."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it must be JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"it must be a JSON object, got {_kind(data)}")
+    if data.get("version") != VERSION or isinstance(data["version"], bool):
+        raise ValueError(f"version must be {VERSION}, got {data.get('version')!r}")
+    del data["version"]
+    return data
+
+
+def _kind(x: object) -> str:
+    return type(x).__name__

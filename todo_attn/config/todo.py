@@ -1,0 +1,171 @@
+"""What ToDo is asked to do, as validated plain data. No diffusers, no torch: it reads and writes JSON as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import Any, Literal, NoReturn, TypeAlias
+
+from .checks import arguments_of, is_int, is_number
+from .modes import MODES, Mode
+
+FINEST = "finest"
+# The timesteps a diffusers model is trained on; a range that holds them all needs no look at the timestep.
+_ALL_TIMESTEPS = (0, 1000)
+# Levels are int or "finest". But a variable that is a dict[int, int] is no Mapping[int | str, int] to a type checker.
+Factor: TypeAlias = Literal["auto"] | int | Mapping[Any, int]
+
+
+class _Factors(dict[int | str, int]):
+    """The factor by level: a dict that stays as it is, and so can be hashed."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("a ToDoConfig cannot be changed, nor its factor: make another")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle and copy would set item by item
+        return type(self), (dict(self),)
+
+
+@dataclass(frozen=True)
+class ToDoConfig:
+    """Token Downsampling (ToDo, arXiv 2402.13573): which self-attentions read a coarser grid of keys, and how coarse.
+
+    A *level* is named by the side, in latent pixels, that one token stands for: 1, 2, 4, 8, or "finest" for the
+    model's finest level with self-attention (Stable Diffusion 1.5 has levels 1, 2, 4, 8; SDXL has 2 and 4).
+
+    Args:
+        factor: tokens per coarse token along each axis. An int is for every level; ``{level: int}`` for those levels,
+            the others dense; "auto" takes, at every level and size, the smallest factor with at most
+            ``max_kv_tokens`` coarse tokens. 1 is dense. A factor beyond the grid is cut down to the grid's side; one
+            that reaches it leaves a single row or column of keys, and the first call warns. The other arguments are
+            given by name.
+        max_kv_tokens: the most keys that "auto" leaves.
+        mode: how coarse tokens are taken, "nearest", "nearest-exact" or "mean": see
+            :func:`todo_attn.ops.downsample_tokens`.
+        timestep_range: (low, high), in timesteps of the model (0 to 1000, not fractions). ToDo acts when
+            low <= t <= high, for every sample of the batch. A range that holds 0 to 1000 acts always and never reads
+            the timestep; a narrower one waits for the device once per call of the model when the timestep is a device
+            tensor. ``torch.compile`` then makes two graphs of the model, and with ``fullgraph`` it must be given the
+            model itself. ``torch.jit.trace`` and ``torch.export`` cannot record it, and one model cannot follow it in
+            several threads at once.
+
+    Raises:
+        ValueError: an argument that does not fit, naming it, what it must be and what it was.
+    """
+
+    factor: Factor = "auto"
+    _: KW_ONLY
+    max_kv_tokens: int = 4096
+    mode: Mode = "nearest"
+    timestep_range: tuple[float, float] = _ALL_TIMESTEPS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor", _checked_factor(self.factor))
+        if not is_int(self.max_kv_tokens) or self.max_kv_tokens < 1:
+            raise ValueError(f"max_kv_tokens must be an integer of at least 1, got {self.max_kv_tokens!r}")
+        if not isinstance(self.mode, str) or self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
+        object.__setattr__(self, "timestep_range", _checked_range(self.timestep_range))
+
+    @classmethod
+    def paper(cls, height: int, width: int) -> ToDoConfig:
+        """The published settings for an image of ``height`` x ``width`` pixels.
+
+        At the finest level sqrt(height * width) / 512, rounded, halves up (2 at 1024 x 1024, 3 at 1280 x 1280, 4 at
+        2048 x 2048), and at least 1; all other levels dense.
+
+        Raises:
+            ValueError: ``height`` or ``width`` is not a positive integer.
+        """
+        for name, value in (("height", height), ("width", width)):
+            if not is_int(value) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, in pixels, got {value!r}")
+        rounded = (math.isqrt(4 * height * width) + 512) // 1024  # floor(sqrt(height * width) / 512 + 1 / 2), exactly
+        return cls(factor={FINEST: max(1, rounded)})
+
+    @property
+    def every_timestep(self) -> bool:
+        """Whether ToDo acts at every timestep, so that none has to be read."""
+        return self.timestep_range[0] <= _ALL_TIMESTEPS[0] and self.timestep_range[1] >= _ALL_TIMESTEPS[1]
+
+    def factor_for(self, grid: tuple[int, int], level: int | None = None, *, finest: bool = False) -> tuple[int, int]:
+        """The factor (fh, fw) along each axis for a self-attention on ``grid`` = (height, width) tokens.
+
+        Args:
+            grid: height and width in tokens, at least 1 each.
+            level: the level of that self-attention; None where it is not known (a ``{level: int}`` factor then acts
+                only through "finest").
+            finest: whether that is the model's finest level with self-attention.
+
+        Returns:
+            At least (1, 1) and at most ``grid``; (1, 1) is dense.
+        """
+        height, width = grid
+        if self.factor == "auto":
+            factor = 1
+            while (height // min(factor, height)) * (width // min(factor, width)) > self.max_kv_tokens:
+                factor += 1
+        elif isinstance(self.factor, _Factors):
+            default = self.factor.get(FINEST, 1) if finest else 1
+            factor = default if level is None else self.factor.get(level, default)
+        else:
+            assert isinstance(self.factor, int)
+            factor = self.factor
+        return min(factor, height), min(factor, width)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``json.dumps`` takes; :meth:`from_dict` reads it back, JSON's string keys included."""
+        factor = dict(self.factor) if isinstance(self.factor, dict) else self.factor
+        return asdict(self) | {"factor": factor, "timestep_range": list(self.timestep_range)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ToDoConfig:
+        """The configuration that :meth:`to_dict` gave, also after a round trip through JSON.
+
+        Raises:
+            ValueError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
+        """
+        arguments = arguments_of(cls, data)
+        factor = arguments.get("factor")
+        if isinstance(factor, Mapping):  # JSON knows only string keys
+            arguments["factor"] = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in factor.items()}
+        return cls(**arguments)
+
+
+def _checked_factor(factor: object) -> Literal["auto"] | int | _Factors:
+    """``factor`` itself, or a frozen copy where it is a mapping: no later change may pass unchecked."""
+    if isinstance(factor, Mapping):
+        for level, value in factor.items():
+            if level != FINEST and not (is_int(level) and level >= 1):
+                raise ValueError(f"factor must map levels, integers of at least 1 or {FINEST!r}, got level {level!r}")
+            if not is_int(value) or value < 1:
+                raise ValueError(f"factor of level {level!r} must be an integer of at least 1, got {value!r}")
+        return _Factors(factor)
+    if isinstance(factor, str) and factor == "auto":
+        return "auto"
+    if isinstance(factor, int) and is_int(factor) and factor >= 1:
+        return factor
+    raise ValueError(f"factor must be 'auto', an integer of at least 1 or {{level: integer}}, got {factor!r}")
+
+
+def _checked_range(value: object) -> tuple[float, float]:
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))):
+        raise ValueError(f"timestep_range must be a pair of finite numbers (low, high), got {value!r}")
+    low, high = value
+    if low > high:
+        raise ValueError(f"timestep_range must have low <= high, got {(low, high)!r}")
+    first, last = _ALL_TIMESTEPS
+    if high < first or low > last:
+        raise ValueError(f"timestep_range must reach into the timesteps {first} to {last}, got {(low, high)!r}")
+    if low >= 0 and high <= 1:
+        raise ValueError(
+            f"timestep_range must be in timesteps of the model, {first} to {last}, and not in fractions, got "
+            f"{(low, high)!r}"
+        )
+    return low, high

@@ -1,0 +1,160 @@
+"""What is installed and what it runs on: a figure or a bug report without them cannot be compared with another."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "todo_attn",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "tomesd",
+    "DeepCache",
+)
+# Of a measurement's row.
+_MEASURED = ("torch", "triton", "diffusers", "todo_attn", "tomesd", "DeepCache", "sageattention")
+_ROOT = Path(__file__).resolve().parents[1]
+_CPU_CACHE = 32 * 2**20  # taken for a processor's last cache, which no portable call names
+_CLOCK_TICKS = 20_000_000  # about 10 ms of a GPU's clock
+
+
+def versions() -> dict[str, str | None]:
+    """Python's version and each package's; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= {name: _version(name) for name in PACKAGES}
+    found["torch"] = torch.__version__  # with the build, which the metadata may lack
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself, such as "NVIDIA H100 80GB HBM3" or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, str | int | None]:
+    """System, processor and the threads torch uses on it."""
+    return {
+        "platform": platform.platform(),
+        "cpu": device_name(torch.device("cpu")),
+        "cpu_count": os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, driver, processor, versions and commit, as plain data; None for what is not there."""
+    info: dict[str, Any] = {"device": device_name(device), "driver": None, "cuda": None}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        info |= {
+            "driver": _driver(device),
+            "cuda": torch.version.cuda,
+            "capability": f"{major}.{minor}",
+            "memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1),
+            "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+        }
+    info |= {
+        "cpu": device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    return info | {package: _version(package) for package in _MEASURED} | {"commit": commit()}
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, as torch's tuning guide advises for CPUs; whether it could.
+
+    glibc gives each large buffer back to the kernel and takes a new one, page by page, for the next layer: 1.6 s of one
+    forward of Stable Diffusion 1.5's UNet at 1024 px, whatever its attention does. By ``mallopt``, so on Linux only.
+    """
+    mmap_max, top_pad, trim_threshold = -4, -2, -1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all([mallopt(mmap_max, 0), mallopt(top_pad, 1 << 28), mallopt(trim_threshold, 2**31 - 1)])
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the cache that all of ``device`` shares: a GPU's L2."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE
+
+
+def sm_mhz(device: torch.device, load: Callable[[], Any]) -> float | None:
+    """The clock of a GPU's multiprocessors while ``load`` runs, again and again; None elsewhere.
+
+    One thread on a stream of its own counts ticks, between two events, for about 10 ms.
+    """
+    if device.type != "cuda":
+        return None
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        start.record()
+        torch.cuda._sleep(_CLOCK_TICKS)
+        end.record()
+    while not end.query():
+        load()
+        torch.cuda.current_stream(device).synchronize()
+    torch.cuda.synchronize(device)
+    return _CLOCK_TICKS / start.elapsed_time(end) / 1e3
+
+
+def slug(device: torch.device) -> str:
+    """:func:`device_name` as part of a file's name: "nvidia-h200", "cpu-amd-epyc-7763"."""
+    name = device_name(device) if device.type == "cuda" else f"{device.type} {device_name(device)}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "-dirty" where it has changes; a copy without git names it in $GIT_COMMIT."""
+    if named := os.environ.get("GIT_COMMIT"):
+        return named
+    if not (_ROOT / ".git").exists():
+        return None  # installed, maybe inside somebody's repository
+    return _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _driver(device: torch.device) -> str | None:
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={index}")
+    return lines.splitlines()[0].strip() if lines else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

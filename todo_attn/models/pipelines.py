@@ -1,0 +1,65 @@
+"""Loading the pipeline that ``compare`` runs, and asking it for its sizes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import torch
+
+from ..diffusers.levels import transformers_by_level
+from ..options.settings import DTYPES, SCHEDULERS, SIZE_MULTIPLE, CompareSettings, SettingError, check_size
+from .loading import load_weights
+
+
+def load_pipeline(settings: CompareSettings) -> Any:
+    """The pipeline of ``settings``, on its device, in its dtype, with its scheduler.
+
+    Raises:
+        SettingError: the model cannot be loaded, or is no text-to-image pipeline with self-attention in a UNet.
+        torch.OutOfMemoryError: it does not fit in memory.
+    """
+    dtype, source = DTYPES[settings.dtype], settings.source
+    pipe = load_weights(diffusers.DiffusionPipeline, source, dtype, variant=settings.variant, config=settings.config)
+    check_pipeline(pipe, source)
+    if settings.scheduler is not None:
+        name, extra = SCHEDULERS[settings.scheduler]
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **extra)
+    return pipe.to(torch.device(settings.device))
+
+
+def check_pipeline(pipe: Any, source: str) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        SettingError: ``pipe`` does not make pictures from text alone at a given size, or has no self-attention over
+            an image in a UNet.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    takes = {"prompt", "height", "width", "generator", "callback_on_step_end"} <= parameters.keys()
+    if not takes or {"image", "mask_image"} & parameters.keys():
+        raise SettingError("model", f"must be a text-to-image pipeline, and {source!r} is a {type(pipe).__name__}")
+    if not transformers_by_level(getattr(pipe, "unet", torch.nn.Module())):
+        raise SettingError("model", f"must have a UNet with self-attention, and {source!r} has none")
+
+
+def sized(settings: CompareSettings, pipe: Any) -> CompareSettings:
+    """The settings with height and width filled in, in pixels: twice the model's normal size where none was given.
+
+    Raises:
+        SettingError: a size that is no multiple of the pipeline's own, or a model that does not say its normal size.
+    """
+    sample = pipe.unet.config.sample_size
+    sides = (sample, sample) if isinstance(sample, int) else sample or (None, None)
+    scale = pipe.vae_scale_factor
+    filled = {}
+    for name, side in zip(("height", "width"), sides, strict=True):
+        size = getattr(settings, name)
+        if size is None and side is None:
+            raise SettingError(name, "must be given: the model does not say its normal size")
+        filled[name] = 2 * side * scale if size is None else size
+        check_size(name, filled[name], math.lcm(SIZE_MULTIPLE, scale))
+    return replace(settings, **filled)

@@ -1,0 +1,1 @@
+"""What the commands are asked: validated plain data. No diffusers."""

@@ -1,0 +1,219 @@
+"""The methods that a comparison holds against each other and their options, as validated plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+from ..config.dato import DaToConfig
+from ..config.modes import Mode
+from ..config.schedule import load as load_schedule
+from ..config.schedule import names as published
+from ..config.todo import FINEST, Factor, ToDoConfig
+
+# Each kind of method, and what a variant of it (after a colon) gives; None where it has none.
+KINDS = {
+    "dense": None,
+    "todo": "FACTOR",
+    "tome": "RATIO",
+    "dato": "SCHEDULE",
+    "todo+dato": "SCHEDULE",
+    "deepcache": "INTERVAL",
+}
+METHODS_TEXT = ", ".join(kind if variant is None else f"{kind}, {kind}:{variant}" for kind, variant in KINDS.items())
+NO_SCHEDULE = "none"
+MAX_RATIO = 0.75  # tomesd and DaTo's default patch leave one token of each 2 x 2
+_ANY_SIZE = (512, 512)  # whether a factor can be read does not hang on the picture's size
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used: ``name`` is the setting, and the message starts with it."""
+
+    exit_code = 2  # of the command
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name} {problem}")
+        self.name, self.problem = name, problem
+
+
+class UnreachableError(SettingError):
+    """A setting that names something on a network that cannot be reached."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make the picture: its kind, one of ``KINDS``, and its variant as written (None: the options hold)."""
+
+    kind: str
+    variant: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.kind if self.variant is None else f"{self.kind}:{self.variant}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Which methods, and what each does; an option of ``todo-attn compare`` for each argument.
+
+    Args:
+        methods: names with commas between, among them "dense"; a name with a colon is a variant: "todo:FACTOR",
+            "tome:RATIO", "dato:SCHEDULE", "todo+dato:SCHEDULE" and "deepcache:INTERVAL".
+        factor, max_kv_tokens, mode: of :class:`~todo_attn.ToDoConfig`, for "todo" and "todo+dato"; see
+            :func:`parse_factor`.
+        tome_ratio: the share of tokens that "tome" merges, above 0 and at most 0.75.
+        schedule: of "dato" and "todo+dato": a name in :func:`todo_attn.config.schedule.names`, a JSON file, or "none"
+            to prune alone. A variant is such a name, or "none".
+        prune_ratio: the share of tokens that "dato" and "todo+dato" prune, from 0 to 0.75.
+        cache_interval: "deepcache" computes every so many-th call of the UNet in full; at least 1.
+
+    Raises:
+        SettingError: (a ``ValueError``) the first argument that does not fit, what it must be and what it was.
+    """
+
+    methods: str = "dense,todo"
+    factor: str = "auto"
+    max_kv_tokens: int = 4096
+    mode: str = "nearest"
+    tome_ratio: float = 0.5
+    schedule: str = "coco"
+    prune_ratio: float = 0.4
+    cache_interval: int = 3
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            self._check(Method(kind))
+        self.parsed_methods()
+
+    def parsed_methods(self) -> list[Method]:
+        """The methods in order.
+
+        Raises:
+            SettingError: an unknown or repeated method, a bad variant, or no "dense".
+        """
+        methods: list[Method] = []
+        for text in self.methods.split(","):
+            kind, colon, variant = text.strip().partition(":")
+            if kind not in KINDS or (colon and KINDS[kind] is None):
+                problem = f"must be some of {METHODS_TEXT}, with commas between, got {text.strip()!r}"
+                raise SettingError("methods", problem)
+            method = Method(kind, variant if colon else None)
+            if method in methods:
+                raise SettingError("methods", f"must name each method once, got {method.label!r} twice")
+            self._check(method)
+            methods.append(method)
+        if Method("dense") not in methods:
+            raise SettingError("methods", f"must have 'dense', which the others are held against, got {self.methods!r}")
+        return methods
+
+    def _check(self, method: Method) -> None:
+        if method.kind == "todo":
+            self.todo_config(method, *_ANY_SIZE)
+        elif method.kind == "tome":
+            self.tome_ratio_of(method)
+        elif method.kind in ("dato", "todo+dato"):
+            self.dato_config(method, 2, *_ANY_SIZE)
+        elif method.kind == "deepcache":
+            self.cache_interval_of(method)
+
+    def todo_config(self, method: Method, height: int, width: int) -> ToDoConfig:
+        """The configuration of "todo" or "todo:FACTOR", at a picture size in pixels."""
+        try:
+            factor = parse_factor(self.factor if method.variant is None else method.variant, height, width)
+        except ValueError as error:
+            raise refusal(method, "factor", str(error).removeprefix("factor ")) from None
+        mode = cast(Mode, self.mode)  # which ToDoConfig checks
+        try:
+            return ToDoConfig(factor=factor, max_kv_tokens=self.max_kv_tokens, mode=mode)
+        except ValueError as error:
+            name, _, problem = str(error).partition(" ")
+            raise SettingError(name, problem) from None
+
+    def dato_config(self, method: Method, calls: int, height: int, width: int) -> DaToConfig:
+        """The configuration of "dato" or "todo+dato", with or without a schedule's name.
+
+        Args:
+            calls: how often one picture calls the UNet, at least 1. The schedule is resampled to that.
+            height, width: of the picture, in pixels.
+        """
+        if not 0 <= self.prune_ratio <= MAX_RATIO:
+            raise SettingError("prune_ratio", f"must be from 0 to {MAX_RATIO}, got {self.prune_ratio}")
+        todo = self.todo_config(Method("todo"), height, width) if method.kind == "todo+dato" else None
+        config = DaToConfig(prune_ratio=self.prune_ratio, cache_schedule=self._digits_of(method), todo=todo)
+        if config.cache_schedule is None:
+            return config
+        return replace(config, cache_schedule=config.schedule_for(calls) or None)  # one call has nothing to reuse
+
+    def _digits_of(self, method: Method) -> str | None:
+        """Of the schedule, before it is resampled; None without one."""
+        if (method.variant or self.schedule) == NO_SCHEDULE:
+            return None
+        if method.variant is not None and method.variant not in published():
+            some = ", ".join(map(repr, published()[:3]))
+            problem = f"must be published (todo-attn schedules lists them), such as {some}, got {method.variant!r}"
+            raise refusal(method, "schedule", problem)
+        try:
+            return load_schedule(self.schedule if method.variant is None else method.variant).digits
+        except ValueError as error:
+            problem = str(error)
+            if not problem.startswith("schedule "):  # it names a file and says what is wrong there
+                problem = f"must be a file with a schedule: {problem}"
+            raise SettingError("schedule", problem.removeprefix("schedule ")) from None
+
+    def tome_ratio_of(self, method: Method) -> float:
+        """The ratio of "tome" or "tome:RATIO"."""
+        try:
+            ratio = self.tome_ratio if method.variant is None else float(method.variant)
+        except ValueError:
+            ratio = math.nan
+        if not 0 < ratio <= MAX_RATIO:
+            raise refusal(method, "tome_ratio", f"must be above 0 and at most {MAX_RATIO}, got {ratio}")
+        return ratio
+
+    def cache_interval_of(self, method: Method) -> int:
+        """The interval of "deepcache" or "deepcache:INTERVAL"."""
+        text = str(self.cache_interval) if method.variant is None else method.variant
+        if not (text.isdecimal() and int(text) >= 1):
+            raise refusal(method, "cache_interval", f"must be an integer of at least 1, got {text}")
+        return int(text)
+
+
+def refusal(method: Method, option: str, problem: str) -> SettingError:
+    """What to raise about the variant of ``method``, or about ``option`` where that holds."""
+    if method.variant is None:
+        return SettingError(option, problem)
+    return SettingError("methods", f"has {method.label!r}, whose {str(KINDS[method.kind]).lower()} {problem}")
+
+
+def parse_factor(text: str, height: int, width: int) -> Factor:
+    """ToDoConfig's factor from how it is written on the command line.
+
+    "auto"; "paper" (the published factor for ``height`` x ``width`` pixels); an integer for every level; or pairs
+    LEVEL=FACTOR with "+" between, such as "1=4+2=2" or "finest=2".
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text == "auto":
+        return "auto"
+    if text == "paper":
+        return ToDoConfig.paper(height, width).factor
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    levels: dict[int | str, int] = {}
+    for pair in text.split("+"):
+        level, _, factor = pair.partition("=")
+        known = level == FINEST or (level.isdecimal() and int(level) >= 1)
+        if not (known and factor.isdecimal() and int(factor) >= 1):
+            raise ValueError(
+                "factor must be auto, paper, an integer of at least 1, or LEVEL=FACTOR pairs with + between "
+                f"such as 1=4+2=2, got {text!r}"
+            )
+        key: int | str = level if level == FINEST else int(level)
+        if key in levels:
+            raise ValueError(f"factor must be pairs with each level once, got {level} twice in {text!r}")
+        levels[key] = int(factor)
+    return levels

@@ -1,0 +1,237 @@
+"""What a comparison is asked to do, as validated plain data: all that can be refused before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..example import example_pipeline
+from .methods import MethodOptions, SettingError
+
+SIZE_MULTIPLE = 8  # what diffusers' own pipelines ask for, whatever their VAE
+MIN_SIZE = 16  # SSIM's window is 11 pixels wide
+MAX_SIDE = 16384  # of a square: larger ones are beyond any machine, and what is predicted of them beyond its model
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Short name: diffusers' class and what its configuration gets on top of the pipeline's own.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+SINGLE_FILES = (".safetensors", ".ckpt")
+# Architectures by a short name, which other commands take, and where there are weights of each.
+ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+CANNOT_USE_DITS = "DiTs (SD 3, Flux), which have a transformer in a UNet's place, are not supported"
+_HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # owner/name
+
+SHIPPED_PROMPTS = (
+    "a red circle on a blue background",
+    "a green star and a yellow square on a striped purple background",
+)
+OTHER_PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "an old lighthouse on a rocky coast, oil painting",
+)
+SHIPPED_STEPS, OTHER_STEPS = 10, 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(MethodOptions):
+    """The settings of one comparison; each argument is the option of ``todo-attn compare`` with the same name.
+
+    Those of :class:`~todo_attn.options.methods.MethodOptions` and:
+
+    Args:
+        model: a folder in diffusers' format, a .safetensors or .ckpt file, or a Hub id; None is the shipped pipeline.
+        prompts: the captions; none at all takes two that suit the model.
+        seeds: one picture per prompt and seed, the starting noise drawn on the CPU.
+        height, width: in pixels; None is twice the model's normal size.
+        steps: of the scheduler; None is 10 for the shipped pipeline and 30 for others.
+        guidance: the guidance scale; None is the pipeline's own.
+        scheduler: a name in ``SCHEDULERS``; None is the pipeline's own.
+        device: "auto" (CUDA where there is one, else the CPU) or a torch device.
+        dtype: "auto" (float16 on CUDA, else float32), or a name in ``DTYPES``, or fp32, fp16, bf16.
+        warmup_steps: steps of the one uncounted pass of each method.
+        variant: of the weights' files, such as "fp16"; None takes the only one that a folder has.
+        config: for a single file, the folder or Hub id of a like model, whose configuration it gets; None is the
+            published model's.
+
+    Raises:
+        SettingError: (a ``ValueError``) the first argument that does not fit, what it must be and what it was.
+    """
+
+    model: str | None = None
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    warmup_steps: int = 2
+    variant: str | None = None
+    config: str | None = None
+
+    def __post_init__(self) -> None:
+        def fill(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        _check_model(self.source)
+        if self.config is not None:
+            _check_config(self.config, self.source)
+        for name in ("height", "width"):
+            check_size(name, getattr(self, name), SIZE_MULTIPLE)
+        fill("prompts", tuple(self.prompts) or (OTHER_PROMPTS if self.model else SHIPPED_PROMPTS))
+        if not all(isinstance(p, str) and p.strip() for p in self.prompts):
+            raise SettingError("prompts", "must not be empty")
+        if not self.seeds or not all(0 <= s < 2**63 for s in self.seeds):
+            raise SettingError("seeds", f"must be integers from 0 to 2^63 - 1, got {list(self.seeds)}")
+        fill("steps", (OTHER_STEPS if self.model else SHIPPED_STEPS) if self.steps is None else self.steps)
+        for name in ("steps", "warmup_steps"):
+            if getattr(self, name) < 1:
+                raise SettingError(name, f"must be at least 1, got {getattr(self, name)}")
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise SettingError("guidance", f"must be a number of at least 0, got {self.guidance}")
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise SettingError("scheduler", f"must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
+        fill("device", resolved_device(self.device))
+        fill("dtype", _resolved_dtype(self.dtype, self.device))
+        super().__post_init__()
+
+    @property
+    def source(self) -> str:
+        """The folder or Hub id to load."""
+        return str(example_pipeline()) if self.model is None else self.model
+
+    @property
+    def pictures(self) -> list[tuple[str, int]]:
+        """Prompt and seed of each picture, in order."""
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        return asdict(self) | {"prompts": list(self.prompts), "seeds": list(self.seeds)}
+
+
+def _check_model(source: str) -> None:
+    """Refuse what is no pipeline with a UNet; leave what may be a Hub id to the loader."""
+    shipped = source == str(example_pipeline())
+    path = Path(source).expanduser()
+    if source in ARCHITECTURES and not path.exists():
+        problem = (
+            f"must have weights, and {source!r} names a UNet's shapes alone: give a folder saved by diffusers, a "
+            f"single file, or a Hub id such as {ARCHITECTURES[source]}"
+        )
+        raise SettingError("model", problem)
+    if not path.exists():
+        if shipped:
+            raise SettingError("model", f"must be given: the shipped pipeline is not in {source}")
+        if not _may_be_hub_id(source):
+            raise SettingError("model", f"must be a folder or a Hub id, owner/name, and there is no folder {source!r}")
+        return
+    if path.is_file():
+        if path.suffix not in SINGLE_FILES:
+            kinds = " or ".join(SINGLE_FILES)
+            raise SettingError(
+                "model", f"must be a folder saved by diffusers, a {kinds} file, or a Hub id, got {source!r}"
+            )
+        return
+    index = path / "model_index.json"
+    if not index.is_file():
+        what = "the shipped pipeline's folder" if shipped else repr(source)
+        raise SettingError("model", f"must be a folder saved by diffusers, and {what} has no model_index.json")
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError("model", f"must be a readable folder saved by diffusers: {index}: {error}") from None
+    check_parts(source, parts if isinstance(parts, dict) else ())
+
+
+def _may_be_hub_id(source: str) -> bool:
+    """Whether it is owner/name. "examples/x" may be a path as well; it is one where there is a folder "examples"."""
+    return _HUB_ID.match(source) is not None and not Path(source).expanduser().parent.is_dir()
+
+
+def check_parts(source: str, parts: Collection[str]) -> None:
+    """Refuse the model ``source`` if a UNet is not among its parts."""
+    if "unet" not in parts:
+        why = f" but a transformer: {CANNOT_USE_DITS}" if "transformer" in parts else ""
+        raise SettingError("model", f"must be a pipeline with a UNet, and {source!r} has none{why}")
+
+
+def _check_config(config: str, source: str) -> None:
+    """Refuse a configuration for what is no single file, and a folder that is none."""
+    if not Path(source).expanduser().is_file():
+        raise SettingError("config", f"is for a model in a single file, and {source!r} is none")
+    folder = Path(config).expanduser()
+    if not (folder / "model_index.json").is_file() and (folder.exists() or not _may_be_hub_id(config)):
+        raise SettingError("config", f"must be a folder saved by diffusers or a Hub id, got {config!r}")
+
+
+def check_size(name: str, size: int | None, multiple: int) -> None:
+    """Refuse a height or width, in pixels, that is given and does not fit."""
+    if size is not None and (size < MIN_SIZE or size % multiple):
+        raise SettingError(name, f"must be a multiple of {multiple} and at least {MIN_SIZE}, got {size}")
+
+
+def check_area(height: int, width: int) -> None:
+    """Refuse a picture of more pixels than make sense, which a panorama may have in any proportion."""
+    if height * width > MAX_SIDE**2:
+        most = f"as many pixels as {MAX_SIDE} x {MAX_SIDE}"
+        raise SettingError("height", f"times the width must be at most {most}, got {height} x {width}")
+
+
+def resolved_device(device: str, mps: bool = True) -> str:
+    """The torch device that ``device`` names: "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        SettingError: it names none that is present, or mps without ``mps``.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    known = "auto, cpu, cuda, cuda:N or mps" if mps else "auto, cpu, cuda or cuda:N"
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise SettingError("device", f"must be {known}, got {device!r}") from None
+    if parsed.type == "cpu":
+        return "cpu"
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (parsed.index or 0) < count:
+            return device
+        raise SettingError("device", f"must be one that torch sees, which has {count} CUDA devices, got {device!r}")
+    if mps and parsed.type == "mps" and torch.backends.mps.is_available():
+        return device
+    raise SettingError("device", f"must be {known}, and present, got {device!r}")
+
+
+def _resolved_dtype(dtype: str, device: str) -> str:
+    if dtype == "auto":
+        return "float16" if device.startswith("cuda") else "float32"
+    name = _DTYPE_NAMES.get(dtype, dtype)
+    if name not in DTYPES:
+        known = ", ".join(("auto", *DTYPES, *_DTYPE_NAMES))
+        raise SettingError("dtype", f"must be one of {known}, got {dtype!r}")
+    return name

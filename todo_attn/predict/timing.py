@@ -1,0 +1,132 @@
+"""Calls of a UNet timed in turns, dense and under ToDo and DaTo: what the predictions of :mod:`.gains` are held to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models import UNet2DConditionModel
+
+from .. import logs
+from ..bench.harness import Meter, Rounds, Side, between, measure
+from ..config.dato import DaToConfig
+from ..config.schedule import FULL, REUSE, SHALLOW
+from ..config.todo import ToDoConfig
+from ..diffusers.apply import apply_todo
+from ..diffusers.dato import apply_dato, reset_dato
+from ..models.architectures import CONFIGS, Architecture
+from ..models.loading import is_single_file, load_weights
+from ..models.unets import twin, with_random_weights
+from ..options.methods import SettingError
+from ..peak_memory import is_out_of_memory
+from .count import call_inputs, in_one_run
+from .rates import now
+
+_LONG = 5.0  # seconds of a dense call, from which on it is timed once
+
+
+def time_calls(
+    architecture: Architecture,
+    device: torch.device,
+    dtype: torch.dtype,
+    latents: tuple[int, int],
+    batch: int,
+    configs: dict[str, ToDoConfig | DaToConfig],
+    expected: float,
+) -> dict[str, dict[str, float]]:
+    """Median seconds of a call of each kind, by the names of ``configs`` and "dense", which has full ones only.
+
+    Args:
+        architecture: a pipeline's has its weights; a name alone random ones, on which time does not depend.
+        latents: height and width of the UNet's input.
+        batch: of a call.
+        configs: each on a UNet of its own, over the same weights.
+        expected: seconds of a dense call, about. A long one is timed once, after a call so small that it takes no
+            time; on a CPU others 5 times, on a GPU 10 times.
+
+    Raises:
+        SettingError: the model cannot be loaded, or a call of it failed.
+        MemoryError: a call found no memory.
+    """
+    unet = _load(architecture, device, dtype)
+    calls = [_Calls("dense", unet, None), *(_Calls(label, unet, config) for label, config in configs.items())]
+    for each in calls:
+        each.prepare(latents, batch)
+    if expected > _LONG:  # minutes otherwise
+        rounds = Rounds(warmup=0, rounds=1)
+        for each in calls:
+            each.warm_up()
+    else:
+        rounds = Rounds(warmup=1, rounds=5, seconds=30) if device.type == "cpu" else Rounds(warmup=3, rounds=10)
+    with logs.silent():
+        results = measure([Side(each.name, each.ready) for each in calls], Meter(device), rounds)
+    for result in results:
+        if result.error is not None:
+            if is_out_of_memory(RuntimeError(result.error)):
+                raise MemoryError(result.error)
+            raise SettingError("measure", f"was not possible: {result.side.name} ended with {result.error}")
+    return {each.name: each.medians(rounds.warmup) for each in calls}
+
+
+class _Calls:
+    """One call of a UNet of each kind that a method has, each timed, over the weights of ``unet``."""
+
+    def __init__(self, name: str, unet: UNet2DConditionModel, config: ToDoConfig | DaToConfig | None) -> None:
+        self.name, self.config = name, config
+        self.model = twin(unet)
+        self.kinds = (FULL, SHALLOW, REUSE) if isinstance(config, DaToConfig) else (FULL,)
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in self.kinds}
+        self.inputs: dict[str, Any] = {}
+        if isinstance(config, DaToConfig):
+            apply_dato(self.model, in_one_run(config))  # type: ignore[arg-type]
+        elif config is not None:
+            apply_todo(self.model, config)
+
+    def ready(self) -> Callable[[], None]:
+        """What is timed."""
+        return self
+
+    def prepare(self, latents: tuple[int, int], batch: int) -> None:
+        """Make the inputs of a call."""
+        with torch.device(self.model.device):
+            empty = call_inputs(self.model, batch, *latents)
+        self.inputs = _filled(empty, self.model.dtype)
+
+    def warm_up(self) -> None:
+        """One call so small that it takes no time, which brings the weights into memory."""
+        small = self.inputs | {"sample": self.inputs["sample"][..., :16, :16]}
+        with torch.inference_mode(), logs.silent():
+            self.model(timestep=1, **small)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        if isinstance(self.config, DaToConfig):
+            reset_dato(self.model)
+        device = self.model.device
+        spans = []
+        for timestep, kind in enumerate(self.kinds):
+            start = now(device)
+            self.model(timestep=999 - timestep, **self.inputs)  # falling, so that it is one run
+            spans.append((kind, start, now(device)))
+        for kind, start, end in spans:
+            self.seconds[kind].append(between(start, end))
+
+    def medians(self, warmup: int) -> dict[str, float]:
+        """Of each kind, without the first ``warmup`` calls."""
+        return {kind: statistics.median(seconds[warmup:]) for kind, seconds in self.seconds.items()}
+
+
+def _filled(tree: Any, dtype: torch.dtype) -> Any:
+    """Random numbers in ``dtype`` for floating ones; labels stay 0."""
+    if isinstance(tree, dict):
+        return {name: _filled(part, dtype) for name, part in tree.items()}
+    return torch.randn_like(tree, dtype=dtype) if tree.is_floating_point() else tree
+
+
+def _load(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+    """With its weights; a name or a single file, of which the shapes alone are known, with random ones."""
+    if architecture.name in CONFIGS or is_single_file(architecture.name):
+        return with_random_weights(architecture.config, device, dtype)
+    return load_weights(UNet2DConditionModel, architecture.name, dtype).to(device).eval()

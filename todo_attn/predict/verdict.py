@@ -1,0 +1,161 @@
+"""Whether ToDo or DaTo is worth it on a model at a size, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config.dato import DaToConfig
+from ..config.schedule import FULL
+from ..config.todo import ToDoConfig
+from .model import WORTH, Rates, Work, gain
+
+NO = "this will not help here"
+
+
+@dataclass(frozen=True)
+class Gains:
+    """How many times less a run takes than another.
+
+    Args:
+        counted: fewer operations.
+        predicted: fewer seconds, by the machine's rates; None where these are not known.
+        measured: fewer seconds, by the clock; None where nothing was timed.
+    """
+
+    counted: float
+    predicted: float | None = None
+    measured: float | None = None
+
+    @property
+    def best(self) -> float:
+        """By the best of what is known."""
+        known = (self.measured, self.predicted, self.counted)
+        return next(value for value in known if value is not None)
+
+    @property
+    def helps(self) -> bool:
+        """Whether that is worth anything. A clock is noisy, a count is not."""
+        return self.best >= WORTH and self.counted > 1
+
+    @property
+    def times(self) -> str:
+        """What is known of the seconds, such as "1.61x predicted, 1.58x measured"; empty where nothing is."""
+        known = ((self.predicted, "predicted"), (self.measured, "measured"))
+        return ", ".join(f"{value:.2f}x {how}" for value, how in known if value is not None)
+
+    def __str__(self) -> str:
+        operations = f"{self.counted:.2f} times fewer operations"
+        return f"{self.times} ({operations})" if self.times else operations
+
+
+def compare_runs(
+    before: tuple[Sequence[Work], Sequence[float] | None],
+    after: tuple[Sequence[Work], Sequence[float] | None],
+    rates: Rates | None = None,
+) -> Gains:
+    """What ``after`` gains over ``before``.
+
+    Args:
+        before, after: the work of each call of a run, and the seconds of each where they were measured.
+        rates: of the machine, where they are known.
+    """
+    (work_before, clock_before), (work_after, clock_after) = before, after
+    predicted, measured = None, None
+    if rates is not None:
+        predicted = gain(list(map(rates.seconds, work_before)), list(map(rates.seconds, work_after)))
+    if clock_before is not None and clock_after is not None:
+        measured = gain(clock_before, clock_after)
+    counted = gain([work.operations for work in work_before], [work.operations for work in work_after])
+    return Gains(counted, predicted, measured)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On one configuration, on one model at one size.
+
+    Args:
+        config: what it is about.
+        gains: of a run over a dense one.
+        downsamples: whether ToDo, alone or as ``config.todo``, leaves any key out at that size.
+        share: of a dense call that is self-attention: of its time where ``gains`` has seconds, else of its operations.
+        beside_dato: what ``config.todo`` gains over the same DaTo without it; None where the configuration is not both.
+        beside_todo: what DaTo gains over ``config.todo`` alone; None likewise.
+        starts_slowly: whether a dense call's operations take longer to start than to compute, on a machine that does
+            both at once.
+    """
+
+    config: ToDoConfig | DaToConfig
+    gains: Gains
+    downsamples: bool
+    share: float
+    beside_dato: Gains | None = None
+    beside_todo: Gains | None = None
+    starts_slowly: bool = False
+
+    @property
+    def todo_helps(self) -> bool | None:
+        """Whether ToDo adds something to DaTo; None where the configuration is not both."""
+        if self.beside_dato is None:
+            return None
+        return self.downsamples and self.beside_dato.helps
+
+    @property
+    def dato_helps(self) -> bool | None:
+        """Whether DaTo adds something to ToDo; None where the configuration is not both."""
+        return None if self.beside_todo is None else self.beside_todo.helps
+
+    def __str__(self) -> str:
+        """For a person: the gain, or that this will not help here, and why."""
+        if not self.gains.helps:
+            return f"{NO}: {self._reason()} ({self.gains.times or self.gains})"
+        if self.downsamples and self.beside_todo is not None and not self.beside_todo.helps:
+            if self.beside_todo.best < 1:
+                return f"{self.gains}, less than ToDo alone: at this size choosing tokens takes more than it saves"
+            return f"{self.gains}, of which DaTo adds only {self.beside_todo.best - 1:.1%} to ToDo alone"
+        if self.beside_dato is None or self.todo_helps:
+            return str(self.gains)
+        if not self.downsamples and isinstance(self.config, DaToConfig) and self.config.todo is not None:
+            return f"{self.gains}, to which ToDo adds nothing: {_why_dense(self.config.todo)}"
+        return f"{self.gains}, to which ToDo adds only {max(0, self.beside_dato.best - 1):.1%}"
+
+    def _reason(self) -> str:
+        """Why there is next to nothing to gain."""
+        if why_idle := self._why_idle():
+            return why_idle
+        if self.gains.measured is not None and (self.gains.predicted or 0) >= WORTH:
+            return "timed, it does not gain what the operations promise"
+        if self.gains.counted >= WORTH and self.starts_slowly:
+            return "starting the operations one by one takes longer than computing them; torch.compile helps first"
+        if isinstance(self.config, ToDoConfig):
+            of = "time" if self.gains.times else "operations"
+            return f"self-attention takes only {self.share:.0%} of the {of} at this size"
+        if self.gains.counted == 1:
+            return "it leaves nothing out at this size"
+        if self.gains.counted < 1:
+            return "choosing tokens takes more operations than it saves at this size"
+        return f"what it leaves out is only {1 - 1 / self.gains.counted:.0%} of the operations"
+
+    def _why_idle(self) -> str | None:
+        """Why the configuration changes nothing at this size; None where it does change something."""
+        if self.downsamples:
+            return None
+        if isinstance(self.config, ToDoConfig):
+            return _why_dense(self.config)
+        if not self.config.computes_everything:
+            return None
+        todo = "" if self.config.todo is None else f", and of ToDo {_why_dense(self.config.todo)}"
+        return f"prune_ratio is 0 and cache_schedule has every call computed in full{todo}"
+
+
+def kinds_of(config: ToDoConfig | DaToConfig) -> str:
+    """What each call of a run is, as a schedule writes it, the first one included; ToDo has one kind."""
+    return FULL + (config.cache_schedule or "") if isinstance(config, DaToConfig) else FULL
+
+
+def _why_dense(config: ToDoConfig) -> str:
+    """Why ToDo leaves no key out."""
+    if config.factor != "auto":
+        return "the factor is 1 at every level, so nothing is downsampled"
+    most = f"max_kv_tokens={config.max_kv_tokens}"
+    return f"nothing is downsampled, no level having more than {most} tokens at this size"
