@@ -6,8 +6,8 @@ python -m benchmarks.tune --minutes 4 --out rows.jsonl   starts no head dim afte
 
 Compiled code says what a loop costs, not how well two of them overlap; this is what only a GPU can tell. Each row is
 one other setting (``contender``) against the shipped (``baseline``), both checked first, in one run, the packing of
-keys and values included. What is worth trying is in ``ALTERNATIVES``; why, in NOTES.md. Exits with 1 where the result
-of the shipped one was wrong.
+keys and values included. What is worth trying is in ``ALTERNATIVES``; why, in docs/kernel-notes.md. Exits with 1 where
+the result of the shipped one was wrong.
 """
 
 from __future__ import annotations
