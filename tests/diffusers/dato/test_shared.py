@@ -173,6 +173,20 @@ def test_guidance_of_the_pipeline_that_calls(pipe, generate, order):
     assert paired(pipe) == (order[1] > 1)
 
 
+@torch.no_grad()
+def test_a_call_before_a_run_does_not_change_it(make_unet):
+    """A first call by hand, to warm up, at the step where the run starts."""
+    config, prompts, latents = DaToConfig(cache_schedule="1012"), torch.randn(2, 2, 5, 8), torch.randn(5, 2, 4, 8, 8)
+    timesteps, outputs = torch.tensor([900, 700, 500, 300, 100]), []
+    for warm in (False, True):
+        unet = make_unet()
+        apply_dato(unet, config)
+        if warm:
+            unet(torch.randn(2, 4, 8, 8), timesteps[0], prompts[1])
+        outputs.append([unet(x, t, prompts[0]).sample for x, t in zip(latents, timesteps, strict=True)])
+    assert all(map(torch.equal, *outputs))
+
+
 class Unguided(StableDiffusionPipeline):
     """A pipeline that knows no guidance: each of its images has a call's row of its own."""
 

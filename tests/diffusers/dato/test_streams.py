@@ -54,7 +54,7 @@ def test_guidance_in_two_calls_a_step(calls, numbers):
     timesteps = [int(t) for t in steps(3)] if numbers else steps(3)
     seen = [calls(t, prompt) for t in timesteps for prompt in (cond, uncond)]
     assert seen == [(0, "new"), (1, "new"), (0, 1), (1, 1), (0, 2), (1, 2)]
-    assert calls.said == []
+    assert calls.said == ["numbers"] * numbers
 
 
 def test_prompts_that_are_slices_of_one_tensor(calls):
@@ -124,7 +124,7 @@ def test_cut_short_after_its_first_call(calls):
     timesteps = steps(4)
     assert calls(timesteps[0], prompt) == (0, "new")
     assert [calls(t, prompt)[1] for t in timesteps] == ["new", "new", 2, 3]
-    assert calls.said == ["repeated"]
+    assert calls.said == []  # a call more is computed in full, no more than that
 
 
 def test_more_calls_in_a_step_with_the_same_prompt(calls):
@@ -163,6 +163,36 @@ def test_a_call_that_never_ended(calls):
 def test_prompts_made_anew_for_every_call(calls):
     assert [calls(t, prompt)[1] for t, prompt in zip(steps(3), prompts(3), strict=True)] == ["new"] * 3
     assert calls.said == ["prompt"]
+
+
+def test_prompts_made_anew_for_every_call_with_numbers(calls):
+    """Nothing else than the next such call would free what was kept of them."""
+    timesteps = [int(t) for t in steps(5)]
+    assert [calls(t, prompt)[1] for t, prompt in zip(timesteps, prompts(5), strict=True)] == ["new"] * 5
+    assert calls.said == ["prompt"]
+    assert len(calls.streams) == 1
+
+
+def test_every_second_element_of_a_longer_tensor(calls):
+    (prompt,) = prompts(1)
+    assert {calls(t, prompt)[1] for t in steps(10)[::2]} == {"new"}
+    assert calls.said == ["gaps"]
+    assert [calls(t, prompt)[1] for t in steps(10)[::2].contiguous()] == ["new", 1, 2, 3, 4]
+
+
+def test_runs_of_one_step(calls):
+    (prompt,) = prompts(1)
+    assert {calls(999, prompt)[1] for _ in range(4)} == {"new"}
+    assert calls.said == []
+
+
+def test_more_runs_than_are_kept(calls):
+    """It is said what the reason is, and not that the prompts were others."""
+    runs = [(steps(3), prompt) for prompt in prompts(17)]
+    for i in range(2):
+        for timesteps, prompt in runs:
+            calls(timesteps[i], prompt)
+    assert calls.said == ["many"]
 
 
 def test_without_a_prompt(calls):

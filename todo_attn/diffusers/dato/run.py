@@ -73,6 +73,8 @@ class Run:
         else:
             stream.output = output.detach().clone()  # a scheduler may write into it, and so does a CUDA graph
             stream.hidden = self.hidden
+        if stream.calls is None and stream.digits is not None and stream.index >= len(stream.digits):
+            stream.hidden = None  # of numbers no end is known, but the schedule has one
         if stream.finished:
             self.streams.drop(stream)
             stream.release()
@@ -108,10 +110,10 @@ class Run:
     def _start(self, stream: Stream, unet: nn.Module) -> None:
         """``stream`` starts, or starts anew: ask who calls, and lay the schedule over the calls that will come."""
         caller = calling_pipeline(unet)
-        # Of a UNet alone nobody says; most loops have both halves in one batch.
-        guided = True if caller is None else caller.guided
-        whole = stream.inputs[0][0] % 2 == 0 and not stream.joined
-        stream.paired = self.config.align_guidance and guided and whole
+        # In a loop of the user's own nobody says; most have both halves in one batch. In a pipeline a second call at a
+        # step is something else than guidance.
+        guided = True if caller is None else caller.guided and not stream.joined
+        stream.paired = self.config.align_guidance and guided and stream.inputs[0][0] % 2 == 0
         if stream.calls is None:
             there, said = elements_from(stream.timestep), None if caller is None else caller.calls
             stream.calls = there if said is None or (there is not None and said > there) else said

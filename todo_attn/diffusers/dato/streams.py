@@ -37,6 +37,7 @@ class Stream:
         self.running = False  # in a call that has not ended
         self.repeated = False  # called more than once at ``position``
         self.rises = 0  # how often in a row a call had a higher number than the one before
+        self.gaps = 0  # how often in a row a call was at an element further on than the next
         self.forget()
 
     def forget(self) -> None:
@@ -71,7 +72,7 @@ class Stream:
 
 
 class Streams:
-    """The streams of one UNet. ``say(key, what)`` is told once what cannot be known, and so is computed in full."""
+    """The streams of one UNet. ``say(key, what)`` is told what cannot be known, and what is done then."""
 
     def __init__(self, say: Callable[[str, str], None]) -> None:
         self._streams: list[Stream] = []  # the one called last is the last
@@ -90,13 +91,7 @@ class Streams:
         stream = next((s for s in along if s.is_for(timestep, prompt, inputs)), None)
         step = _step(along, stream, timestep, position)
         if stream is None:
-            if step is not None and step[0] > 0 and not any(s.position == position for s in along):
-                self._say(
-                    "prompt",
-                    f"in call {step[0] + 1} of a run the prompt embeddings (encoder_hidden_states) are another tensor "
-                    "than before, so it is computed in full. A loop that makes them anew in every step saves "
-                    "nothing: make them once, before it",
-                )
+            self._meet(along, timestep, position)
             stream = Stream(timestep, prompt, inputs)
         else:
             self._streams.remove(stream)
@@ -105,7 +100,14 @@ class Streams:
             stream.index, stream.calls = step or (0, None)
             stream.joined = any(other is not stream and other.position == position for other in along)
         stream.timestep, stream.position = timestep, position
-        self._streams = [*self._streams[-(_MOST - 1) :], stream]
+        self._streams.append(stream)
+        if len(self._streams) > _MOST:
+            del self._streams[0]
+            self._say(
+                "many",
+                f"more than {_MOST} runs are under way. The one that was called least lately is forgotten, and starts "
+                "anew, in full, when it is called again",
+            )
         return stream
 
     def drop(self, stream: Stream) -> None:
@@ -127,6 +129,24 @@ class Streams:
     def __len__(self) -> int:
         return len(self._streams)
 
+    def _meet(self, along: list[Stream], timestep: Any, position: float | None) -> None:
+        """A stream is new: say so if another stood a call before it, whose continuation it may be."""
+        if position is None or any(stream.position == position for stream in along):
+            return
+        element = is_element(timestep)
+        behind = [s for s in along if s.position is not None and s.position < position]
+        if element:
+            behind = [s for s in behind if s.position == position - 1]
+        if not behind:
+            return
+        self._say(
+            "prompt",
+            "in the middle of a run the prompt embeddings (encoder_hidden_states) are another tensor than before, so "
+            "the call is computed in full. If a loop makes them anew in every step, make them once, before it",
+        )
+        if not element:  # numbers tell of no end of a run, so nothing else would free what was kept of those
+            self._streams = [stream for stream in self._streams if stream not in behind]
+
     def _move(self, stream: Stream, timestep: Any, position: float | None) -> None:
         """Decide whether ``stream`` goes on at ``position``; otherwise it starts anew."""
         before, element = stream.position, is_element(timestep)
@@ -139,11 +159,12 @@ class Streams:
             )
             goes_on = False
         elif again:
-            self._say(
-                "repeated",
-                "the UNet is called more than once at a timestep with the same prompt embeddings: which call goes on "
-                "from which cannot be known, so they are computed in full",
-            )
+            if stream.index:  # in a run of one step each is another image, and full in any case
+                self._say(
+                    "repeated",
+                    "the UNet is called more than once at a timestep with the same prompt embeddings: which call goes "
+                    "on from which cannot be known, so they are computed in full",
+                )
             goes_on = False
         else:
             stream.rises = stream.rises + 1 if position < before and not element else 0
@@ -153,8 +174,22 @@ class Streams:
                     "the timestep rises from call to call. As plain numbers each rise starts a run, computed in full. "
                     "Pass the elements of the scheduler's timesteps",
                 )
-            follows = position == before + 1 if element else position > before
+            gap = position - before if element else 0
+            stream.gaps = stream.gaps + 1 if gap > 1 else 0
+            if stream.gaps == 2:
+                self._say(
+                    "gaps",
+                    "the timesteps are not taken one after the other from their tensor, so every call is computed in "
+                    "full. If they are a view of every n-th element, pass timesteps.contiguous()",
+                )
+            follows = gap == 1 if element else position > before
             goes_on = follows and not (stream.running or stream.repeated)
+            if goes_on and not element:
+                self._say(
+                    "numbers",
+                    "timesteps that are plain numbers are taken for one run as long as they fall. reset_dato between "
+                    "images makes sure of it; so does passing the elements of scheduler.timesteps",
+                )
         if goes_on:
             stream.index += 1
             stream.fresh = False
