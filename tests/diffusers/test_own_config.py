@@ -151,6 +151,16 @@ def test_rebuilt_copied_and_pickled_it_keeps_its_configuration(unet, call, appli
     assert not isinstance(processor, nn.Module)
 
 
+def test_made_again_by_its_own_class_it_is_a_todo_processor(unet, call, applied):
+    """As tools copy a processor; with another configuration too."""
+    first = ToDoProcessor(ToDoConfig(factor=2))
+    again = type(first)(ToDoConfig(factor=3))
+    assert type(again) is type(ToDoProcessor(ToDoConfig(factor=3)))
+    assert pickle.loads(pickle.dumps(again)).config == ToDoConfig(factor=3)
+    unet.set_attn_processor(again)
+    apply_todo(unet)
+
+
 def test_a_subclass_may_have_arguments_of_its_own():
     class Counting(ToDoProcessor):
         def __init__(self, config=None, *, count=0):

@@ -167,6 +167,7 @@ def written_class(processor: object) -> type:
 
 def _class_with(cls: type[ToDoProcessor], config: ToDoConfig) -> type[ToDoProcessor]:
     """``cls`` with ``config``, under the same name; the same one for the same configuration."""
+    cls = getattr(cls, "_written_class", cls)
     if (cls, config) in _CLASSES:
         return _CLASSES[cls, config]
 
