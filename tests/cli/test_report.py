@@ -214,6 +214,19 @@ def test_what_is_kept_of_an_interrupted_comparison(comparison, tmp_path):
     assert (alone["psnr"], alone["ssim"], alone["speedup"], alone["same_as_dense"]) == (None, None, None, False)
 
 
+def test_pictures_that_could_not_be_written_are_not_claimed_after_an_interrupt(comparison, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("builtins.open", full)
+    output = Output(tmp_path)
+    output.add(so_far(comparison, 2))
+    said = output.stop()
+    monkeypatch.undo()
+    assert "pictures are in" not in said
+    assert said.startswith(f"cannot write {tmp_path / 'report.json'}: File too large (and ")
+
+
 def test_one_method_is_no_sheet(comparison, tmp_path):
     output = Output(tmp_path)
     output.add(so_far(comparison, 1))

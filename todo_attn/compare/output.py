@@ -37,7 +37,7 @@ class Output:
         self.folder = folder
         self.failures: list[OSError] = []
         self._comparison: Comparison | None = None  # the latest
-        self._written = 0
+        self._seen = 0  # of the shots, those that were given to be written
         self._usable = True
 
     def add(self, comparison: Comparison) -> None:
@@ -47,9 +47,9 @@ class Output:
         if self._comparison is None:
             self._open(comparison)
         self._comparison = comparison
-        for shot in comparison.shots[self._written :]:
+        for shot in comparison.shots[self._seen :]:
+            self._seen += 1
             self._save(file_name(shot.picture, shot.seed, shot.label), Image.fromarray(shot.pixels))
-            self._written += 1
 
     def finish(self, comparison: Comparison, report: dict[str, Any]) -> None:
         """Write the report, which is small, and then the contact sheet."""
@@ -66,6 +66,8 @@ class Output:
         self._save_report(report)
         if len({shot.label for shot in self._comparison.shots}) > 1:
             self._save(SHEET, sheet_of(self._comparison, report), replace=True)
+        if problem := self.problem():
+            return problem
         done = len(self._comparison.shots)
         total = done + len(report["missing"])
         return (
