@@ -240,7 +240,7 @@ def test_the_hub_is_asked_for_an_owner_and_name(run, monkeypatch, tmp_path):
         (("--height", "65536", "--width", "8192"), "--height times the width must be at most as many pixels as 16384"),
         (("--max-kv-tokens", "0"), "--max-kv-tokens must be an integer of at least 1, got 0"),
         (("--schedule", "nothing"), "--schedule "),
-        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--steps", "0"), "--steps must be from 1 to 1000, got 0"),
         (("--device", "tpu"), "--device must be auto, cpu"),
         (("--model", "./nothing"), "--model must be sd15, sdxl, or a folder or Hub id of a pipeline with a UNet"),
     ],
@@ -256,7 +256,7 @@ def test_bad_input_is_one_line(run, sd_folder, arguments, message):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--steps", "0", "--steps must be at least 1, got 0"),
+        ("--steps", "0", "--steps must be from 1 to 1000, got 0"),
         ("--device", "tpu", "--device must be auto, cpu"),
         ("--prune-ratio", "2", "--prune-ratio "),
     ],

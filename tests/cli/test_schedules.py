@@ -109,7 +109,8 @@ def test_sdxl(run, sdxl_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--steps", "0"), "--steps must be from 1 to 1000, got 0"),
+        (("--steps", "100000000"), "--steps must be from 1 to 1000, got 100000000"),
         (("--steps", "x"), "--steps"),
         (("--height", "100"), "--height must be a multiple of 8 and at least 16, got 100"),
         (("--name", "coc"), "--name must be a file or a name such as 'coco', got 'coc'"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import schedule
 from ..config.dato import DaToConfig
 from ..options.methods import SettingError
+from ..options.settings import check_steps
 
 if TYPE_CHECKING:
     from ..models.architectures import Architecture
@@ -39,8 +40,7 @@ def build_listing(
     from ..models.architectures import chosen_size
     from ..predict.count import count_call, run_cost
 
-    if steps < 1:
-        raise SettingError("steps", f"must be at least 1, got {steps}")
+    check_steps("steps", steps)
     height, width = chosen_size(architecture, height, width)
     config = DaToConfig()
     try:

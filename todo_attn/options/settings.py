@@ -16,6 +16,7 @@ from ..example import example_pipeline
 from .methods import MethodOptions, SettingError
 
 SIZE_MULTIPLE = 8  # what diffusers' own pipelines ask for, whatever their VAE
+MOST_STEPS = 1000  # the timesteps that models are trained on
 MIN_SIZE = 16  # SSIM's window is 11 pixels wide
 MAX_SIDE = 16384  # of a square: larger ones are beyond any machine, and what is predicted of them beyond its model
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -109,8 +110,7 @@ class CompareSettings(MethodOptions):
             raise SettingError("seeds", f"must be integers from 0 to 2^63 - 1, got {list(self.seeds)}")
         fill("steps", (OTHER_STEPS if self.model else SHIPPED_STEPS) if self.steps is None else self.steps)
         for name in ("steps", "warmup_steps"):
-            if getattr(self, name) < 1:
-                raise SettingError(name, f"must be at least 1, got {getattr(self, name)}")
+            check_steps(name, getattr(self, name))
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise SettingError("guidance", f"must be a number of at least 0, got {self.guidance}")
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
@@ -132,6 +132,12 @@ class CompareSettings(MethodOptions):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
         return asdict(self) | {"prompts": list(self.prompts), "seeds": list(self.seeds)}
+
+
+def check_steps(name: str, steps: int) -> None:
+    """Refuse what no scheduler has, before a schedule of as many digits is made."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise SettingError(name, f"must be from 1 to {MOST_STEPS}, got {steps}")
 
 
 def _check_model(source: str) -> None:
