@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionControlNetPipeline, UNet2DModel
+from diffusers import StableDiffusionControlNetPipeline, UNet2DModel, UNetMotionModel
 from torch import nn
 
 import todo_attn
@@ -119,6 +119,16 @@ def test_a_pipeline_with_controlnets(pipe, make_controlnet, generate):
         *("UNet2DConditionModel[0]", "ControlNetModel[1]", "ControlNetModel[2]")
     }
     assert {layer.state for layer in layers} == {"coarse"}
+
+
+def test_a_pipeline_that_builds_another_unet_starts_without(unet):
+    """As AnimateDiff does of Stable Diffusion's: the table shows that it is off there, until apply_todo."""
+    apply_todo(unet, ToDoConfig(factor=2))
+    motion = UNetMotionModel.from_unet2d(unet, None)
+    assert states(motion) == {"off"}
+    assert "apply_todo was not called" in str(status(motion))
+    apply_todo(motion, ToDoConfig(factor=2))
+    assert states(motion) == {"not called yet"} == states(unet)
 
 
 def test_it_prints_a_table_with_equal_blocks_in_one_row(make_unet, call):
