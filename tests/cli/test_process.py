@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from todo_attn import __version__, doctor
-from todo_attn.cli import commands, main
+from todo_attn.cli import commands, compare, main
 
 ROOT = Path(__file__).parents[2]
 # Ctrl-C as soon as the module that INTERRUPT_AT names is imported, after any meaning that the tests' parent gave to it.
@@ -178,12 +178,15 @@ OF_A_CPU = (
     "error",
     [RuntimeError(OF_A_CPU), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), MemoryError()],
 )
-@pytest.mark.parametrize(("command", "does"), [("doctor", "_advise"), ("bench", "_bench"), ("compare", "_compare")])
-def test_no_memory_is_one_line(run, monkeypatch, tmp_path, error, command, does):
+@pytest.mark.parametrize(
+    ("command", "module", "does"),
+    [("doctor", commands, "_advise"), ("bench", commands, "_bench"), ("compare", compare, "_compare")],
+)
+def test_no_memory_is_one_line(run, monkeypatch, tmp_path, error, command, module, does):
     def full(*args):
         raise error
 
-    monkeypatch.setattr(commands, does, full)
+    monkeypatch.setattr(module, does, full)
     ran = run(command, "--height", 64, "--width", 64, *(["--out", tmp_path] if command == "compare" else ()))
     assert (ran.code, ran.out) == (1, "")
     assert ran.err == ("todo-attn: error: out of memory: a smaller --height and --width, or --dtype float16, may fit\n")

@@ -1,0 +1,215 @@
+"""``todo-attn compare``: arguments in, the table out; the work is done in :mod:`todo_attn.compare`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..compare.folder import IMAGES, NOTHING_MADE, REPORT, SHEET, choose_folder
+from ..config.modes import MODES
+from ..options.methods import METHODS_TEXT, SettingError
+from ..options.settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
+from ..peak_memory import MAY_FIT, OUT_OF_MEMORY
+from .app import UserError, app, hush_loading
+from .printing import compare_table
+
+if TYPE_CHECKING:
+    from ..compare import run as comparing
+
+# Options that are not called like the setting they give.
+_OPTIONS = {"model": "MODEL", "prompts": "--prompt", "seeds": "--seed"}
+
+_COMPARE_HELP = """Make the same pictures by each method, taking turns; write them, a contact sheet and report.json.
+
+**Examples**
+
+- the pipeline that comes with the package, at twice its normal size:
+  `todo-attn compare`
+- your model, three seeds, at 2048 x 1536:
+  `todo-attn compare ./my-model --prompt "a lighthouse at dusk" --seed 0 --seed 1 --seed 2 --width 2048 --height 1536`
+- two strengths of ToDo beside ToMe, to read quality at equal speed:
+  `todo-attn compare --methods dense,todo:2,todo:4,tome:0.5,tome:0.75`
+- DaTo with two of its schedules, with and without ToDo, beside DeepCache:
+  `todo-attn compare --methods dense,dato,dato:search,todo+dato,deepcache:3,deepcache:5 --steps 50`
+- the numbers for a script: `todo-attn compare --json > report.json`
+"""
+
+
+@app.command("compare", help=_COMPARE_HELP)
+def compare_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder saved by diffusers, a .safetensors or .ckpt file, or a Hub id.",
+            show_default="the shipped pipeline",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; give it again for more.", show_default="two")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="A picture per prompt and seed.", show_default="0")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="twice the model's normal")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="twice the model's normal")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the scheduler.", show_default=f"{SHIPPED_STEPS} for the shipped pipeline, else {OTHER_STEPS}"
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is without.", show_default="the pipeline's own")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.", show_default="the pipeline's own")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
+    ] = "auto",
+    methods: Annotated[str, typer.Option(help=f"With commas between: {METHODS_TEXT}.")] = "dense,todo",
+    factor: Annotated[
+        str,
+        typer.Option(help="ToDo: auto, paper, an integer, or LEVEL=FACTOR pairs with + between, such as 1=4+2=2."),
+    ] = "auto",
+    max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto leaves.")] = 4096,
+    mode: Annotated[str, typer.Option(help=f"ToDo: how keys are taken, {', '.join(MODES)}.")] = "nearest",
+    tome_ratio: Annotated[float, typer.Option(help="ToMe: the share of tokens merged, at most 0.75.")] = 0.5,
+    schedule: Annotated[
+        str, typer.Option(help="DaTo: the name of a published schedule, a JSON file, or none.")
+    ] = "coco",
+    prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
+    cache_interval: Annotated[int, typer.Option(help="DeepCache: each so many-th call of the UNet is full.")] = 3,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of each method's one uncounted pass.")] = 2,
+    variant: Annotated[str | None, typer.Option(help="Of the weights' files, such as fp16.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="For a single file: the folder or Hub id of a like model, which has the configuration.",
+            show_default="the published model's, from the Hub",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder for what is written, new or empty.",
+            show_default="compare, or compare-2 and so on if that is taken",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the files of an older comparison that is in the folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report on stdout, all else on stderr.")] = False,
+) -> None:
+    try:
+        settings = CompareSettings(
+            model=model,
+            prompts=tuple(map(_as_typed, prompt or ())),
+            seeds=tuple(seed or (0,)),
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            device=device,
+            dtype=dtype,
+            methods=methods,
+            factor=factor,
+            max_kv_tokens=max_kv_tokens,
+            mode=mode,
+            tome_ratio=tome_ratio,
+            schedule=schedule,
+            prune_ratio=prune_ratio,
+            cache_interval=cache_interval,
+            warmup_steps=warmup_steps,
+            variant=variant,
+            config=config,
+        )
+        _compare(settings, choose_folder(out, overwrite), as_json)
+    except SettingError as error:
+        option = _OPTIONS.get(error.name, f"--{error.name.replace('_', '-')}")
+        raise UserError(f"{option} {error.problem}", error.exit_code) from error
+    except KeyboardInterrupt:  # while the pipeline is loaded
+        raise UserError(f"interrupted: {NOTHING_MADE}", 130) from None
+
+
+def _as_typed(argument: str) -> str:
+    """Python reads the bytes of an argument by the locale: what is beyond ASCII is lost on the C locale's."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(argument).decode(errors="replace")
+    return argument
+
+
+def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
+    """Load, compare, show and write."""
+    notes = Console(stderr=True)
+    # A download draws bars of its own.
+    with notes.status("loading the pipeline") if Path(settings.source).exists() else nullcontext():
+        hush_loading()
+        from ..compare.output import Output
+        from ..compare.report import build_report
+        from ..compare.run import compare
+        from ..models.pipelines import load_pipeline
+
+        pipe = load_pipeline(settings)
+    output = Output(folder)
+    try:
+        with _bar(notes) as watch:
+            comparison = compare(pipe, settings, watch, output.add)
+        with notes.status("measuring how like the pictures are"):
+            report = build_report(comparison)
+        console = notes if as_json else Console()
+        console.print(compare_table(report))  # before anything can fail to be written
+        for note in report["notes"]:
+            console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        if as_json:
+            print(json.dumps(report, indent=2, allow_nan=False), flush=True)
+        output.finish(comparison, report)
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted: {output.stop()}", 130) from None
+    except Exception:  # a fault of ours or of a library: what was made is kept
+        output.stop()
+        raise
+    if problem := output.problem():
+        raise UserError(problem, 1)
+    for line in (
+        f"side by side  {folder / SHEET}",
+        f"one by one    {folder / IMAGES}",
+        f"the numbers   {folder / REPORT}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if failed := [m.label for m in comparison.methods if m.unavailable == OUT_OF_MEMORY]:
+        raise UserError(f"out of memory by {', '.join(failed)}: {MAY_FIT}", 1)
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[comparing.Progress], None]]:
+    """A progress bar on ``console``, and what moves it; where that is no terminal, a line at each beginning."""
+    said = ""
+    if not console.is_terminal:
+
+        def say(progress: comparing.Progress) -> None:
+            nonlocal said
+            if progress.what != said:
+                said = progress.what
+                console.print(said, highlight=False)
+
+        yield say
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def watch(progress: comparing.Progress) -> None:
+            bar.update(task, completed=progress.done, total=progress.total, description=progress.what)
+
+        yield watch
