@@ -58,7 +58,7 @@ def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
     """``kernels`` at the top level would hide another package of that name, which diffusers imports."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"todo_attn"}
-    for name in ("py.typed", "kernels/attention.py", "ops/attention.py", "diffusers/processor.py", "cli.py"):
+    for name in ("py.typed", "kernels/attention.py", "ops/attention.py", "diffusers/processor.py", "cli/__init__.py"):
         assert f"todo_attn/{name}" in names
     for name in ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer_config.json"):
         assert f"todo_attn/tiny_sd/{name}" in names

@@ -75,7 +75,9 @@ def cli(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _no_compilation(monkeypatch):
+def _no_compilation_and_few_points(monkeypatch):
+    """A point of a line is a count of a whole UNet."""
+    monkeypatch.setattr(plot, "_LINE_POINTS", 3)
     monkeypatch.setattr(plot_model, "clocks_per_score", lambda head_dim, dtype: {40: 0.057, 80: 0.091}.get(head_dim))
 
 
