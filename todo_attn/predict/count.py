@@ -191,9 +191,9 @@ def count_work(
             elif config is not None:
                 apply_todo(model, config)
             works = []
-            for call in range(count):
+            for timestep in torch.arange(count, 0, -1, device="cpu"):
                 with _Tally() as tally, _AttentionTally(tally):
-                    model(timestep=999 - call, **inputs)  # falling, so that it is one run
+                    model(timestep=timestep, **inputs)
                 works.append(tally.work())
                 done += 1
                 if watch is not None:

@@ -46,16 +46,16 @@ def inputs():
 
 @pytest.fixture
 def calls(inputs):
-    """calls(unet, n) -> the outputs of n calls in a row, each with its own inputs and a timestep that falls."""
+    """calls(unet, n) -> the outputs of n calls in a row, a run of so many, each with its own inputs."""
 
     @torch.no_grad()
     def calls(unet, n, size=(16, 12), batch=2, same=False, **extra):
         outputs = []
-        for i in range(n):
+        timesteps = torch.tensor([500 if same else 900 - 50 * i for i in range(n)])
+        for i, timestep in enumerate(timesteps):
             given = inputs(unet, size, batch, seed=0 if same else i)
             # Lists are eaten by the UNet, so each call gets its own.
             more = {key: list(x) if isinstance(x, list) else x for key, x in extra.items()}
-            timestep = 500 if same else 900 - 50 * i
             outputs.append(unet(given.sample, timestep, **given.kwargs, **more).sample.clone())
         return outputs
 

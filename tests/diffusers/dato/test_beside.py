@@ -67,9 +67,10 @@ def test_a_shallow_call_takes_the_running_call_s_controlnet_residual(make_unet, 
     apply_dato(unet, DaToConfig(prune_ratio=0.0, cache_schedule="1"))
     given, hidden = inputs(unet), []
     last = plain.up_blocks[-1].resnets[-1]
+    first, second = torch.tensor([900, 800])
     with torch.no_grad():
-        unet(given.sample, 900, **given.kwargs, **controlled(1))
-        actual = unet(given.sample, 800, **given.kwargs, **controlled(3)).sample
+        unet(given.sample, first, **given.kwargs, **controlled(1))
+        actual = unet(given.sample, second, **given.kwargs, **controlled(3)).sample
         handle = last.register_forward_pre_hook(lambda _, args: hidden.append(args[0][:, :-8]))
         plain(given.sample, 900, **given.kwargs, **controlled(1))
         handle.remove()

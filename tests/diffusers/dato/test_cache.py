@@ -48,8 +48,9 @@ def test_a_shallow_call_is_the_last_layers_on_the_hidden_state(any_unet, inputs,
     apply_dato(unet, cached("1121"))
     hidden = None
     with torch.no_grad():
-        for i, digit in enumerate("21121"):  # other samples, texts and timesteps than the full call's
-            given, timestep = inputs(unet, size, batch, seed=i), 900 - 100 * i
+        # Other samples, texts and timesteps than the full call's.
+        for i, (digit, timestep) in enumerate(zip("21121", torch.arange(900, 400, -100), strict=True)):
+            given = inputs(unet, size, batch, seed=i)
             actual = unet(given.sample, timestep, **given.kwargs).sample
             if digit == "2":
                 hidden = hidden_of(dense, given, timestep)
@@ -73,9 +74,9 @@ def test_a_reusing_call_returns_the_output_before(make_unet, inputs, return_dict
     apply_dato(unet, cached("001000"))
     expected = None
     with torch.no_grad():
-        for i, digit in enumerate("2001000"):
+        for i, (digit, timestep) in enumerate(zip("2001000", torch.arange(900, 200, -100), strict=True)):
             given = inputs(unet, seed=i)
-            output = unet(given.sample, 900 - 100 * i, **given.kwargs, return_dict=return_dict)[0]
+            output = unet(given.sample, timestep, **given.kwargs, return_dict=return_dict)[0]
             if digit != "0":
                 assert expected is None or not torch.equal(output, expected)
                 expected = output.clone()
@@ -87,9 +88,10 @@ def test_what_a_reusing_call_returns_has_the_same_type(make_unet, inputs):
     unet = make_unet("sd")
     apply_dato(unet, cached("0"))
     given = inputs(unet)
+    first, second = torch.tensor([900, 800])
     with torch.no_grad():
-        full = unet(given.sample, 900, **given.kwargs)
-        reused = unet(given.sample, 800, **given.kwargs)
+        full = unet(given.sample, first, **given.kwargs)
+        reused = unet(given.sample, second, **given.kwargs)
     assert type(reused) is type(full)
     assert torch.equal(reused.sample, full.sample)
     assert torch.equal(reused["sample"], full["sample"])
@@ -127,16 +129,17 @@ def test_other_dtypes(make_unet, inputs, dtype):
     dense = make_unet("sd").to(dtype)
     apply_dato(unet, DaToConfig(cache_schedule="1021"))
     with torch.no_grad():
-        for i in range(5):
+        given = inputs(unet)
+        text = given.kwargs["encoder_hidden_states"].to(dtype)
+        for i, timestep in enumerate(torch.arange(900, 895, -1)):
             given = inputs(unet, seed=i)
-            text = given.kwargs["encoder_hidden_states"].to(dtype)
-            output = unet(given.sample.to(dtype), 900 - i, text).sample
+            output = unet(given.sample.to(dtype), timestep, text).sample
             assert output.dtype == dtype
             assert output.isfinite().all()
         apply_dato(unet, cached("111"))
-        for _ in range(3):  # the same inputs again: what is cached is what would have been computed
-            replay = unet(given.sample.to(dtype), 900, text).sample
-            assert torch.equal(replay, dense(given.sample.to(dtype), 900, text).sample)
+        for timestep in torch.full((4,), 900):  # the same inputs again: what is cached is what would have been computed
+            replay = unet(given.sample.to(dtype), timestep, text).sample
+            assert torch.equal(replay, dense(given.sample.to(dtype), timestep, text).sample)
 
 
 def test_without_no_grad(make_unet, inputs):
@@ -144,7 +147,8 @@ def test_without_no_grad(make_unet, inputs):
     unet = make_unet("sd")
     apply_dato(unet, DaToConfig(cache_schedule="1"))
     given = inputs(unet)
-    unet(given.sample, 900, **given.kwargs)
-    unet(given.sample, 800, **given.kwargs).sample.sum().backward()
+    first, second = torch.tensor([900, 800])
+    unet(given.sample, first, **given.kwargs)
+    unet(given.sample, second, **given.kwargs).sample.sum().backward()
     assert unet.up_blocks[-1].resnets[-1].conv1.weight.grad is not None
     assert unet.mid_block.resnets[0].conv1.weight.grad is None

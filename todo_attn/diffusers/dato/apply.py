@@ -120,10 +120,10 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     embeddings, the same shape, at the next step. So it does not matter which pipeline calls, or whether guidance is one
     call a step or two, and runs may take turns. A schedule made for another number of calls is resampled for those
     that will come: those of the tensor of timesteps, or fewer if the pipeline that calls says so (``strength``,
-    ``denoising_end``). Timesteps given as plain numbers or CPU tensors start a run when they rise. If it cannot be
-    known from which call one goes on, that is logged once, and the call is computed in full: two calls at a step with
-    the same prompt embeddings, embeddings made anew for every call, a timestep on a device that is no element of a
-    longer tensor (it is never read). :func:`reset_dato` starts a run in any case.
+    ``denoising_end``). If it cannot be known from which call one goes on, that is logged once, and the call is computed
+    in full: two calls at a step with the same prompt embeddings, embeddings made anew for every call, a timestep that
+    is a plain number or any other than an element of a longer tensor. No timestep is read. :func:`reset_dato` starts a
+    run in any case.
 
     Works at every height and width, with guidance on or off, and together with LoRA, IP-Adapter, ControlNet,
     T2I-Adapter, FreeU, offloading and :func:`todo_attn.apply_todo`, whichever comes first. Applied again it replaces.

@@ -6,13 +6,13 @@ of the pipeline that DaTo was applied to, but of the one that is calling, which 
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from ..apply import unwrap
+from ..call_stack import running_methods
 
 
 class Caller(NamedTuple):
@@ -25,13 +25,10 @@ class Caller(NamedTuple):
 
 def calling_pipeline(unet: nn.Module) -> Caller | None:
     """The pipeline in whose call ``unet`` is being called; None in a loop of the user's own."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        pipe = frame.f_locals.get("self")
+    for pipe, variables in running_methods():
         # ConfigMixin is what DiffusionPipeline and ModularPipeline have in common; models have it too.
         if isinstance(pipe, ConfigMixin) and unwrap(getattr(pipe, "unet", None)) is unet:
-            return Caller(pipe, _guided(pipe, frame.f_locals), _calls(pipe))
-        frame = frame.f_back  # type: ignore[assignment]
+            return Caller(pipe, _guided(pipe, variables), _calls(pipe))
     return None
 
 

@@ -140,7 +140,7 @@ class BlockPruning:
 
     @property
     def chunks(self) -> bool:
-        """Whether the block's feed-forward is called for some of the tokens at a time (``enable_forward_chunking``)."""
+        """Whether the block's feed-forward is called for some of the tokens at a time (``set_chunk_feed_forward``)."""
         block = self._block()
         return block is not None and block._chunk_size is not None and block._chunk_dim == 1
 

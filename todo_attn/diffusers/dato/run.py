@@ -73,9 +73,7 @@ class Run:
         else:
             stream.output = output.detach().clone()  # a scheduler may write into it, and so does a CUDA graph
             stream.hidden = self.hidden
-        if stream.calls is None and stream.digits is not None and stream.index >= len(stream.digits):
-            stream.hidden = None  # of numbers no end is known, but the schedule has one
-        if stream.finished:
+        if stream.finished or stream.position is None:  # nothing goes on from a call that cannot be placed
             self.streams.drop(stream)
             stream.release()
             self.hidden = None
@@ -117,6 +115,15 @@ class Run:
         if stream.calls is None:
             there, said = elements_from(stream.timestep), None if caller is None else caller.calls
             stream.calls = there if said is None or (there is not None and said > there) else said
+        if stream.position is None:
+            if stream.calls != 1:  # of which nothing is lost
+                self.say(
+                    "unplaced",
+                    "the timestep is not an element of a longer tensor, so which call of which run this is cannot be "
+                    "known. It is taken for the first of a run: computed in full, its tokens chosen by noise alone. "
+                    "Pass the elements of scheduler.timesteps",
+                )
+            return
         if caller is not None and stream.owner is None:
             self.streams.give_to(stream, caller.pipe)
         stream.digits = self.config.cache_schedule
@@ -138,9 +145,6 @@ class Run:
 
     def _next_kind(self, stream: Stream) -> str:
         if stream.fresh or stream.digits is None:
-            return FULL
-        if stream.index > len(stream.digits):
-            self.say("longer", f"this run is longer than its schedule of {len(stream.digits)}: it goes on in full")
             return FULL
         return stream.digits[stream.index - 1]
 

@@ -5,7 +5,9 @@ prompt embeddings, the same shape. Guidance in one batched call is one stream, g
 requests that take turns on a UNet have one each. What DaTo keeps from call to call belongs to a stream.
 
 Tensors are told apart by the memory that they lie in, and a stream holds those it is known by, so that no other tensor
-can take their place there.
+can take their place there. A timestep that is an element of the scheduler's tensor so tells which step it is, and of
+which run. One that is not, a plain number say, tells neither: a run that was broken off and another image that starts
+lower would look like one.
 """
 
 from __future__ import annotations
@@ -31,12 +33,11 @@ class Stream:
         self.prompt = prompt
         self.inputs = inputs
         self.owner: weakref.ref[Any] | None = None  # the pipeline that calls, if it is known
-        self.position: float | None = None  # of the last call: rises along a run
+        self.position: int | None = None  # of the last call among its timesteps; None if that is not known
         self.index = 0  # of the last call, among the ``calls`` of its run
         self.calls: int | None = None  # None if that is not known
         self.running = False  # in a call that has not ended
         self.repeated = False  # called more than once at ``position``
-        self.rises = 0  # how often in a row a call had a higher number than the one before
         self.gaps = 0  # how often in a row a call was at an element further on than the next
         self.forget()
 
@@ -64,10 +65,8 @@ class Stream:
     def is_for(self, timestep: Any, prompt: Any, inputs: Inputs) -> bool:
         return self.inputs == inputs and _same(self.prompt, prompt) and self.is_along(timestep)
 
-    def is_along(self, timestep: Any) -> bool:
-        """Whether ``timestep`` is of the same timesteps: an element of the same tensor; any number, of numbers."""
-        if not is_element(timestep) or not is_element(self.timestep):
-            return not is_element(timestep) and not is_element(self.timestep)
+    def is_along(self, timestep: torch.Tensor) -> bool:
+        """Whether ``timestep`` is an element of the same timesteps."""
         return shares_memory(timestep, self.timestep)
 
 
@@ -81,21 +80,23 @@ class Streams:
     def of(self, timestep: Any, prompt: Any, inputs: Inputs) -> Stream:
         """The stream that a call belongs to, moved on to this call; ``fresh`` if nothing that is kept may serve it.
 
-        A stream goes on with the next element of its timesteps, or with a lower number. Anything else starts it anew:
-        an element that is not the next, a higher number, a call that never ended, a timestep on a device that is no
-        element of a longer tensor, and so cannot be placed without reading it. Two calls at the same element with the
-        same prompt may be two images, or one that starts over: both are fresh, and so is the call after them.
+        A stream goes on with the next element of its timesteps. Anything else starts it anew: an element that is not
+        the next, or a call that never ended. Two calls at the same element with the same prompt may be two images, or
+        one that starts over: both are fresh, and so is the call after them. A timestep that is not an element of a
+        longer tensor cannot be placed: its stream is new, has no ``position``, and is not kept.
         """
         position = position_of(timestep)
+        if position is None:
+            return Stream(timestep, prompt, inputs)
         along = [stream for stream in self._streams if stream.is_along(timestep)]
         stream = next((s for s in along if s.is_for(timestep, prompt, inputs)), None)
-        step = _step(along, stream, timestep, position)
+        step = _step(along, stream, position)
         if stream is None:
-            self._meet(along, timestep, position)
+            self._meet(along, position)
             stream = Stream(timestep, prompt, inputs)
         else:
             self._streams.remove(stream)
-            self._move(stream, timestep, position)
+            self._move(stream, position)
         if stream.fresh:
             stream.index, stream.calls = step or (0, None)
             stream.joined = any(other is not stream and other.position == position for other in along)
@@ -129,68 +130,35 @@ class Streams:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def _meet(self, along: list[Stream], timestep: Any, position: float | None) -> None:
+    def _meet(self, along: list[Stream], position: int) -> None:
         """A stream is new: say so if another stood a call before it, whose continuation it may be."""
-        if position is None or any(stream.position == position for stream in along):
-            return
-        element = is_element(timestep)
-        behind = [s for s in along if s.position is not None and s.position < position]
-        if element:
-            behind = [s for s in behind if s.position == position - 1]
-        if not behind:
-            return
-        self._say(
-            "prompt",
-            "in the middle of a run the prompt embeddings (encoder_hidden_states) are another tensor than before, so "
-            "the call is computed in full. If a loop makes them anew in every step, make them once, before it",
-        )
-        if not element:  # numbers tell of no end of a run, so nothing else would free what was kept of those
-            self._streams = [stream for stream in self._streams if stream not in behind]
-
-    def _move(self, stream: Stream, timestep: Any, position: float | None) -> None:
-        """Decide whether ``stream`` goes on at ``position``; otherwise it starts anew."""
-        before, element = stream.position, is_element(timestep)
-        again = position is not None and position == before and not stream.running
-        if position is None or before is None:
+        positions = {stream.position for stream in along}
+        if position not in positions and position - 1 in positions:
             self._say(
-                "unplaced",
-                "the timestep is a tensor of its own on a device, which is not read: which step of a run it belongs to "
-                "cannot be known, so every call is computed in full. Pass the elements of scheduler.timesteps",
+                "prompt",
+                "in the middle of a run the prompt embeddings (encoder_hidden_states) are another tensor than before, "
+                "so the call is computed in full. If a loop makes them anew in every step, make them once, before it",
             )
-            goes_on = False
-        elif again:
-            if stream.index:  # in a run of one step each is another image, and full in any case
-                self._say(
-                    "repeated",
-                    "the UNet is called more than once at a timestep with the same prompt embeddings: which call goes "
-                    "on from which cannot be known, so they are computed in full",
-                )
-            goes_on = False
-        else:
-            stream.rises = stream.rises + 1 if position < before and not element else 0
-            if stream.rises == 2:
-                self._say(
-                    "rising",
-                    "the timestep rises from call to call. As plain numbers each rise starts a run, computed in full. "
-                    "Pass the elements of the scheduler's timesteps",
-                )
-            gap = position - before if element else 0
-            stream.gaps = stream.gaps + 1 if gap > 1 else 0
-            if stream.gaps == 2:
-                self._say(
-                    "gaps",
-                    "the timesteps are not taken one after the other from their tensor, so every call is computed in "
-                    "full. If they are a view of every n-th element, pass timesteps.contiguous()",
-                )
-            follows = gap == 1 if element else position > before
-            goes_on = follows and not (stream.running or stream.repeated)
-            if goes_on and not element:
-                self._say(
-                    "numbers",
-                    "timesteps that are plain numbers are taken for one run as long as they fall. reset_dato between "
-                    "images makes sure of it; so does passing the elements of scheduler.timesteps",
-                )
-        if goes_on:
+
+    def _move(self, stream: Stream, position: int) -> None:
+        """Decide whether ``stream`` goes on at ``position``; otherwise it starts anew."""
+        assert stream.position is not None
+        gap = position - stream.position
+        again = gap == 0 and not stream.running
+        if again and stream.index:  # in a run of one step each is another image, and full in any case
+            self._say(
+                "repeated",
+                "the UNet is called more than once at a timestep with the same prompt embeddings: which call goes "
+                "on from which cannot be known, so they are computed in full",
+            )
+        stream.gaps = stream.gaps + 1 if gap > 1 else 0
+        if stream.gaps == 2:
+            self._say(
+                "gaps",
+                "the timesteps are not taken one after the other from their tensor, so every call is computed in "
+                "full. If they are a view of every n-th element, pass timesteps.contiguous()",
+            )
+        if gap == 1 and not (stream.running or stream.repeated):
             stream.index += 1
             stream.fresh = False
         else:
@@ -198,34 +166,23 @@ class Streams:
         stream.repeated = again
 
 
-def _step(
-    along: list[Stream], stream: Stream | None, timestep: Any, position: float | None
-) -> tuple[int, int | None] | None:
+def _step(along: list[Stream], stream: Stream | None, position: int) -> tuple[int, int | None] | None:
     """Which call of how many this is, by its own stream or another that is at this step or the one before.
 
     None if it starts a run. So guidance in two calls a step has both computed in full at the same steps, also if one of
     them joins late.
     """
-    element = is_element(timestep)
     for other in reversed(along):
-        if position is None or other.position is None or position < other.position:
-            continue
-        steps = int(position - other.position) if element else int(position > other.position)
-        if other is stream or position - other.position <= int(element):
-            return other.index + steps, other.calls
+        assert other.position is not None
+        gap = position - other.position
+        if gap >= 0 and (other is stream or gap <= 1):
+            return other.index + gap, other.calls
     return None
 
 
-def position_of(timestep: Any) -> float | None:
-    """Where ``timestep`` stands, rising along a run: an element's place in its tensor, or the negative of a number.
-
-    A tensor on the CPU is a number too. None for one on a device: reading it would wait for everything before it.
-    """
-    if is_element(timestep):
-        return float(timestep.storage_offset())
-    if not isinstance(timestep, torch.Tensor):
-        return -float(timestep)
-    return -float(timestep.max()) if timestep.device.type == "cpu" else None
+def position_of(timestep: Any) -> int | None:
+    """The place of ``timestep`` in its tensor; None if it is not an element of a longer one. Nothing is read."""
+    return int(timestep.storage_offset()) if is_element(timestep) else None
 
 
 def elements_from(timestep: Any) -> int | None:
