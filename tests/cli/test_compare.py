@@ -1,294 +1,428 @@
-"""The measuring loop: who runs when, on what noise, and what is left behind."""
+"""The command from its arguments to its exit code: what it prints where, and what it refuses."""
 
+import errno
+import importlib.metadata
 import json
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
+import os
+import subprocess
+import sys
 
-import numpy as np
+import diffusers
 import pytest
-import torch
+from PIL import Image
 
-from todo_attn.compare import run as comparing
-from todo_attn.compare.bind import BoundMethod
-from todo_attn.compare.run import compare
-from todo_attn.models.pipelines import load_pipeline, sized
-from todo_attn.options.methods import SettingError
-from todo_attn.options.settings import SCHEDULERS, CompareSettings
-from todo_attn.peak_memory import watch_peak
+import todo_attn.models.pipelines
+from todo_attn.cli import main
 
 
 @pytest.fixture
-def settings(sd_folder) -> CompareSettings:
-    return CompareSettings(
-        model=str(sd_folder), prompts=("a red circle", "a blue star"), seeds=(3, 5), height=64, width=96, steps=3,
-        methods="dense,todo:2,tome",
-    )  # fmt: skip
+def small(sd_folder) -> list[str]:
+    return [str(sd_folder), "--prompt", "a red circle", "--steps", "1", "--height", "64", "--width", "96"]
 
 
-@pytest.fixture
-def events(monkeypatch) -> list[str]:
-    """What was put on and taken off, in order."""
-    log: list[str] = []
-    applied = BoundMethod.applied
-
-    @contextmanager
-    def logged(self):
-        log.append(f"+{self.label}")
-        with applied(self):
-            yield
-        log.append(f"-{self.label}")
-
-    monkeypatch.setattr(BoundMethod, "applied", logged)
-    return log
-
-
-def test_methods_take_turns(sd, settings, events):
-    comparison = compare(sd, settings)
-    dense, todo, tome = ("+dense", "-dense"), ("+todo:2", "-todo:2"), ("+tome", "-tome")
-    there, back = (*dense, *todo, *tome), (*tome, *todo, *dense)
-    tried_on = (*there, *there)  # at the steps of a picture, and at those of a warm-up
-    assert tuple(events) == (*tried_on, *there, *there, *back, *there, *back)
-    assert Counter(s.label for s in comparison.shots) == {"dense": 4, "todo:2": 4, "tome": 4}
-    pictures = [("a red circle", 3), ("a red circle", 5), ("a blue star", 3), ("a blue star", 5)]
-    assert {(s.picture, s.prompt, s.seed) for s in comparison.shots} == {(i, *p) for i, p in enumerate(pictures)}
-
-
-def test_pictures_are_those_of_the_pipeline(sd, settings):
-    comparison = compare(sd, settings)
-    for shot in comparison.shots:
-        assert shot.pixels.shape == (64, 96, 3) and shot.pixels.dtype == np.uint8
-        assert shot.seconds > 0 and shot.finite and not shot.blacked_out
-        if shot.label == "dense":
-            alone = sd(
-                shot.prompt,
-                height=64,
-                width=96,
-                num_inference_steps=3,
-                generator=torch.Generator().manual_seed(shot.seed),
-            )
-            assert np.array_equal(np.asarray(alone.images[0]), shot.pixels)
-    first = {s.label: s.pixels for s in comparison.shots if s.picture == 0}
-    assert not np.array_equal(first["todo:2"], first["dense"])
-    assert not np.array_equal(first["tome"], first["dense"])
-
-
-def test_every_kind_of_method(sd, settings, caplog):
-    """Each acts, does the same in a second run, says nothing, and leaves the model alone."""
-    methods = "dense,todo,dato,dato:search,todo+dato,deepcache,deepcache:2,tome"
-    settings = replace(settings, methods=methods, prompts=("a star",), seeds=(3,), steps=8, warmup_steps=1, factor="2")
-    one, two = compare(sd, settings), compare(sd, settings)
-    pixels = [{(s.label, s.picture): s.pixels for s in c.shots} for c in (one, two)]
-    assert pixels[0].keys() == {(m, 0) for m in methods.split(",")}
-    assert all(np.array_equal(pixels[0][key], pixels[1][key]) for key in pixels[0])
-    distinct = {p.tobytes() for p in pixels[0].values()}
-    assert len(distinct) == len(pixels[0])
-    assert not caplog.records
-
-
-def test_warnings_come_once(sd, settings, caplog):
-    settings = replace(settings, methods="dense,todo:1")
-    for runs in (1, 2):
-        compare(sd, settings)
-        assert len([r for r in caplog.records if "changes nothing" in r.getMessage()]) == runs
-
-
-def test_memory_is_measured(sd, settings):
-    shots = compare(sd, replace(settings, prompts=("a star",))).shots
-    known = watch_peak(torch.device("cpu"))() is not None
-    assert all((s.peak_bytes is not None and s.peak_bytes > 0) if known else s.peak_bytes is None for s in shots)
-
-
-def test_factor_1_is_dense_and_runs_repeat(sd, settings):
-    settings = replace(settings, methods="dense,todo:1,tome", seeds=(3,))
-    global_state = torch.get_rng_state()
-    one = compare(sd, settings)
-    assert torch.equal(torch.get_rng_state(), global_state)
-    torch.rand(7)
-    two = compare(sd, settings)
-    pixels = [{(s.label, s.picture): s.pixels for s in c.shots} for c in (one, two)]
-    assert all(np.array_equal(pixels[0][key], pixels[1][key]) for key in pixels[0])
-    assert all(np.array_equal(pixels[0]["todo:1", i], pixels[0]["dense", i]) for i in range(2))
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_schedulers(sd_folder, scheduler):
-    settings = CompareSettings(
-        model=str(sd_folder),
-        prompts=("a star",),
-        height=64,
-        width=64,
-        steps=4,
-        warmup_steps=1,
-        scheduler=scheduler,
-        device="cpu",
-    )
-    seen: list[comparing.Progress] = []
-    comparison = compare(load_pipeline(settings), settings, seen.append)
-    assert comparison.scheduler == SCHEDULERS[scheduler][0]
-    assert all(s.finite for s in comparison.shots)
-    assert [p.done for p in seen] == sorted(p.done for p in seen)
-    assert {p.total for p in seen} == {2 * (1 + 4)}
-    assert seen[-1].done == seen[-1].total
-
-
-def test_warm_up_is_short_first_and_not_counted(sd, settings):
-    seen: list[comparing.Progress] = []
-    settings = replace(settings, warmup_steps=2, prompts=("a star",), seeds=(0,))
-    comparison = compare(sd, settings, seen.append)
-    warm = [f"warm-up: {m}" for m in ("dense", "todo:2", "tome") for _ in range(2)]
-    assert [p.what for p in seen][: len(warm)] == warm
-    assert len(seen) == len(warm) + 3 * 3 and len(comparison.shots) == 3
-
-
-@pytest.mark.parametrize("failing_call", [2, 3, 5, 6])
-def test_leaves_the_pipeline_as_found_when_it_fails(sd, settings, monkeypatch, failing_call):
-    """Calls 1 to 3 are warm-ups; in 2 and 5 ToDo is on, in 3 and 6 ToMe."""
-    classes = [type(m) for m in sd.unet.modules()]
-    processors = dict(sd.unet.attn_processors)
-    decode, calls = sd.vae.decode, []
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        if len(calls) == failing_call:
-            raise RuntimeError("on purpose")
-        return decode(*args, **kwargs)
-
-    monkeypatch.setattr(sd.vae, "decode", failing)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        compare(sd, settings)
-    assert [type(m) for m in sd.unet.modules()] == classes
-    assert sd.unet.attn_processors == processors
-    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in sd.unet.modules())
-    assert sd._progress_bar_config == {"disable": True}
-
-
-CPU_FULL = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
-
-
-@pytest.mark.parametrize("error", [RuntimeError(CPU_FULL), torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-@pytest.mark.parametrize(("method", "after"), [("todo:2", 0), ("todo:2", 2), ("dense", 0), ("dense", 1)])
-def test_a_method_without_memory_leaves_the_others(sd, settings, monkeypatch, method, after, error):
-    """In its warm-up (0) or at a later picture: what was made is kept, and the others go on."""
-    running: list[str] = []
-    applied, decode, decoded = BoundMethod.applied, sd.vae.decode, Counter()
-
-    @contextmanager
-    def watched(self):
-        with applied(self):
-            running.append(self.label)
-            yield
-
-    def filling_up(*args: Any, **kwargs: Any) -> Any:
-        decoded[running[-1]] += 1
-        if running[-1] == method and decoded[method] > after:
-            raise error
-        return decode(*args, **kwargs)
-
-    monkeypatch.setattr(BoundMethod, "applied", watched)
-    monkeypatch.setattr(sd.vae, "decode", filling_up)
-    kept: list[comparing.Comparison] = []
-    comparison = compare(sd, settings, keep=kept.append)
-    made = Counter(s.label for s in comparison.shots)
-    expected = dict.fromkeys(("dense", "todo:2", "tome"), 4) | {method: max(0, after - 1)}
-    assert made == +Counter(expected)
-    assert {m.label: m.unavailable for m in comparison.methods if m.unavailable} == {method: "out of memory"}
-    assert decoded[method] == after + 1
-    assert [len(c.shots) for c in kept] == list(range(1, len(comparison.shots) + 1))
-
-
-def test_no_memory_for_any_method_is_an_error(sd, settings, monkeypatch):
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(CPU_FULL)
-
-    monkeypatch.setattr(sd.vae, "decode", full)
-    with pytest.raises(torch.OutOfMemoryError, match="by any method"):
-        compare(sd, settings)
-
-
-def test_sdxl_at_twice_its_size(sdxl, sdxl_folder):
-    settings = CompareSettings(
-        model=str(sdxl_folder), prompts=("a star",), steps=1, max_kv_tokens=100, methods="dense,todo,tome"
-    )
-    comparison = compare(sdxl, settings)
-    assert comparison.pipeline == "StableDiffusionXLPipeline"
-    assert (comparison.settings.height, comparison.settings.width) == (256, 256)
-    pixels = [s.pixels for s in comparison.shots]
-    assert pixels[0].shape == (256, 256, 3)
-    assert not any(np.array_equal(pixels[0], other) for other in pixels[1:])
-
-
-def test_not_finite_and_blacked_out_are_seen(sd, settings, monkeypatch):
-    call = type(sd).__call__
-
-    def broken(self, *args: Any, **kwargs: Any) -> Any:
-        output = call(self, *args, **kwargs)
-        output.images[0, 0, 0] = float("nan")
-        return SimpleNamespace(images=output.images, nsfw_content_detected=[True])
-
-    broken.__signature__ = __import__("inspect").signature(call)  # type: ignore[attr-defined]
-    monkeypatch.setattr(type(sd), "__call__", broken)
-    comparison = compare(sd, replace(settings, prompts=("a star",), seeds=(0,)))
-    assert all(not s.finite and s.blacked_out for s in comparison.shots)
-
-
-def test_guidance_reaches_the_pipeline(sd, settings):
-    settings = replace(settings, prompts=("a star",), seeds=(0,), methods="dense")
-    pixels = [compare(sd, replace(settings, guidance=g)).shots[0].pixels for g in (None, 7.5, 1.0)]
-    assert np.array_equal(pixels[0], pixels[1])
-    assert not np.array_equal(pixels[0], pixels[2])
-
-
-class TestSized:
-    """Height and width in pixels from what is given and what the model says."""
-
-    def pipe(self, sample_size: Any, scale: int = 8) -> Any:
-        return SimpleNamespace(
-            unet=SimpleNamespace(config=SimpleNamespace(sample_size=sample_size)), vae_scale_factor=scale
-        )
-
-    @pytest.mark.parametrize(("sample", "size"), [(64, (1024, 1024)), ((64, 96), (1024, 1536)), ([32, 16], (512, 256))])
-    def test_twice_the_normal(self, settings, sample, size):
-        got = sized(replace(settings, height=None, width=None), self.pipe(sample))
-        assert (got.height, got.width) == size
-
-    def test_given_sizes_stay(self, settings):
-        got = sized(replace(settings, height=64, width=None), self.pipe(64))
-        assert (got.height, got.width) == (64, 1024)
-
-    def test_a_coarser_vae_asks_for_more(self, settings):
-        assert sized(settings, self.pipe(64, scale=32)).width == 96
-        with pytest.raises(SettingError, match=r"height must be a multiple of 32 .*got 72"):
-            sized(replace(settings, height=72), self.pipe(64, scale=32))
-
-    def test_a_model_without_a_size(self, settings):
-        with pytest.raises(SettingError, match="width must be given"):
-            sized(replace(settings, width=None), self.pipe(None))
-        assert sized(settings, self.pipe(None)).height == 64
-
-
-def test_the_command_with_every_kind(run, sd_folder, tmp_path):
-    small = [sd_folder, "--prompt", "a star", "--height", "64", "--width", "96", "--steps", "5", "--out", tmp_path]
-    options = "--schedule search --prune-ratio 0.25 --cache-interval 2 --factor 2"
-    ran = run("compare", *small, *options.split(), "--methods", "dense,todo,dato,dato:coco,todo+dato,deepcache")
+def test_compare_writes_and_tells(run, small, tmp_path):
+    out = tmp_path / "out"
+    ran = run("compare", *small, "--methods", "dense,todo:2,tome:0.25", "--seed", 1, "--seed", 2, "--out", out)
     assert ran.code == 0, ran.err
-    methods = {m["method"]: m for m in json.loads((tmp_path / "report.json").read_text())["methods"]}
-    assert methods["dato"]["options"].items() >= {"schedule": "search", "prune_ratio": 0.25}.items()
-    assert methods["dato:coco"]["options"]["schedule"] == "coco"
-    assert methods["todo+dato"]["options"]["todo"]["factor"] == 2
-    assert methods["deepcache"]["options"] == {"cache_interval": 2, "cache_branch_id": 0}
-    for label, method in methods.items():
-        assert label in ran.out
-        assert method["speedup"] > 0 and len(method["images"]) == 1
-    assert "DaTo:" not in ran.err
+    report = json.loads((out / "report.json").read_text())
+    assert [m["method"] for m in report["methods"]] == ["dense", "todo:2", "tome:0.25"]
+    assert report["settings"]["seeds"] == [1, 2] and report["settings"]["prompts"] == ["a red circle"]
+    for method in report["methods"]:
+        assert len(method["images"]) == 2
+        for image in method["images"]:
+            with Image.open(out / image["file"]) as picture:
+                assert picture.size == (96, 64)
+    assert all(m["psnr"] > 0 and 0 < m["ssim"] <= 1 for m in report["methods"][1:])
+    for word in ("dense", "todo:2", "tome:0.25", "speed-up", "PSNR", "SSIM", str(out / "contact_sheet.png")):
+        assert word in ran.out
+    assert "picture 2 of 2: dense" in ran.err
+
+
+def test_options_reach_the_report(run, small, tmp_path):
+    options = "--guidance 3 --scheduler euler --dtype bf16 --factor 1=2 --max-kv-tokens 9 --mode mean --tome-ratio 0.3"
+    ran = run("compare", *small, *options.split(), "--methods", "todo,dense,tome", "--out", tmp_path, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    expected = {
+        "guidance": 3.0,
+        "scheduler": "EulerDiscreteScheduler",
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "steps": 1,
+    }
+    assert report["settings"].items() >= expected.items()
+    options = {m["method"]: m["options"] for m in report["methods"]}
+    assert options["todo"].items() >= {"factor": {"1": 2}, "max_kv_tokens": 9, "mode": "mean"}.items()
+    assert options["tome"]["ratio"] == 0.3
+
+
+def test_json_is_all_there_is_on_stdout(run, small, tmp_path):
+    ran = run("compare", *small, "--json", "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out) == json.loads((tmp_path / "report.json").read_text())
+    assert "speed-up" in ran.err and str(tmp_path / "contact_sheet.png") in ran.err
+
+
+def test_tome_missing_is_a_row_and_a_note(run, small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomesd", None)
+    ran = run("compare", *small, "--methods", "dense,tome", "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    assert "tomesd is not installed" in ran.out
+    assert "tomesd" in json.loads((tmp_path / "report.json").read_text())["methods"][1]["unavailable"]
+
+
+def test_defaults_are_twice_the_normal_size_and_two_prompts(run, sd_folder, tmp_path):
+    ran = run("compare", sd_folder, "--steps", 1, "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["settings"]["height"], report["settings"]["width"]) == (256, 256)
+    assert [m["method"] for m in report["methods"]] == ["dense", "todo"]
+    assert len(report["methods"][0]["images"]) == len(set(report["settings"]["prompts"])) == 2
+
+
+def one_line(ran) -> str:
+    assert ran.code == 2, ran
+    assert ran.out == ""
+    line, end = ran.err.split("\n")
+    assert end == "" and line.startswith("todo-attn: error: ")
+    return line.removeprefix("todo-attn: error: ")
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--schedule", "nothing"), ("--prune-ratio", "0.9"), ("--cache-interval", "0")]
+    ("option", "value"),
+    [
+        ("--height", "100"),
+        ("--width", "-8"),
+        ("--height", "tall"),
+        ("--steps", "0"),
+        ("--warmup-steps", "0"),
+        ("--prompt", ""),
+        ("--seed", "-1"),
+        ("--seed", "x"),
+        ("--guidance", "-1"),
+        ("--scheduler", "nope"),
+        ("--device", "nope"),
+        ("--device", "cuda:99"),
+        ("--dtype", "int8"),
+        ("--methods", "dense,nope"),
+        ("--methods", "dense,todo:x"),
+        ("--factor", "0"),
+        ("--max-kv-tokens", "0"),
+        ("--mode", "nope"),
+        ("--tome-ratio", "0.9"),
+        ("--nope", "1"),
+    ],
 )
-def test_the_command_refuses(run, sd_folder, tmp_path, option, value):
-    ran = run("compare", sd_folder, option, value, "--out", tmp_path / "out")
-    assert ran.code == 2 and ran.err.startswith(f"todo-attn: error: {option} must be")
+def test_bad_input_is_one_line_before_anything_is_loaded(run, small, tmp_path, monkeypatch, option, value):
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", None)
+    out = tmp_path / "out"
+    assert option in one_line(run("compare", *small, option, value, "--out", out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("model", ["./nothing", "/nothing/at/all", "nothing"])
+def test_no_such_model(run, tmp_path, model):
+    assert one_line(run("compare", model, "--out", tmp_path / "out")).startswith("MODEL must be a folder")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_load(run, tmp_path):
+    (tmp_path / "model").mkdir()
+    parts = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(parts))
+    assert one_line(run("compare", tmp_path / "model", "--out", tmp_path / "out")).startswith("MODEL ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_id_that_is_not_there(run, tmp_path, monkeypatch):
+    def absent(*args, **kwargs):
+        raise OSError("404\nno such repository")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", absent)
+    line = one_line(run("compare", "owner/name", "--out", tmp_path / "out"))
+    assert line.startswith("MODEL 'owner/name' cannot be loaded") and "404 no such repository" in line
+
+
+def test_a_pipeline_that_is_not_text_to_image(run, sd, tmp_path):
+    diffusers.StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False).save_pretrained(
+        tmp_path / "model"
+    )
+    line = one_line(run("compare", tmp_path / "model", "--out", tmp_path / "out"))
+    assert "StableDiffusionImg2ImgPipeline" in line
+
+
+def test_a_level_that_the_model_lacks(run, small, tmp_path):
+    ran = run("compare", *small, "--factor", "64=2", "--out", tmp_path / "out")
+    assert "--factor must name levels" in one_line(ran)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["file", "file/below"])
+def test_out_that_cannot_be_written(run, small, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", None)
+    (tmp_path / "file").write_text("")
+    assert one_line(run("compare", *small, "--out", tmp_path / where)).startswith("--out must be a folder")
+
+
+def test_out_of_memory_is_one_line(run, small, tmp_path, monkeypatch):
+    def full(settings):
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", full)
+    ran = run("compare", *small, "--out", tmp_path)
+    assert ran.code == 1 and "out of memory" in ran.err and ran.err.count("\n") == 1
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """breaking(error, after): the pipeline raises once it has made so many pictures, the warm-ups among them."""
+
+    def breaking(error: BaseException, after: int) -> None:
+        decode, calls = diffusers.AutoencoderKL.decode, []
+
+        def breaks(self, *args, **kwargs):
+            calls.append(None)
+            if len(calls) > after:
+                raise error
+            return decode(self, *args, **kwargs)
+
+        monkeypatch.setattr(diffusers.AutoencoderKL, "decode", breaks)
+
+    return breaking
+
+
+def files(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_interrupt_keeps_what_was_made(run, small, tmp_path, breaking):
+    breaking(KeyboardInterrupt(), 2 + 3)  # two warm-ups, the first picture by both methods, the second by one
+    out = tmp_path / "out"
+    ran = run("compare", *small, "--seed", 1, "--seed", 2, "--methods", "dense,todo:2", "--out", out)
+    assert (ran.code, ran.out) == (130, "")
+    assert ran.err.splitlines()[-1] == (
+        f"todo-attn: error: interrupted: 3 of 4 pictures are in {out / 'images'}, with a partial report, "
+        f"{out / 'report.json'}"
+    )
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert not report["complete"] and report["missing"] == ["images/02-seed2-dense.png"]
+    images = {image["file"] for method in report["methods"] for image in method["images"]}
+    assert files(out) == {*images, "report.json", "contact_sheet.png"} and len(images) == 3
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_interrupt_before_the_first_picture_leaves_nothing(run, small, tmp_path, breaking, after):
+    breaking(KeyboardInterrupt(), after)
+    ran = run("compare", *small, "--out", tmp_path / "out")
+    assert ran.code == 130
+    assert ran.err.splitlines()[-1] == (
+        "todo-attn: error: interrupted: no picture was finished, and nothing is written"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_while_the_pipeline_loads(run, small, tmp_path, monkeypatch):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", interrupted)
+    ran = run("compare", *small, "--out", tmp_path / "out")
+    assert ran.code == 130
+    assert ran.err.splitlines()[-1] == "todo-attn: error: interrupted: no picture was finished, and nothing is written"
+
+
+def test_a_fault_keeps_what_was_made(small, tmp_path, breaking):
+    breaking(ZeroDivisionError("a fault"), 2 + 1)
+    with pytest.raises(ZeroDivisionError):
+        main(["compare", *small, "--out", str(tmp_path / "out")])
+    assert files(tmp_path / "out") == {"images/01-seed0-dense.png", "report.json"}
+
+
+def test_a_method_out_of_memory_is_one_line_and_the_others_are_kept(run, small, tmp_path, breaking):
+    breaking(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."), 2 + 1)
+    ran = run("compare", *small, "--methods", "dense,todo:2", "--out", tmp_path / "out")
+    assert ran.code == 1 and "Traceback" not in ran.err
+    assert ran.err.splitlines()[-1] == (
+        "todo-attn: error: out of memory by todo:2: a smaller --height and --width, or --dtype float16, may fit"
+    )
+    assert "todo:2 was left out: out of memory." in ran.out and "dense" in ran.out
+    assert files(tmp_path / "out") == {"images/01-seed0-dense.png", "report.json", "contact_sheet.png"}
+
+
+def test_a_cpu_out_of_memory_from_the_start_is_one_line(run, small, tmp_path, breaking):
+    breaking(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."), 0)
+    ran = run("compare", *small, "--out", tmp_path / "out")
+    assert ran.code == 1 and "Traceback" not in ran.err
+    assert ran.err.splitlines()[-1].startswith("todo-attn: error: out of memory: a smaller --height")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("full", ["report.json", "contact_sheet.png"])
+def test_a_full_disk_is_one_line_after_the_table(run, small, tmp_path, monkeypatch, full):
+    replace = os.replace
+
+    def fills(source, target):
+        if str(target).endswith(full):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fills)
+    out = tmp_path / "out"
+    ran = run("compare", *small, "--out", out)
+    assert ran.code == 1 and "speed-up" in ran.out
+    last = ran.err.splitlines()[-1]
+    assert last.startswith(f"todo-attn: error: cannot write {out / full}: No space left on device")
+
+
+# The folder that is written into.
+
+
+def test_an_older_comparison_is_not_mixed_with_a_new_one(run, small, tmp_path):
+    out = tmp_path / "out"
+    first = ["compare", *small, "--seed", 1, "--methods", "dense", "--out", out]
+    assert run(*first).code == 0
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    line = one_line(run("compare", *small, "--seed", 2, "--out", out))
+    assert line == (
+        f"--out must be a new or an empty folder, and {str(out)!r} holds an older comparison: --overwrite removes "
+        "that, or name another folder"
+    )
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+
+
+def test_overwrite_removes_the_older_comparison_and_nothing_else(run, small, tmp_path):
+    out = tmp_path / "out"
+    assert run("compare", *small, "--seed", 1, "--methods", "dense", "--out", out).code == 0
+    (out / "mine.txt").write_text("notes", encoding="utf-8")
+    (out / "images" / "mine.png").write_bytes(b"a picture")
+    ran = run("compare", *small, "--seed", 2, "--methods", "dense", "--out", out, "--overwrite")
+    assert ran.code == 0, ran.err
+    assert files(out) == {
+        "images/01-seed2-dense.png", "images/mine.png", "mine.txt", "report.json", "contact_sheet.png"
+    }  # fmt: skip
+    assert (out / "images" / "mine.png").read_bytes() == b"a picture"
+
+
+def test_overwrite_keeps_the_older_comparison_until_there_is_a_new_picture(run, small, tmp_path, breaking):
+    out = tmp_path / "out"
+    assert run("compare", *small, "--seed", 1, "--methods", "dense", "--out", out).code == 0
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    breaking(KeyboardInterrupt(), 1)
+    assert run("compare", *small, "--seed", 2, "--methods", "dense", "--out", out, "--overwrite").code == 130
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+
+
+def test_overwrite_of_a_partial_comparison_removes_what_its_report_may_lack(run, small, tmp_path):
+    out = tmp_path / "out"
+    assert run("compare", *small, "--seed", 1, "--methods", "dense", "--out", out).code == 0
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    report["missing"] = [report["methods"][0]["images"].pop()["file"]]  # as killed after its first picture
+    (out / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    assert run("compare", *small, "--seed", 2, "--methods", "dense", "--out", out, "--overwrite").code == 0
+    assert files(out) == {"images/01-seed2-dense.png", "report.json", "contact_sheet.png"}
+
+
+@pytest.mark.parametrize("file", ["../../precious.png", "/precious.png", "images/../precious.png", "precious.png"])
+def test_a_report_cannot_name_files_elsewhere(run, small, tmp_path, monkeypatch, file):
+    monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", None)
+    report = {"methods": [{"images": [{"file": file}]}]}
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    line = one_line(run("compare", *small, "--out", tmp_path, "--overwrite"))
+    assert line.startswith("--out must be a new or an empty folder") and "that no comparison's report names" in line
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("file", ["report.json", "images/01.png", "contact_sheet.png", "other.txt"])
+def test_a_folder_with_other_files_is_refused(run, small, tmp_path, overwrite, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}", encoding="utf-8")
+    ran = run("compare", *small, "--methods", "dense", "--out", tmp_path, *overwrite)
+    if overwrite and file == "other.txt":  # which is in nobody's way
+        assert ran.code == 0 and (tmp_path / file).read_text(encoding="utf-8") == "{}"
+    else:
+        assert one_line(ran).startswith("--out must be a new or an empty folder")
+        assert files(tmp_path) == {file}
+
+
+def test_repeated_runs_get_a_folder_each(run, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("compare", "compare-2", "compare-3"):
+        ran = run("compare", *small, "--methods", "dense")
+        assert ran.code == 0 and f"{name}/report.json" in ran.out
+    assert run("compare", *small, "--methods", "dense", "--overwrite").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare", "compare-2", "compare-3"]
+
+
+@pytest.mark.parametrize("out", ["", " "])
+def test_a_folder_without_a_name_is_refused(run, small, monkeypatch, tmp_path, out):
+    monkeypatch.chdir(tmp_path)
+    assert one_line(run("compare", *small, "--out", out)) == f"--out must name a folder, got {out!r}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_beyond_ascii_in_the_c_locale(small, tmp_path):
+    """Python then reads the argument's bytes as surrogates, which no tokenizer takes."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = [*small, "--methods", "dense", "--prompt", "un café à la crème", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "todo_attn.cli", "compare", *arguments]
+    ran = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["settings"]["prompts"][-1] == "un café à la crème"
+
+
+def test_help(run):
+    assert run("--help").code == 0
+    ran = run("compare", "--help")
+    assert ran.code == 0
+    for word in ("Examples", "--max-kv-tokens", "--methods", "--tome-ratio", "todo:2"):
+        assert word in ran.out
+    assert "compare" in run().out
+
+
+def test_unknown_command(run):
+    assert "nope" in one_line(run("nope"))
+
+
+def python(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+def test_help_and_refusals_do_not_import_diffusers():
+    program = """
+import sys
+from todo_attn.cli import main
+for arguments in (["--help"], ["compare", "--steps", "0"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+print(sorted({"diffusers", "transformers", "skimage"} & sys.modules.keys()))
+"""
+    assert python(program).stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "diffusers", "skimage"])
+def test_a_missing_package_is_one_line(small, missing, tmp_path):
+    arguments = ["compare", *small, "--out", str(tmp_path)]
+    ran = python(f"import sys; sys.modules[{missing!r}] = None; from todo_attn.cli import main; main({arguments!r})")
+    assert ran.returncode == 1
+    last = ran.stderr.splitlines()[-1]
+    assert last == f"todo-attn: error: {missing} is not installed: pip install 'todo_attn[cli]'"
+    assert "Traceback" not in ran.stderr
+
+
+def test_console_script():
+    (script,) = (e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "todo-attn")
+    assert script.value == "todo_attn.cli:main"
+
+
+def test_the_shipped_pipeline(run, tmp_path):
+    """The one test that needs it: it loads, draws by each method, and says what it is."""
+    ran = run("compare", "--steps", 1, "--height", 256, "--width", 256, "--methods", "dense,todo:2", "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["model"] == "todo_attn/tiny_sd"
+    assert all(i["finite"] for m in report["methods"] for i in m["images"])

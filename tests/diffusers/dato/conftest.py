@@ -9,10 +9,10 @@ from diffusers.models.resnet import ResnetBlock2D
 
 
 @pytest.fixture(scope="session")
-def _deep(_originals):
+def _deep(originals):
     """SD1.5's own topology: two layers a block, three in the last up block."""
     torch.manual_seed(1)
-    model = _originals["sd"]
+    model = originals["sd"]
     return type(model).from_config({**model.config, "layers_per_block": 2}).eval()
 
 

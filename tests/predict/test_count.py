@@ -23,15 +23,15 @@ def call_cost(unet, config=None, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def plain(_originals):
+def plain(originals):
     """With nothing pruned."""
-    return call_cost(_originals["sd"], DaToConfig(prune_ratio=0))
+    return call_cost(originals["sd"], DaToConfig(prune_ratio=0))
 
 
 @pytest.fixture(scope="module")
-def pruned(_originals):
+def pruned(originals):
     """As a DaToConfig is by default."""
-    return call_cost(_originals["sd"])
+    return call_cost(originals["sd"])
 
 
 def changed(unet, **arguments):
