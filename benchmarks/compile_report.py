@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import sass
 from todo_attn.config.modes import MODES
-from todo_attn.kernels import attention, launch, match, pack
+from todo_attn.kernels import attention, configs, launch, match, pack
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (8, 24, 40, 64, 80, 96, 128, 160, 256)
@@ -51,9 +51,9 @@ _TYPES = {
 class Variant:
     """One kernel to compile.
 
-    ``mode``: of the packing kernel; of attention "plain", "tail" (keys end inside a tile) or "steep" (a scale above
-    0.69). ``head_dim``: the number of channels for the match kernel and the one that packs its rows. ``settings``:
-    other than the shipped, for the attention kernel.
+    ``mode``: of the packing kernel; of attention "plain", "tail" (the last tile is partial) or "large-scale" (a scale
+    above 0.69). ``head_dim``: for the match kernel and the one that packs its rows, the channels. ``settings``: for the
+    attention kernel, other than the shipped.
     """
 
     kernel: str
@@ -61,7 +61,7 @@ class Variant:
     dtype: str
     head_dim: int
     mode: str
-    settings: launch.Settings | None = None
+    settings: configs.KernelConfig | None = None
 
     @property
     def name(self) -> str:
@@ -69,12 +69,12 @@ class Variant:
         return f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}-{self.mode}{other}"
 
 
-def spelled(run: launch.Settings) -> str:
-    """Settings as ``--settings`` takes them, with "-poly" for ":poly", which a file's name may not hold everywhere."""
+def spelled(run: configs.KernelConfig) -> str:
+    """``run`` as ``--settings`` takes it, but with "-poly" for ":poly", which some file systems refuse in a name."""
     return f"{run.block_m}x{run.block_n}x{run.num_warps}x{run.num_stages}{'-poly' * run.polynomial}"
 
 
-def parsed(text: str) -> launch.Settings:
+def parsed(text: str) -> configs.KernelConfig:
     """QUERIES x KEYS x WARPS x STAGES, as 128x64x4x2, and ":poly" for one exp2 in eight by polynomial.
 
     Raises:
@@ -89,7 +89,7 @@ def parsed(text: str) -> launch.Settings:
             "--settings must be QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly: powers of two from 16 to "
             f"512, a power of two up to 32, 1 to 8; got {text!r}"
         )
-    return launch.Settings(queries, keys, warps, stages, polynomial=found[5] is not None)
+    return configs.KernelConfig(queries, keys, warps, stages, polynomial=found[5] is not None)
 
 
 def variants(
@@ -97,7 +97,7 @@ def variants(
     dtypes: list[str],
     head_dims: list[int],
     channels: list[int],
-    settings: list[launch.Settings] | None = None,
+    settings: list[configs.KernelConfig] | None = None,
 ) -> Iterator[Variant]:
     """Every kernel at every mode; keys that end inside a tile need another attention where there is no ones column.
 
@@ -108,9 +108,9 @@ def variants(
             for head_dim in head_dims:
                 for run in settings or (None,):
                     yield Variant("attention", arch, dtype, head_dim, "plain", run)
-                    if not launch.tiles(head_dim).ones:
+                    if not configs.tiles(head_dim).ones:
                         yield Variant("attention", arch, dtype, head_dim, "tail", run)
-                    yield Variant("attention", arch, dtype, head_dim, "steep", run)
+                    yield Variant("attention", arch, dtype, head_dim, "large-scale", run)
                 if settings:
                     continue
                 for mode in MODES:
@@ -120,21 +120,21 @@ def variants(
                 yield Variant("rows", arch, dtype, count, "plain")
 
 
-def source(variant: Variant) -> tuple[ASTSource, dict[str, object], launch.Settings | None]:
+def source(variant: Variant) -> tuple[ASTSource, dict[str, object], configs.KernelConfig | None]:
     """The kernel as it is launched on contiguous tensors, what the compiler is told, and its tile of scores."""
     capability, half = divmod(variant.arch, 10), variant.dtype != "fp32"
-    tile = launch.tiles(variant.head_dim) if variant.kernel in ("attention", "pack") else None
+    tile = configs.tiles(variant.head_dim) if variant.kernel in ("attention", "pack") else None
     run = None
     types: dict[str, str] = {}
     kernel: Any
     constants: dict[str, Any]
     if variant.kernel == "attention":
         assert tile is not None
-        run = variant.settings or launch.settings(capability, variant.head_dim, half)
+        run = variant.settings or configs.attention_config(capability, variant.head_dim, half)
         kernel, options = attention.attention_kernel, run.options
-        tail, steep = variant.mode == "tail", variant.mode == "steep"
-        constants = attention.constants(
-            variant.head_dim, tile, run, launch.has_copy_engine(capability), tail=tail, steep=steep
+        tail, large_scale = variant.mode == "tail", variant.mode == "large-scale"
+        constants = launch.constants(
+            variant.head_dim, tile, run, configs.has_tma(capability), tail=tail, large_scale=large_scale
         )
         for name, columns in zip(("key_a", "key_b", "value_a", "value_b"), (*tile.k, *tile.v), strict=True):
             types[name] = f"tensordesc<{variant.dtype}[{run.block_n}, {columns or max(tile.k)}]>"
@@ -144,7 +144,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, object], launch.Setti
         kernel, options = pack.pack_kernel, pack.OPTIONS
         constants = pack.constants(variant.head_dim, tile, variant.mode, window, window)
     elif variant.kernel == "match":
-        run = launch.match_settings(capability, half)
+        run = configs.match_config(capability, half)
         kernel, options = match.match_kernel, run.options
         constants = match.match_constants(variant.head_dim, half, run)
     else:
@@ -180,7 +180,7 @@ def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
     one of its own, of a piece of them).
     """
     ast, options, run = source(variant)
-    tile = launch.tiles(variant.head_dim) if variant.kernel == "attention" else None
+    tile = configs.tiles(variant.head_dim) if variant.kernel == "attention" else None
     compiled = triton.compile(ast, target=GPUTarget("cuda", variant.arch, 32), options=options)
     row: dict[str, Any] = {**asdict(variant), **options}
     del row["settings"]  # in single columns, the shipped ones too

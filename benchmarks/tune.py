@@ -29,30 +29,30 @@ from todo_attn.bench import attention, kernels, report
 from todo_attn.bench.attention import Call
 from todo_attn.bench.cases import Case
 from todo_attn.bench.trial import Trial
-from todo_attn.kernels.attention import attention as downsampled_attention
-from todo_attn.kernels.launch import Settings, tiles
+from todo_attn.kernels.configs import KernelConfig, tiles
+from todo_attn.kernels.launch import attention as downsampled_attention
 
 # By the columns of a K tile. Queries and keys per tile, warps, stages; polynomial for one exp2 in eight.
 _SMALL = [
-    Settings(128, 256, 8, 2, polynomial=False),
-    Settings(128, 128, 8, 2, polynomial=True),
-    Settings(128, 128, 8, 3, polynomial=True),
-    Settings(128, 64, 4, 2, polynomial=True),
-    Settings(128, 64, 4, 3, polynomial=True),
-    Settings(256, 64, 8, 2, polynomial=True),
-    Settings(64, 128, 4, 2, polynomial=True),
+    KernelConfig(128, 256, 8, 2, polynomial=False),
+    KernelConfig(128, 128, 8, 2, polynomial=True),
+    KernelConfig(128, 128, 8, 3, polynomial=True),
+    KernelConfig(128, 64, 4, 2, polynomial=True),
+    KernelConfig(128, 64, 4, 3, polynomial=True),
+    KernelConfig(256, 64, 8, 2, polynomial=True),
+    KernelConfig(64, 128, 4, 2, polynomial=True),
 ]
 _LARGE = [
-    Settings(128, 128, 8, 3),
-    Settings(128, 64, 8, 2),
-    Settings(128, 64, 8, 3),
-    Settings(64, 64, 4, 2),
-    Settings(64, 64, 4, 3),
+    KernelConfig(128, 128, 8, 3),
+    KernelConfig(128, 64, 8, 2),
+    KernelConfig(128, 64, 8, 3),
+    KernelConfig(64, 64, 4, 2),
+    KernelConfig(64, 64, 4, 3),
 ]
-ALTERNATIVES: dict[int, list[Settings]] = {
+ALTERNATIVES: dict[int, list[KernelConfig]] = {
     40: _SMALL,
     64: _SMALL,
-    80: [*_LARGE, Settings(128, 64, 4, 2)],
+    80: [*_LARGE, KernelConfig(128, 64, 4, 2)],
     160: _LARGE[1:],
 }
 
@@ -68,13 +68,13 @@ CASES = {
 def variants(case: Case) -> dict[str, Call]:
     """By name, every other way to launch the kernel that is tried at the case's head dim."""
     usual = tiles(case.head_dim)
-    calls = {_name(run): call(case, partial(downsampled_attention, run=run)) for run in ALTERNATIVES[case.head_dim]}
+    calls = {_name(run): call(case, partial(downsampled_attention, config=run)) for run in ALTERNATIVES[case.head_dim]}
     if usual.v != usual.k:  # P V as one product of 64 columns, or as 32 + 16
         calls["P V as Q K"] = call(case, partial(downsampled_attention, tile=replace(usual, v=usual.k)))
     return calls
 
 
-def _name(run: Settings) -> str:
+def _name(run: KernelConfig) -> str:
     polynomial = ", polynomial" * run.polynomial
     return f"{run.block_m}x{run.block_n}, {run.num_warps} warps, {run.num_stages} stages{polynomial}"
 

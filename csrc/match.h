@@ -1,7 +1,7 @@
-// The most similar row: for each query the key with the largest product, on the CPU, no product stored.
+// The most similar row on the CPU: for each query the key with the largest dot product. No product is stored.
 //
-// Keys stand in panels of 16, one channel of all 16 after the other, so that a panel's products with a few queries are
-// sums in registers. Each product is made by the same instructions wherever its rows stand: equal rows give equal ones.
+// Keys are packed in panels of 16, channel by channel, so that the products of a panel with a few queries accumulate in
+// registers. Every product is computed by the same instructions wherever its rows lie, so equal rows give equal products.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,11 @@ namespace todo_attn {
 
 constexpr int64_t kPanel = 16;  // keys
 constexpr int kTile = 6;        // queries: 6 x 16 sums, a row of a panel and a query's element fill 16 registers of 8
-constexpr int64_t kTiles = 8;   // that read a block of panels while it is in the cache nearby
-constexpr int64_t kPart = 64;   // channels summed on their own: a long sum rounds less in parts
+constexpr int64_t kTiles = 8;   // tiles that read a block of panels while it is in the L2 cache
+constexpr int64_t kPart = 64;   // channels per partial sum: a long sum rounds less in parts
 constexpr int64_t kBlockBytes = 1 << 17;
-// Products that rounding alone may set apart are ties, which the lower position wins. What is kept is never further
-// than this below the largest one so far; two such steps are the ties that todo_attn/ops/matching.py promises.
+// Products this close are ties, which the lower position wins. The kept product is at most this far below the largest
+// so far; todo_attn/ops/matching.py documents twice this as the tolerance.
 constexpr float kTie = 0x1p-22f;
 
 typedef float Floats __attribute__((vector_size(32)));
@@ -26,7 +26,7 @@ inline int64_t panels_of(int64_t keys) {
   return (keys + kPanel - 1) / kPanel;
 }
 
-// Copies panel `number` of (keys, channels) rows; past the last key come copies of it, which lose every tie with it.
+// Packs panel `number` of (keys, channels) rows. Copies of the last key fill the panel; they lose every tie with it.
 inline void pack_panel(Floats* panel, const float* key, int64_t keys, int64_t channels, int64_t number) {
   float* to = reinterpret_cast<float*>(panel);
   for (int64_t lane = 0; lane < kPanel; ++lane) {

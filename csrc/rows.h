@@ -1,8 +1,8 @@
 // The arithmetic of the token operations, one row (the channels of one token) at a time, for the CPU and the GPU.
 //
-// A row is worked on by `lanes` workers, of which the caller is number `lane`: one on the CPU, neighbouring threads on
-// the GPU. Each job below is a small object that is copied to where it runs; calling it does one row of one batch
-// element. Nothing here knows of torch's tensors or of CUDA's grids.
+// `lanes` workers share a row, and the caller is worker `lane`: one worker on the CPU, neighbouring threads on the GPU.
+// Each job below is a small object, copied to the device that runs it. A call processes one row of one batch element.
+// This file does not depend on torch's tensors or CUDA's grids.
 #pragma once
 
 #include <cassert>
@@ -22,7 +22,7 @@
 
 namespace todo_attn {
 
-// Words to move bytes with, whatever type the bytes have.
+// Words for copying bytes of any type.
 struct __attribute__((aligned(16), may_alias)) Word16 {
   uint64_t low, high;
 };
@@ -42,7 +42,7 @@ struct Rows {
   }
 };
 
-// Token numbers of a (batch, row) tensor of int64 (wide) or int32; strides in elements.
+// Token indices of a (batch, row) tensor of int64 (wide) or int32; strides in elements.
 struct Index {
   const void* data;
   int64_t batch_stride, row_stride;

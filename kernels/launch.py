@@ -1,106 +1,133 @@
-"""How each kernel is launched: the tile split of a head dim, and one table of settings per architecture.
-
-The settings were chosen from compiled code (registers, spills, shared memory, clocks per score of the hot loop):
-``python -m benchmarks.compile_report`` prints what they give.
-"""
+"""Launch the two kernels: ``pack.py`` copies the coarse keys and values, ``attention.py`` attends to them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
-# Triton 3.10 no longer fuses multiply-adds unless asked; 3.9 warns where nothing is said.
-COMPILER: dict[str, object] = {"enable_fp_fusion": True}
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .attention import attention_kernel
+from .configs import KernelConfig, Tiles, attention_config, capability, has_tma, tiles
+from .pack import pack
+
+LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """The column tiles of one head dim. A tile is a power of two, so 40 is read as 32 + 16 and not as 64.
+class Packed(NamedTuple):
+    """Keys and values as :func:`attend` reads them, and the configuration that they are packed for."""
 
-    ``k``: the tiles of Q K^T (second 0 where one will do). ``v``: those of P V. ``k_columns``, ``v_columns``: the
-    length of a packed row, a multiple of 16 bytes; a tile longer than its row is filled with zeros as it is loaded.
-    ``ones``: whether V has a spare column for the ones whose product with P is the softmax's sum.
+    key: torch.Tensor  # (B*H*rows, k_columns)
+    value: torch.Tensor  # (B*H*rows, v_columns)
+    keys: int  # of one head; rows is this, rounded up to the tile of keys
+    config: KernelConfig
+    tile: Tiles
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: tuple[int, int],
+    factor: tuple[int, int],
+    mode: str,
+    scale: float,
+    config: KernelConfig | None = None,
+    tile: Tiles | None = None,
+) -> torch.Tensor:
+    """(B, N, H, D), (B, gh*gw, H, D), (B, gh*gw, H, D) -> (B, N, H, D), contiguous.
+
+    ``todo_attn.ops`` has checked the arguments; head_dim is a multiple of 8 up to 256, dtype fp16, bf16 or fp32.
+    ``config`` and ``tile`` override the choice of ``configs.py``.
     """
-
-    k: tuple[int, int]
-    v: tuple[int, int]
-    k_columns: int
-    v_columns: int
-    ones: bool
-
-
-def tiles(head_dim: int) -> Tiles:
-    """The tiles for a head dim that is a multiple of 8 and at most 256."""
-    first = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = max(0, head_dim - first)
-    second = max(16, 1 << (rest - 1).bit_length()) if rest else 0
-    if first == second:  # two tiles as wide as the next power of two: one will do
-        first, second = 2 * first, 0
-    k = (first, second)
-    # As a product of 64 columns P V costs less on Hopper than as 32 + 16 (a small wgmma is no cheaper to issue).
-    v = (64, 0) if k == (32, 16) else k
-    ones = sum(v) > head_dim
-    return Tiles(k=k, v=v, k_columns=sum(k), v_columns=min(sum(v), -(-(head_dim + ones) // 16) * 16), ones=ones)
+    if query.numel() == 0:
+        return query.new_empty(query.shape)
+    coarse = (grid[0] // factor[0], grid[1] // factor[1])
+    with torch.cuda.device_of(query):
+        return attend(query, packed(key, value, grid, coarse, mode, scale < 0, config, tile), scale)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Queries and keys per tile, warps per program, depth of the software pipeline.
-
-    ``polynomial``: one exp2 in eight by polynomial, where exp2 holds the loop back and results are fp16 or bf16.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    polynomial: bool = False
-
-    @property
-    def options(self) -> dict[str, object]:
-        """What the compiler is told."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILER}
-
-
-# (columns of a K tile, settings): the first row whose columns suffice is taken. The default is safe on any GPU from
-# compute capability 8.0 on: it fits 99 KB of shared memory and does not spill.
-_DEFAULT = [
-    (48, Settings(128, 64, 8, 3)),  # 128 registers on sm_80: two programs on a multiprocessor
-    (80, Settings(128, 64, 8, 2)),
-    (160, Settings(128, 32, 8, 2)),
-    (256, Settings(64, 32, 4, 2)),
-]
-_HOPPER = [
-    (64, Settings(128, 256, 8, 2, polynomial=True)),
-    (160, Settings(128, 128, 8, 2)),
-    (256, Settings(128, 64, 8, 2)),
-]
-_BLACKWELL = [(64, Settings(128, 128, 8, 2)), *_DEFAULT]
-_HALF = {90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}
-# Exact fp32 products run on the FMA units, operands in registers.
-_FP32: list[tuple[int, Settings]] = [(96, Settings(32, 16, 4, 1)), (256, Settings(16, 16, 8, 1))]
+def packed(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: tuple[int, int],
+    coarse: tuple[int, int],
+    mode: str = "nearest",
+    negative: bool = False,
+    config: KernelConfig | None = None,
+    tile: Tiles | None = None,
+) -> Packed:
+    """Launch the packing kernel, on the current device; ``negative`` negates the keys, for a negative scale."""
+    head_dim = key.shape[3]
+    config = config or attention_config(capability(key), head_dim, half=key.dtype != torch.float32)
+    tile = tile or tiles(head_dim)
+    keys = math.prod(coarse)
+    rows = triton.cdiv(keys, config.block_n) * config.block_n
+    return Packed(*pack(key, value, grid, coarse, mode, negative, rows, tile), keys, config, tile)
 
 
-def settings(capability: tuple[int, int], head_dim: int, half: bool) -> Settings:
-    """The settings for compute capability (major, minor); an untuned GPU gets the default row."""
-    table = _HALF.get(capability[0] * 10 + capability[1], _DEFAULT) if half else _FP32
-    columns = tiles(head_dim).k_columns
-    return next(row for limit, row in table if columns <= limit)
+def attend(query: torch.Tensor, kv: Packed, scale: float) -> torch.Tensor:
+    """Launch the attention kernel, on the current device: (B, N, H, D) -> (B, N, H, D), contiguous."""
+    batch, tokens, heads, head_dim = query.shape
+    config, tile = kv.config, kv.tile
+    rows = kv.key.shape[0] // (batch * heads)
+    out = query.new_empty(query.shape)
+    log2_scale, log2_power = log2_scales(scale)
+
+    def descriptor(x: torch.Tensor, columns: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(x, [config.block_n, columns])
+
+    attention_kernel[(triton.cdiv(tokens, config.block_m) * batch * heads,)](
+        query,
+        descriptor(kv.key, tile.k[0]),
+        descriptor(kv.key, tile.k[1] or tile.k[0]),
+        descriptor(kv.value, tile.v[0]),
+        descriptor(kv.value, tile.v[1] or tile.v[0]),
+        kv.key,
+        kv.value,
+        out,
+        *query.stride(),
+        *out.stride(),
+        heads,
+        tokens,
+        kv.keys,
+        rows,
+        log2_scale,
+        log2_power,
+        **constants(head_dim, tile, config, has_tma(capability(query)), rows > kv.keys, log2_scale > 1),
+        **config.options,
+    )
+    return out
 
 
-def has_copy_engine(capability: tuple[int, int]) -> bool:
-    """Whether a GPU of that capability copies tiles by descriptor (TMA): from Hopper on."""
-    return capability >= (9, 0)
+def constants(
+    head_dim: int, tile: Tiles, config: KernelConfig, use_tma: bool, tail: bool, large_scale: bool = False
+) -> dict[str, object]:
+    """The compile-time arguments of :func:`attention_kernel`."""
+    return {
+        "HEAD_DIM": head_dim,
+        "K_A": tile.k[0],
+        "K_B": tile.k[1],
+        "V_A": tile.v[0],
+        "V_B": tile.v[1],
+        "V_COLUMNS": tile.v_columns,
+        "ONES": tile.ones,
+        "TAIL": tail and not tile.ones,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "LARGE_SCALE": large_scale,
+        "POLYNOMIAL": config.polynomial,
+        "USE_TMA": use_tma,
+    }
 
 
-# Queries and keys per tile of the match kernel. Both operands stream through shared memory in pieces of 128 bytes of
-# channels, so any channel count fits. First fp16 and bf16, then fp32 (exact products, operands in registers).
-_MATCH_HOPPER = Settings(128, 128, 8, 4)
-_MATCH_HALF = Settings(128, 64, 8, 3)
-_MATCH_FP32 = Settings(32, 32, 4, 2)
-
-
-def match_settings(capability: tuple[int, int], half: bool) -> Settings:
-    """The match kernel's settings for compute capability (major, minor)."""
-    if not half:
-        return _MATCH_FP32
-    return _MATCH_HOPPER if capability == (9, 0) else _MATCH_HALF
+def log2_scales(scale: float) -> tuple[float, float]:
+    """|scale| * log2(e) and the smallest power of two that is at least that; both 0 for a scale of about 0."""
+    # Clamped to fp32: infinity times a difference of 0 would be NaN, and subnormal numbers may be flushed to 0.
+    fp32 = torch.finfo(torch.float32)
+    log2_scale = min(abs(scale) * LOG2_E, fp32.max)
+    if log2_scale < fp32.tiny:
+        return 0.0, 0.0
+    return log2_scale, 2.0 ** min(127, math.ceil(math.log2(log2_scale)))

@@ -1,13 +1,27 @@
-"""The most similar key of each query by cosine, in one pass over the keys: no scores in memory.
+"""The most similar key of each query by cosine similarity, in one pass over the keys: no scores in memory.
 
-``rows_kernel`` copies the rows that an index names into contiguous ones, each multiplied by a power of two that takes
-its largest element near 1 (exact, and squares stay within fp32; fp16 needs none), and writes the reciprocals of their
-lengths. So the hot loop of ``match_kernel`` is that of a plain matrix product: products of the raw fp16 or bf16 values
-are exact in fp32, only their sum rounds, and lengths are divided out of the fp32 scores.
+``rows_kernel`` gathers the rows of an index into contiguous memory. ``match_kernel`` is a matrix product whose scores
+are reduced at once. One program serves BLOCK_M queries::
 
-Every score is computed by the same instructions in the same order, whatever its place in a tile. Equal keys therefore
-have equal scores, and ties go to the lowest position, inside a tile and across tiles. Rows past the last key repeat it:
-they tie with it and lose, so the loop needs no mask.
+    best, best_at = -inf, 0
+    for k in tiles of BLOCK_N keys:
+        score = q @ k                                      # in steps of BLOCK_C channels, fp32
+        score = score * (1 / |k|)
+        high, at = max(score), its position                # of equal scores the lowest position
+        best, best_at = (high, at) if high > best else (best, best_at)
+    similarity, position = best * (1 / |q|), best_at
+
+Lengths are divided out of the fp32 scores, so the products are those of the raw fp16 or bf16 values, which are exact in
+fp32; only their sum rounds. Every score is computed by the same instructions in the same order, wherever it lies in a
+tile. So equal keys have equal scores, and ties go to the lowest position, within a tile and across tiles. Rows beyond
+the last key repeat it: they tie with it and lose, so the loop needs no mask.
+
+=======  ====================  ===============================================================================
+flag     set if                why
+=======  ====================  ===============================================================================
+RESCALE  bf16 or fp32          each row is multiplied by a power of two that takes its largest element near 1,
+                               exactly, so that squares fit fp32; fp16 needs none
+=======  ====================  ===============================================================================
 """
 
 from __future__ import annotations
@@ -16,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import COMPILER, Settings, match_settings
+from .configs import COMPILER, KernelConfig, capability, match_config
 
 OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}
 
@@ -50,7 +64,7 @@ def rows_kernel(
     inside = (token >= 0) & (token < tokens) & (channel < CHANNELS)
     value = tl.load(x + b * stride_xb + token * stride_xn + channel * stride_xc, mask=inside, other=0.0).to(tl.float32)
     if RESCALE:
-        # The exponent bits of the largest element, turned round: bits of the power of two that takes it to 1.
+        # 254 minus the exponent of the largest element is the exponent of the power of two that takes it to 1.
         largest = tl.max(tl.abs(value), 1).to(tl.int32, bitcast=True) & 0x7F800000
         largest = tl.minimum(tl.maximum(largest, 1 << 23), 253 << 23)
         value = value * ((254 << 23) - largest).to(tl.float32, bitcast=True)[:, None]
@@ -107,18 +121,18 @@ def match_kernel(
 
     best = best * tl.load(query_reciprocal + b * query_rows + row)
     out = b * queries + row
-    # Where a NaN won the place may be that of a repeated key.
+    # If a NaN won, best_at may be that of a repeated key.
     tl.store(position + out, tl.minimum(best_at, keys - 1).to(tl.int64), mask=row < queries)
     tl.store(similarity + out, best, mask=row < queries)
 
 
 def columns(channels: int, half: bool) -> tuple[int, int]:
-    """The length of a packed row and of the pieces it is multiplied in: 128 bytes, or less where there is not so much.
+    """The length of a packed row and BLOCK_C, both in elements. BLOCK_C is 128 bytes, or less for fewer channels.
 
-    Zeros fill the last piece, so the hot loop needs no mask.
+    Rows are padded with zeros to a multiple of BLOCK_C, so the main loop needs no mask.
     """
-    piece = min(64 if half else 32, max(16, triton.next_power_of_2(channels)))
-    return triton.cdiv(channels, piece) * piece, piece
+    block_c = min(64 if half else 32, max(16, triton.next_power_of_2(channels)))
+    return triton.cdiv(channels, block_c) * block_c, block_c
 
 
 def rows_constants(channels: int, half: bool, rescale: bool) -> dict[str, int | bool]:
@@ -129,19 +143,19 @@ def rows_constants(channels: int, half: bool, rescale: bool) -> dict[str, int | 
         "CHANNELS": channels,
         "COLUMNS": length,
         "RESCALE": rescale,
-        "BLOCK": max(1, 2048 // width),  # 16 elements a thread
+        "BLOCK": max(1, 2048 // width),  # 16 elements per thread
         "BLOCK_COLUMNS": width,
     }
 
 
-def match_constants(channels: int, half: bool, run: Settings) -> dict[str, int]:
+def match_constants(channels: int, half: bool, config: KernelConfig) -> dict[str, int]:
     """The compile-time arguments of :func:`match_kernel`."""
-    length, piece = columns(channels, half)
-    return {"COLUMNS": length, "BLOCK_M": run.block_m, "BLOCK_N": run.block_n, "BLOCK_C": piece}
+    length, block_c = columns(channels, half)
+    return {"COLUMNS": length, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_C": block_c}
 
 
 def _pack(x: torch.Tensor, index: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The rows of ``x`` that ``index`` names, the reciprocals of their lengths, and how many rows a sample has."""
+    """The rows of ``x`` at ``index``, the reciprocals of their lengths, and the padded number of rows per sample."""
     batch, count = index.shape
     rows = triton.cdiv(count, block) * block
     constants = rows_constants(x.shape[2], half=x.dtype != torch.float32, rescale=x.dtype != torch.float16)
@@ -154,24 +168,22 @@ def _pack(x: torch.Tensor, index: torch.Tensor, block: int) -> tuple[torch.Tenso
 
 
 def match(x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernels: (B, N, C), (B, Q), (B, K) -> position (B, Q) int64, similarity (B, Q) fp32.
+    """Launch both kernels: (B, N, C), (B, Q), (B, K) -> position (B, Q) int64, similarity (B, Q) fp32.
 
-    The arguments were checked by ``todo_attn.ops``; dtype fp16, bf16 or fp32.
+    ``todo_attn.ops`` has checked the arguments; dtype fp16, bf16 or fp32.
     """
     batch, queries = query_index.shape
     position = x.new_empty((batch, queries), dtype=torch.int64)
     similarity = x.new_empty((batch, queries), dtype=torch.float32)
     if position.numel() == 0:
         return position, similarity
-    # The interpreter runs on CPU tensors; it takes any settings.
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
     half = x.dtype != torch.float32
-    run = match_settings(capability, half)
-    constants = match_constants(x.shape[2], half, run)
+    config = match_config(capability(x), half)
+    constants = match_constants(x.shape[2], half, config)
     with torch.cuda.device_of(x):
-        query, query_reciprocal, query_rows = _pack(x, query_index, run.block_m)
-        key, key_reciprocal, key_rows = _pack(x, key_index, run.block_n)
-        match_kernel[(query_rows // run.block_m * batch,)](
+        query, query_reciprocal, query_rows = _pack(x, query_index, config.block_m)
+        key, key_reciprocal, key_rows = _pack(x, key_index, config.block_n)
+        match_kernel[(query_rows // config.block_m * batch,)](
             query,
             key,
             query_reciprocal,
@@ -183,6 +195,6 @@ def match(x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor) -
             query_rows,
             key_rows,
             **constants,
-            **run.options,
+            **config.options,
         )
     return position, similarity

@@ -1,11 +1,28 @@
-"""Keys and values of the coarse grid, copied once into the rows that the attention kernel reads.
+"""Copy the keys and values of the coarse grid into contiguous rows, once, for the attention kernel.
 
-A coarse grid has a factor-squared fewer tokens than queries, so this copy is well under 1 % of the work, and everything
-that would otherwise sit in the attention's hot loop is done here instead: which token a coarse position takes, pooling,
-padding of the head dim, masking of the last keys, and the column of ones that makes the tensor cores sum the softmax.
+One program packs BLOCK coarse positions of one head::
 
-Rows past the last key repeat its key (the running maximum is untouched) and have all-zero values, the ones column
-included (they add to neither output nor sum). So the attention loop needs no mask.
+    for i in BLOCK rows:
+        y, x = position min(i, keys - 1) on the coarse grid
+        k, v = K[source(y, x)], V[source(y, x)]            # MODE "mean": the average over the window
+        packed_key[i] = k * sign                           # zeros from HEAD_DIM on
+        packed_value[i] = (v, 1, zeros) if i < keys else zeros    # the 1 only with ONES
+
+There are factor-squared fewer coarse tokens than queries, so this copy is well under 1 % of the work. It takes
+everything but the products out of the attention's main loop: the choice of tokens, pooling, padding of the head dim,
+masks, and, with the column of ones, the row sum.
+
+Rows beyond the last key repeat its key, so they leave the running maximum alone. Their values are zero, the ones column
+included, so they add nothing to output or row sum. So the attention loop needs no mask.
+
+==================  ===================  ============================================================
+flag                set if               why
+==================  ===================  ============================================================
+ONES                V has a spare        see ``attention.py``
+                    column
+MODE                as the op's mode     "nearest", "nearest-exact" or "mean"
+WINDOW_H, WINDOW_W  MODE is "mean"       longest pooling window: the bounds of the loop over a window
+==================  ===================  ============================================================
 """
 
 from __future__ import annotations
@@ -16,14 +33,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import COMPILER, Tiles
+from .configs import COMPILER, Tiles
 
 OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}
 
 
 @triton.jit
 def _source_nearest(i, size, scale, EXACT: tl.constexpr):
-    """The index that ``interpolate`` reads for coarse position ``i``: float32 arithmetic, as there."""
+    """The index that ``torch.nn.functional.interpolate`` reads for coarse position ``i``, in its float32 arithmetic."""
     position = i.to(tl.float32)
     if EXACT:
         position = position + 0.5
@@ -58,7 +75,7 @@ def pack_kernel(
     coarse_width,
     scale_y,  # height / coarse_height, as a float32
     scale_x,
-    sign,  # -1.0 where the attention's scale is negative: its running maximum is of the unscaled product
+    sign,  # -1.0 if the attention's scale is negative, because its row maximum is of the unscaled product
     HEAD_DIM: tl.constexpr,
     K_COLUMNS: tl.constexpr,
     V_COLUMNS: tl.constexpr,
@@ -123,7 +140,7 @@ def pack_kernel(
 
 
 def window(size: int, coarse: int) -> int:
-    """Length of the longest adaptive pooling window along one axis."""
+    """The length of the longest adaptive pooling window along an axis."""
     return max(-(-(i + 1) * size // coarse) - i * size // coarse for i in range(coarse))
 
 
@@ -138,7 +155,7 @@ def constants(head_dim: int, tile: Tiles, mode: str, window_h: int = 1, window_w
         "MODE": mode,
         "WINDOW_H": window_h,
         "WINDOW_W": window_w,
-        "BLOCK": 512 // columns,  # 4 elements of K and of V a thread
+        "BLOCK": 512 // columns,  # 4 elements of K and of V per thread
         "BLOCK_COLUMNS": columns,
     }
 
@@ -155,7 +172,7 @@ def pack(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, gh*gw, H, D) keys and values -> (B*H*rows, k_columns) and (B*H*rows, v_columns), contiguous.
 
-    ``rows`` is the number of coarse tokens rounded up to the attention kernel's block of keys.
+    ``rows``: coarse tokens, rounded up to the attention kernel's BLOCK_N.
     """
     batch, _, heads, head_dim = key.shape
     packed_key = key.new_empty((batch * heads * rows, tile.k_columns))

@@ -11,13 +11,13 @@ from benchmarks import tune
 from todo_attn import machine, ops
 from todo_attn.bench import harness, kernels
 from todo_attn.bench.harness import Rounds
-from todo_attn.kernels import launch
-from todo_attn.kernels.launch import Settings
+from todo_attn.kernels import configs
+from todo_attn.kernels.configs import KernelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = {d: replace(case, batch=1, height=64, width=96, dtype="fp32") for d, case in tune.CASES.items()}
 ALTERNATIVES = tune.ALTERNATIVES
-OTHERS = [Settings(32, 16, 4, 1), Settings(16, 32, 4, 1, polynomial=True)]
+OTHERS = [KernelConfig(32, 16, 4, 1), KernelConfig(16, 32, 4, 1, polynomial=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_what_there_is_not_is_refused(cli, arguments):
 def test_the_settings_tried_are_others_than_the_shipped(monkeypatch):
     monkeypatch.setattr(tune, "ALTERNATIVES", ALTERNATIVES)
     for head_dim, case in TINY.items():
-        shipped = launch.settings((9, 0), head_dim, half=True)
+        shipped = configs.attention_config((9, 0), head_dim, half=True)
         assert shipped not in ALTERNATIVES[head_dim]
         names = list(tune.variants(case))
         assert len(names) == len(ALTERNATIVES[head_dim]) + (head_dim == 40)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from todo_attn import ops
-from todo_attn.kernels import launch
 from todo_attn.ops import reference
 
 HALF = [torch.float16, torch.bfloat16]
@@ -50,14 +49,14 @@ def check(query, key, value, grid, factor=1, mode="nearest", scale=None, backend
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
-def copy_engine(request, monkeypatch):
-    """Tiles are read as before Hopper, and as from Hopper on: the interpreter takes both."""
-    monkeypatch.setattr("todo_attn.kernels.attention.has_copy_engine", lambda capability: request.param)
+def use_tma(request, monkeypatch):
+    """Tiles through pointers, as before Hopper, and by descriptor, as from Hopper on: the interpreter takes both."""
+    monkeypatch.setattr("todo_attn.kernels.launch.has_tma", lambda capability: request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_head_dims(head_dim, dtype, copy_engine):
+def test_head_dims(head_dim, dtype, use_tma):
     """Keys end inside a tile (5 * 13 = 65) and queries inside a block."""
     check(*inputs(head_dim, dtype, (11, 27), tokens=70), (11, 27), 2)
 
@@ -108,12 +107,9 @@ def test_extreme_rows_stay_finite(head_dim):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """Hopper's settings in the interpreter, which takes those of any GPU: larger tiles, and the polynomial exp2."""
+    """Hopper's configuration in the interpreter: larger tiles, and the polynomial exp2."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(
-            "todo_attn.kernels.attention.settings", lambda _, head_dim, half: launch.settings((9, 0), head_dim, half)
-        )
-        monkeypatch.setattr("todo_attn.kernels.attention.has_copy_engine", lambda _: True)
+        monkeypatch.setattr("todo_attn.kernels.launch.capability", lambda _: (9, 0))
 
 
 def sink(query, key):

@@ -240,22 +240,16 @@ def _published(x: Inputs, case: Case) -> torch.Tensor:
 
 
 def _packed(case: Case, device: torch.device) -> Call:
-    """Ours without the copy of keys and values: what they are packed to is kept from the first call on each set."""
-    backends.choose("triton", device, DTYPES[case.dtype], case.head_dim)  # says why where it cannot run
-    from ..kernels import attention
+    """The attention kernel alone: keys and values are packed in the first call on each set of inputs."""
+    backends.choose("triton", device, DTYPES[case.dtype], case.head_dim)  # raises, with the reason, if it cannot run
+    from ..kernels import launch
 
-    pack, kept = attention.pack, dict[int, Any]()
+    packed: dict[int, launch.Packed] = {}
 
     def call(x: Inputs) -> torch.Tensor:
-        def packed(*arguments: Any) -> Any:
-            if x.number not in kept:
-                kept[x.number] = pack(*arguments)
-            return kept[x.number]
-
-        attention.pack = packed  # type: ignore[assignment]
-        try:
-            return ops.downsampled_attention(x.query, x.key, x.value, case.grid, case.factor, backend="triton")
-        finally:
-            attention.pack = pack
+        with torch.cuda.device_of(x.query):
+            if x.number not in packed:
+                packed[x.number] = launch.packed(x.key, x.value, case.grid, case.coarse)
+            return launch.attend(x.query, packed[x.number], case.head_dim**-0.5)
 
     return call

@@ -1,4 +1,4 @@
-"""Attention with keys and values on a coarser grid, as a torch.library op with a choice of backend."""
+"""Attention with keys and values on a coarser grid, as a torch.library op with a Triton and a torch backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .downsample import coarse_tokens
 from .precision import as_given
 from .tracing import constant_in_graphs
 
-# The backward recomputes scores for as many queries at a time as fit in this many of them.
+# The backward recomputes at most this many scores at a time.
 _BACKWARD_SCORES = 1 << 24
 
 
@@ -28,7 +28,7 @@ def _forward(
     gh, gw = grid
     fh, fw = factor
     if backend == "triton":
-        from ..kernels.attention import attention
+        from ..kernels.launch import attention
 
         return attention(query, key, value, (gh, gw), (fh, fw), mode, scale)
     key, value = (coarse_tokens(t, (gh, gw), (fh, fw), mode).transpose(1, 2) for t in (key, value))
@@ -54,7 +54,7 @@ def _backward(
     mode: str,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, the scores recomputed a block of queries at a time, in fp32 or better."""
+    """Gradients of query, key and value. Scores are recomputed for a block of queries at a time, in fp32 or better."""
     (gh, gw), (fh, fw) = grid, factor
     wide = torch.promote_types(query.dtype, torch.float32)
 
@@ -115,14 +115,14 @@ def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-# Traced, it runs while tracing: up to torch 2.11 torch.compile cannot follow it.
+# torch.compile cannot trace this (up to torch 2.11), so it is called while tracing.
 @constant_in_graphs
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
-    """Under autocast, ``x`` in its dtype, as torch's own attention takes it; fp64 stays."""
+    """Cast ``x`` as autocast does for torch's own attention; fp64 stays."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     device = x.device.type
@@ -142,7 +142,7 @@ def downsampled_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Attention of every query over keys and values taken on a coarser spatial grid (ToDo, arXiv 2402.13573, eq. 2).
+    """Attention of every query to keys and values on a coarser spatial grid (ToDo, arXiv 2402.13573, eq. 2).
 
     Args:
         query: (B, N, H, D); fp32, fp16, bf16 or fp64; any strides. N need not be gh*gw.
@@ -150,18 +150,17 @@ def downsampled_attention(
         grid: (gh, gw), height and width of the keys in tokens.
         factor: tokens per coarse token along each axis, an int or (fh, fw); the coarse grid is (gh // fh, gw // fw).
         mode: "nearest", "nearest-exact" or "mean", as in :func:`todo_attn.ops.downsample_tokens`.
-        scale: multiplies the scores; None is D ** -0.5, and 0.0 is a value.
+        scale: multiplies the scores. None is D ** -0.5; 0.0 is allowed.
         backend: "triton" (fp16, bf16, fp32; D a multiple of 8 up to 256; CUDA, or the CPU with TRITON_INTERPRET=1),
-            "torch" (everything), or "auto": Triton for fp16 and bf16 on a GPU that can run it, else torch.
+            "torch" (no such limits), or "auto": Triton for fp16 and bf16 on a GPU that can run it, else torch.
 
     Returns:
-        (B, N, H, D), contiguous, in the dtype of ``query`` (under autocast in autocast's, as torch's own attention).
-        Differentiable once in query, key and value; the backward recomputes scores in blocks and never holds N x M of
-        them.
+        (B, N, H, D), contiguous, in the dtype of ``query`` (under autocast in autocast's, like torch's own attention).
+        Differentiable once in query, key and value. The backward recomputes scores in blocks, so memory stays linear.
 
     Raises:
         ValueError: a shape, dtype, device or value that does not fit, naming the argument, what it must be and what it
-            was; a backend that cannot run here, with the reason. Nothing has been computed then.
+            was; a backend that cannot run here, with the reason. Raised before anything is computed.
     """
     checks.tensor("query", query, "B, N, H, D", checks.FLOATS)
     query, key, value = (_autocast(t) for t in (query, key, value))

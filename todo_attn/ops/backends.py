@@ -1,4 +1,4 @@
-"""Which implementation of an op can run here, and why another cannot."""
+"""Choose the backend of an op, and say why Triton cannot run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
 
 
-# What torch.compile cannot follow (up to torch 2.11) runs while tracing instead.
+# torch.compile cannot trace these (up to torch 2.11), so they are called while tracing.
 @constant_in_graphs
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -36,9 +36,9 @@ def _why_not_gpu(device: torch.device) -> str | None:
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
-    """None where the Triton kernels can run on such tensors, else the reason, as half a sentence.
+    """Why the Triton kernels cannot run on such tensors, as half a sentence; None if they can.
 
-    ``head_dim`` is that of an attention; None for a kernel that takes any number of channels.
+    ``head_dim``: of attention; None for a kernel that takes any number of channels.
     """
     if not _installed():
         return "Triton is not installed"
@@ -55,13 +55,13 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int | Non
 
 
 def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    """ "triton" or "torch" for ``backend``; ``head_dim`` as in :func:`why_not_triton`.
+    """Resolve ``backend`` to "triton" or "torch"; ``head_dim`` as in :func:`why_not_triton`.
 
-    "auto" takes Triton for fp16 and bf16 on a GPU that can run it: in fp32 its exact products do not use the tensor
-    cores, and under the interpreter it is slow.
+    "auto" chooses Triton for fp16 and bf16 on a GPU that can run it. In fp32 its exact products do not use the tensor
+    cores, and the interpreter is slow.
 
     Raises:
-        ValueError: an unknown backend, or one asked for that cannot run here, with the reason.
+        ValueError: an unknown backend, or "triton" if it cannot run here, with the reason.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")

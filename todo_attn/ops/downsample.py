@@ -1,4 +1,4 @@
-"""Tokens of a coarser grid. Plain torch: every device, dtype and tracer, autograd from torch itself."""
+"""Downsample tokens to a coarser grid, in plain torch: every device, dtype and tracer, with torch's autograd."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from . import checks
 
 
 def _float32(x: float) -> float:
-    """``x`` rounded to float32, in arithmetic that any tracer follows (Dekker's splitting at 24 of 53 bits)."""
+    """Round ``x`` to float32 by arithmetic alone, which every tracer can follow (Dekker's splitting, 24 of 53 bits)."""
     shifted = x * 536870913.0  # 2^29 + 1
     return shifted - (shifted - x)
 
 
 def _source_index(size: int, coarse: int, exact: bool, device: torch.device) -> torch.Tensor:
-    """The ``coarse`` positions along an axis of ``size`` that ``interpolate`` picks: (coarse,) int64."""
+    """The positions that ``interpolate`` picks along an axis of ``size``: (coarse,) int64."""
     position = torch.arange(coarse, dtype=torch.float32, device=device)
     position = (position + 0.5 if exact else position) * _float32(size / coarse)
     return position.long().clamp_(max=size - 1)
@@ -35,7 +35,7 @@ def coarse_tokens(x: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int
         return F.adaptive_avg_pool2d(image, (ch, cw)).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
     exact = mode == "nearest-exact"
     if divisible:
-        # One strided copy: the scale is the integer factor, so no index needs to be computed.
+        # The scale is the integer factor, so a strided view replaces the index.
         y, x_ = (fh // 2, fw // 2) if exact else (0, 0)
         return x.unflatten(1, (gh, gw))[:, y::fh, x_::fw].flatten(1, 2)
     rows = _source_index(gh, ch, exact, x.device)
@@ -46,17 +46,17 @@ def coarse_tokens(x: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int
 def downsample_tokens(
     x: torch.Tensor, grid: tuple[int, int], factor: int | tuple[int, int] = 1, *, mode: str = "nearest"
 ) -> torch.Tensor:
-    """Take tokens on a coarser grid (ToDo, arXiv 2402.13573, section 3.2).
+    """Downsample tokens to a coarser grid (ToDo, arXiv 2402.13573, section 3.2).
 
-    It commutes with a linear layer for the nearest modes and up to rounding for "mean", so tokens may be taken before
-    ``to_k`` and ``to_v``, which then see only the coarse ones.
+    Commutes with a linear layer: exactly for the nearest modes, up to rounding for "mean". So tokens may be downsampled
+    before ``to_k`` and ``to_v``, which then project only the coarse ones.
 
     Args:
         x: (B, gh*gw, C) tokens, row-major; fp32, fp16, bf16 or fp64; any strides and device.
         grid: (gh, gw), height and width in tokens.
         factor: tokens per coarse token along each axis, an int or (fh, fw); the coarse grid is (gh // fh, gw // fw).
-        mode: "nearest", "nearest-exact" or "mean": what ``torch.nn.functional.interpolate`` does to that size in
-            float32 ("mean" is its "area").
+        mode: "nearest", "nearest-exact" or "mean": as ``torch.nn.functional.interpolate`` resizes to the coarse
+            grid in float32 ("mean" is its "area").
 
     Returns:
         (B, (gh // fh) * (gw // fw), C). With factor 1 ``x`` itself; otherwise a new tensor. Differentiable.

@@ -1,5 +1,5 @@
-"""What the ops cost that multiply, for ``torch.utils.flop_counter``. Importing this module registers it; nothing else
-does, because torch's counter imports Triton."""
+"""Operation counts for ``torch.utils.flop_counter``. Only importing this module registers them, because torch's counter
+imports Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import attention, matching  # noqa: F401  (they define the ops)
 def downsampled_attention_flops(  # type: ignore[no-untyped-def]
     query, key, value, grid, factor, *args, **kwargs
 ) -> int:
-    """4 * B * H * N * M * D with M coarse keys, a multiply-add as two; shapes in, as the counter hands them over."""
+    """4 * B * H * N * M * D for M coarse keys; a multiply-add counts as two. The counter passes shapes, not tensors."""
     batch, tokens, heads, head_dim = query
     keys = (grid[0] // factor[0]) * (grid[1] // factor[1])
     return 4 * batch * heads * tokens * keys * head_dim

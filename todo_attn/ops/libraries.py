@@ -1,9 +1,9 @@
-"""The compiled token operations: loading them, and why they are not in use where they are not.
+"""Load the compiled libraries, and say why one is not available.
 
-Each library adds kernels to the ops of :mod:`todo_attn.ops.tokens` for one kind of device. They are found by path, not
-imported: there is no Python in them. Without one, the ops run on their torch kernels and give the same results.
+Each library registers kernels for the ops of :mod:`todo_attn.ops.tokens` on one device type. Libraries contain no
+Python, so they are loaded by path, not imported. Without them the ops use their torch kernels, with the same results.
 
-Environment: TODO_ATTN_LIBRARIES=0 loads none of them, to compare or to work around one.
+Environment: TODO_ATTN_LIBRARIES=0 loads none, to compare or to work around a problem.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _reasons: dict[str, str | None] = {}
 
 
 def why_not(device_type: str) -> str | None:
-    """None where the compiled token operations serve tensors on such devices, else the reason, as half a sentence.
+    """Why the compiled ops cannot run on a device type, as half a sentence; None if they can.
 
     Args:
-        device_type: "cpu", "cuda", or another of torch's device types, for which there is no library. For "cuda" on a
-            machine with a GPU this initialises CUDA, since only then it is known.
+        device_type: "cpu", "cuda", or another of torch's device types, for which there is no library. "cuda" initialises
+            CUDA on a machine with a GPU, because the answer is not known before.
     """
     if device_type not in _NAMES:
         return f"there is no compiled library for {device_type!r}"
@@ -37,16 +37,16 @@ def why_not(device_type: str) -> str | None:
         if not torch.cuda.is_available():
             return "torch sees no GPU that it can use"
         torch.cuda.init()
-        if device_type not in _reasons:  # nothing had been asked to load it
+        if device_type not in _reasons:  # load() was not called
             _load_cuda()
     return _reasons.get(device_type, "it has not been loaded")
 
 
 def load() -> None:
-    """Loads what can run here and keeps the reason for what cannot; never raises.
+    """Load the libraries that can run here, and remember why the others cannot. Never raises.
 
-    The CUDA library waits until CUDA is initialised: which GPUs there are is only known then, and importing a package
-    must not be what initialises it (a process that has cannot fork).
+    The CUDA library is loaded when CUDA is initialised. The GPUs are known only then, and an import must not initialise
+    CUDA, because a process that has done so cannot fork.
     """
     if os.environ.get("TODO_ATTN_LIBRARIES", "1") == "0":
         _reasons.update(dict.fromkeys(_NAMES, "TODO_ATTN_LIBRARIES=0 is set"))
@@ -65,7 +65,7 @@ def _load_cuda() -> None:
 
 
 def _why_not_processor() -> str | None:
-    """The CPU library is compiled for AVX2 on x86 (setup.py); torch knows what this processor has."""
+    """On x86 the CPU library needs AVX2 (setup.py); torch knows what this processor supports."""
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine() in ("x86_64", "AMD64") and not capability.startswith("AVX"):
         return f"the processor has no AVX2 (torch uses {capability})"
@@ -73,16 +73,16 @@ def _why_not_processor() -> str | None:
 
 
 def _attempt(device_type: str) -> str | None:
-    """Loads one library; the reason where it cannot be used."""
+    """Load one library; returns why it cannot be used, or None."""
     name = _NAMES[device_type]
     path = next(iter(sorted(_FOLDER.glob(f"{name}.*"))), None)
     if path is None:
         return _NOT_BUILT.format(name=name, more=" and nvcc" if device_type == "cuda" else "")
     try:
         torch.ops.load_library(str(path))
-        # A library that finds that it cannot run here has registered nothing, and says why.
+        # A library that cannot run here registers nothing and says why.
         ask = getattr(ctypes.CDLL(str(path)), f"todo_attn_{device_type}_why_not", None)
-    except Exception as error:  # whatever it is, torch's own kernels do the work
+    except Exception as error:  # of any kind: the torch kernels serve
         return f"{path.name} does not load: {' '.join(str(error.__cause__ or error).split())}"
     if ask is None:
         return None

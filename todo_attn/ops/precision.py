@@ -1,4 +1,4 @@
-"""In what precision products are computed, whatever the caller has set for his own."""
+"""The precision of products, whatever the caller has set for their own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 
 def as_given(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Within, autocast leaves dtypes alone: the fake kernels promise those of the arguments."""
+    """Turn autocast off within: the fake kernels promise the dtypes of the arguments."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @contextmanager
 def exact(x: torch.Tensor) -> Iterator[None]:
-    """Within, products are in the dtype of their operands: no autocast, no TF32 or bf16 in place of fp32."""
+    """Compute products within in the dtype of their operands: no autocast, and no TF32 or bf16 for fp32."""
     products: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [p.fp32_precision for p in products]
     for p in products:

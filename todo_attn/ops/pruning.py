@@ -1,4 +1,4 @@
-"""Which tokens DaTo prunes, and what each is filled in from."""
+"""Which tokens DaTo prunes, and from which kept token each is recovered."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from . import checks
 from .matching import match_tokens
 from .tokens import select_base_tokens
 
-# Similarities are ranked in steps of this: most that rounding alone sets apart tie. Those of equal tokens are equal, so
-# flat regions of an image are pruned in token order on every machine.
+# Similarities are ranked in multiples of this, so that most that differ by rounding alone tie. Equal tokens have equal
+# similarities, so flat regions of an image are pruned in token order on every machine.
 _STEP = 2.0**-21
 
 
 def check_ratio(ratio: object, tokens: int, bases: int) -> int:
-    """How many of ``tokens`` the checked ``ratio`` prunes; ``bases`` of them always stay."""
+    """Check ``ratio``; returns how many of ``tokens`` it prunes. ``bases`` of them are never pruned."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise ValueError(f"ratio must be a number from 0 up to but not including 1, got {ratio!r}")
-    if ratio > max(1 - bases / tokens, (tokens - bases) / tokens):  # the same number, but for its rounding
+    if ratio > max(1 - bases / tokens, (tokens - bases) / tokens):  # the same up to rounding
         raise ValueError(
             f"ratio must be at most {1 - bases / tokens:.6g}, which leaves the {bases} base tokens that the patch "
             f"gives among {tokens}, got {ratio!r}"
@@ -28,11 +28,10 @@ def check_ratio(ratio: object, tokens: int, bases: int) -> int:
 
 
 def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, pruned: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`plan_pruning` with the base tokens given, as where both halves of a guided batch share them.
+    """:func:`plan_pruning` for given base tokens, which both halves of a guided batch share.
 
-    ``x`` (B, N, C); ``bases`` (B, Nb) token indices on the device of ``x``, no row with the same one twice; ``pruned``
-    tokens go, as :func:`check_ratio` counts them (a number and no share, so that a graph may take it for a size).
-    Returns what :func:`plan_pruning` does.
+    ``x`` (B, N, C); ``bases`` (B, Nb) token indices on the device of ``x``, unique within a row; ``pruned``: how many
+    tokens to prune, from :func:`check_ratio` (a count, which a graph can use as a size).
     """
     batch, tokens, _ = x.shape
     number = torch.arange(tokens, device=x.device).expand(batch, -1)
@@ -40,13 +39,13 @@ def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, pruned: int) -> tuple[
         return number.contiguous(), number.contiguous()
     x = x.detach()
     bases = bases.long().sort(dim=1).values
-    # Sizes are known throughout (sorts, never masks), so nothing waits for the device and everything traces.
+    # Sorts instead of masks: sizes are known throughout, so nothing waits for the device and everything traces.
     others = without(tokens, bases)
     base, similarity = match_tokens(x, others, bases)
     order = (similarity / _STEP).round().sort(dim=1, descending=True, stable=True).indices
     gone, stays = others.gather(1, order[:, :pruned]), others.gather(1, order[:, pruned:]).sort(dim=1).values
     kept = without(tokens, gone)
-    # The best among all that stay: the best base is known, so only the others are asked.
+    # The best match among all kept tokens. The best base is known, so only the other kept tokens are searched.
     source, base_similarity = (t.gather(1, order[:, :pruned]) for t in (bases.gather(1, base), similarity))
     if stays.shape[1]:
         place, stays_similarity = match_tokens(x, gone, stays)
@@ -59,7 +58,7 @@ def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, pruned: int) -> tuple[
 
 
 def without(tokens: int, index: torch.Tensor) -> torch.Tensor:
-    """The token numbers from 0 to ``tokens`` - 1 that are not in ``index`` (B, K), ascending: (B, tokens - K)."""
+    """The token indices below ``tokens`` that are not in ``index`` (B, K), ascending: (B, tokens - K)."""
     present = torch.zeros((index.shape[0], tokens), dtype=torch.int8, device=index.device).scatter_(1, index, 1)
     return present.sort(dim=1, stable=True).indices[:, : tokens - index.shape[1]]
 
@@ -71,22 +70,23 @@ def plan_pruning(
     ratio: float,
     patch: tuple[int, int] = (2, 2),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the tokens that stay, and the most similar one of them for each that goes (DaTo, section 3.2).
+    """Choose the tokens to keep, and for each pruned token the most similar kept one (DaTo, section 3.2).
 
-    The token of highest ``score`` in each patch is a base and stays. Of the others the int(ratio * N) most similar to
-    their best base are pruned, of ties (similarities that round to the same multiple of 2^-21) the lowest token index
-    first; each is filled in from its best match among all tokens that stay. Memory grows linearly with N.
+    The token with the highest ``score`` in each patch is a base token and is kept. Of the others, the int(ratio * N)
+    most similar to their best base token are pruned. Ties (similarities that round to the same multiple of 2^-21) go to
+    the lowest token index. Each pruned token is recovered from its best match among all kept tokens. Memory is linear
+    in N.
 
     Args:
         x: (B, N, C) tokens, row-major over the grid; fp32, fp16, bf16 or fp64; any strides.
         score: (B, N), as in :func:`todo_attn.ops.select_base_tokens`.
         grid: (h, w), height and width in tokens; N = h * w.
         ratio: share of the tokens to prune, from 0 to 1 - Nb / N for Nb patches.
-        patch: (height, width) of a patch in tokens; rows and columns past a whole patch hold no base.
+        patch: (height, width) of a patch in tokens; rows and columns beyond the last whole patch have no base token.
 
     Returns:
         kept: (B, K) int64 token indices, ascending; K = N - int(ratio * N).
-        source: (B, N) int64 positions into ``kept``; of a kept token its own. ``recover_tokens(y, source)`` undoes
+        source: (B, N) int64 positions in ``kept``; a kept token has its own. ``recover_tokens(y, source)`` undoes
             ``gather_tokens(x, kept)``. Neither is differentiable.
 
     Raises:

@@ -1,7 +1,7 @@
 """The oracle: every op of :mod:`todo_attn.ops` in plain torch, with the same arguments.
 
-Nothing here is fast and nothing here is clever. Tests hand it float64 tensors and hold the kernels against the answer.
-It shares no code with the ops: the coarse grid is taken by ``torch.nn.functional.interpolate`` itself.
+Simple rather than fast. Tests call it with float64 tensors and compare the kernels with its results. It shares no code
+with the ops: ``torch.nn.functional.interpolate`` itself downsamples.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _INTERPOLATE_MODE = {"nearest": "nearest", "nearest-exact": "nearest-exact", "me
 def downsample_tokens(
     x: torch.Tensor, grid: tuple[int, int], factor: int | tuple[int, int] = 1, *, mode: str = "nearest"
 ) -> torch.Tensor:
-    """Tokens of the coarser grid: ``x`` (B, gh*gw, C) -> (B, (gh // fh) * (gw // fw), C).
+    """``x`` (B, gh*gw, C) -> (B, (gh // fh) * (gw // fw), C). ToDo, section 3.2.
 
-    The nearest modes look up which token ``interpolate`` picks (its scale is a float32 whatever the dtype of ``x``) by
-    interpolating the float32 token numbers; "mean" is ``interpolate(mode="area")``. ToDo, section 3.2.
+    The nearest modes interpolate the token indices in float32, because the scale of ``interpolate`` is a float32
+    whatever the dtype of ``x``. "mean" is ``interpolate(mode="area")``.
     """
     gh, gw = grid
     fh, fw = (factor, factor) if isinstance(factor, int) else factor
@@ -28,7 +28,7 @@ def downsample_tokens(
     if mode == "mean":
         image = x.transpose(1, 2).unflatten(2, (gh, gw))
         return F.interpolate(image, size=size, mode="area").flatten(2).transpose(1, 2)
-    # One axis at a time: row and column numbers stay far below 2^24, where float32 counts exactly.
+    # One axis at a time, so that indices stay far below 2^24, up to which float32 is exact.
     rows = torch.arange(gh, dtype=torch.float32).view(1, 1, gh, 1)
     columns = torch.arange(gw, dtype=torch.float32).view(1, 1, 1, gw)
     row = F.interpolate(rows, size=(size[0], 1), mode=_INTERPOLATE_MODE[mode]).long().view(-1, 1)
@@ -46,9 +46,9 @@ def downsampled_attention(
     mode: str = "nearest",
     scale: float | None = None,
 ) -> torch.Tensor:
-    """softmax(Q K'^T * scale) V' with K', V' on the coarser grid, all N x M scores in memory.
+    """softmax(Q K'^T * scale) V' with K', V' on the coarser grid and all N x M scores in memory. ToDo, equation 2.
 
-    ``query`` (B, N, H, D), ``key`` and ``value`` (B, gh*gw, H, D) -> (B, N, H, D). ToDo, equation 2.
+    ``query`` (B, N, H, D), ``key`` and ``value`` (B, gh*gw, H, D) -> (B, N, H, D).
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key, value = (
@@ -64,7 +64,7 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def scatter_tokens(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """A copy of ``x`` (B, N, C) with ``source`` (B, K, C) in the places ``index`` (B, K), unique in each row."""
+    """A copy of ``x`` (B, N, C) with ``source`` (B, K, C) at ``index`` (B, K), which is unique within a row."""
     out = x.clone()
     out[torch.arange(x.shape[0], device=x.device)[:, None], index.long()] = source
     return out
@@ -82,7 +82,7 @@ def recover_tokens(y: torch.Tensor, source: torch.Tensor, residual: torch.Tensor
 
 
 def select_base_tokens(score: torch.Tensor, grid: tuple[int, int], patch: tuple[int, int] = (2, 2)) -> torch.Tensor:
-    """``score`` (B, N) -> (B, Nb) int64: the first of the highest in each whole patch; NaN is highest."""
+    """``score`` (B, N) -> (B, Nb) int64: the first highest of each whole patch; NaN counts as highest."""
     (height, width), (ph, pw) = grid, patch
     bases = []
     for scores in score.tolist():
@@ -97,10 +97,10 @@ def select_base_tokens(score: torch.Tensor, grid: tuple[int, int], patch: tuple[
 def match_tokens(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best of ``x[key_index]`` for each of ``x[query_index]`` by cosine, all Q x K x C products in memory.
+    """The most similar of ``x[key_index]`` for each of ``x[query_index]``, by cosine similarity. DaTo, section 3.2.
 
     ``x`` (B, N, C), ``query_index`` (B, Q), ``key_index`` (B, K) -> position (B, Q) int64, similarity (B, Q) float32.
-    Element by element, so that equal tokens have equal similarities. DaTo, section 3.2.
+    All Q x K x C products are in memory; summed element by element, so that equal tokens have equal similarities.
     """
     length = x.norm(dim=-1, keepdim=True)
     unit = torch.where(length > 0, x / torch.where(length > 0, length, 1), 0)
@@ -129,7 +129,7 @@ def plan_pruning(
         for top in range(0, height - ph + 1, ph):
             for left in range(0, width - pw + 1, pw):
                 inside = [(top + dy) * width + left + dx for dy in range(ph) for dx in range(pw)]
-                bases.append(max(inside, key=lambda i: scores[i]))  # of ties the first
+                bases.append(max(inside, key=lambda i: scores[i]))  # the first of equal scores
         others = [i for i in range(len(tokens)) if i not in bases]
         similarity: list[float] = []
         if bases and others:

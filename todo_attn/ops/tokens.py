@@ -1,7 +1,7 @@
-"""Moving tokens: gather, scatter, recover, and the base of each patch, as torch.library ops.
+"""Token movement as torch.library ops: gather, scatter, recover, and the base token of each patch.
 
-Each op has a kernel in plain torch ops here, for every device and dtype. The compiled libraries add kernels of their
-own for the CPU and for CUDA, which then take its place.
+Here each op has a kernel of plain torch ops, for every device and dtype. The compiled libraries register their own for
+CPU and CUDA, which take precedence.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from . import checks
 
 
 def _rows(index: torch.Tensor, channels: int) -> torch.Tensor:
-    """``index`` as torch's gather and scatter want it: one per element, of which none is stored."""
+    """Expand (B, K) to (B, K, C) without copying, for torch's gather and scatter."""
     return index.long().unsqueeze(-1).expand(-1, -1, channels)
 
 
 def _put(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> None:
     """``x[b, index[b, k]] = source[b, k]``."""
     if x.device.type == "cpu":
-        # There scatter_ passes over all of x. Elsewhere index_put_ would take negative indices.
+        # On the CPU scatter_ reads all of x. Elsewhere index_put_ would accept negative indices.
         x.index_put_((torch.arange(x.shape[0], device=x.device).unsqueeze(1), index.long()), source)
     else:
         x.scatter_(1, _rows(index, x.shape[2]), source)
@@ -55,10 +55,10 @@ def _select_base(score: torch.Tensor, height: int, width: int, patch_height: int
     down, across = height // patch_height, width // patch_width
     image = score.unflatten(1, (height, width))[:, : down * patch_height, : across * patch_width]
     patches = image.unflatten(2, (across, patch_width)).unflatten(1, (down, patch_height)).transpose(2, 3)
-    offset = patches.flatten(3).argmax(-1)  # of ties the lowest
+    offset = patches.flatten(3).argmax(-1)  # the first of equal scores
     top = torch.arange(down, device=score.device)[:, None] * patch_height
     left = torch.arange(across, device=score.device) * patch_width
-    # Whole rows down first, then the column: (top + dy) * width + left + dx.
+    # (top + dy) * width + (left + dx)
     token = (top + offset // patch_width) * width + left + offset % patch_width
     return token.flatten(1)
 
@@ -70,7 +70,7 @@ recover_op = torch.library.custom_op("todo_attn::recover_tokens", _recover, muta
 select_base_op = torch.library.custom_op("todo_attn::select_base_tokens", _select_base, mutates_args=())
 
 
-# Fake kernels: what comes out is contiguous, whatever the strides of the arguments.
+# Fake kernels. Outputs are contiguous, whatever the strides of the arguments.
 
 
 @gather_op.register_fake
@@ -103,7 +103,7 @@ def _(score, height, width, patch_height, patch_width):  # type: ignore[no-untyp
 
 
 def _sum_rows(grad: torch.Tensor, index: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(B, tokens, C): the rows of ``grad`` added up where ``index`` says; in fp32 for the half dtypes."""
+    """Add each row of ``grad`` (B, K, C) at ``index`` (B, K): (B, tokens, C), summed in fp32 for the half dtypes."""
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     total = torch.zeros((grad.shape[0], tokens, grad.shape[2]), dtype=dtype, device=grad.device)
     return total.scatter_add(1, _rows(index, grad.shape[2]), grad.to(dtype)).to(grad.dtype)
@@ -152,11 +152,11 @@ recover_op.register_autograd(_recover_backward, setup_context=_recover_setup)
 
 
 def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The tokens that stay: ``out[b, k] = x[b, index[b, k]]`` (DaTo, arXiv 2501.00375, section 3.2).
+    """Gather the kept tokens: ``out[b, k] = x[b, index[b, k]]`` (DaTo, arXiv 2501.00375, section 3.2).
 
     Args:
         x: (B, N, C) tokens; fp32, fp16, bf16 or fp64; any strides and device.
-        index: (B, K) int32 or int64, each in [0, N); a token may be taken more than once.
+        index: (B, K) int32 or int64, each in [0, N); may repeat.
 
     Returns:
         (B, K, C), contiguous, in the dtype of ``x``. Differentiable in ``x``, summed in fp32 for the half dtypes.
@@ -179,17 +179,17 @@ def _check_scatter(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -
 
 
 def scatter_tokens(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """A copy of ``x`` in which ``out[b, index[b, k]] = source[b, k]`` (DaTo, arXiv 2501.00375, section 3.2).
+    """Copy ``x``, then set ``out[b, index[b, k]] = source[b, k]`` (DaTo, arXiv 2501.00375, section 3.2).
 
     Args:
         x: (B, N, C) tokens; fp32, fp16, bf16 or fp64; any strides and device.
-        index: (B, K) int32 or int64, each in [0, N). A row must not hold an index twice: which of the two tokens is
-            then written, and to whom gradients go, is not defined.
+        index: (B, K) int32 or int64, each in [0, N), unique within a row. With duplicates it is undefined which token
+            is written and which gets the gradient.
         source: (B, K, C), dtype and device of ``x``; any strides.
 
     Returns:
-        (B, N, C), contiguous, in the dtype of ``x``. Differentiable in ``x`` (no gradient where it was overwritten) and
-        in ``source``.
+        (B, N, C), contiguous, in the dtype of ``x``. Differentiable in ``x`` (overwritten tokens get no gradient) and in
+        ``source``.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
@@ -203,14 +203,14 @@ def scatter_tokens_(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) 
     """:func:`scatter_tokens` into ``x`` itself (DaTo, arXiv 2501.00375, section 3.2).
 
     Args:
-        x: (B, N, C) tokens; fp32, fp16, bf16 or fp64; any strides, but none of an expanded tensor.
-        index: (B, K) int32 or int64, each in [0, N). A row must not hold an index twice: which of the two tokens is
-            then written is not defined.
+        x: (B, N, C) tokens; fp32, fp16, bf16 or fp64; any strides, but not expanded.
+        index: (B, K) int32 or int64, each in [0, N), unique within a row. With duplicates it is undefined which token
+            is written.
         source: (B, K, C), dtype and device of ``x``; any strides. It must not share memory with ``x``.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, naming the argument; an ``x`` that is expanded; ``x`` or
-            ``source`` requires grad where gradients are on (:func:`scatter_tokens` is differentiable).
+        ValueError: a shape, dtype or device that does not fit, naming the argument; ``x`` is expanded; ``x`` or
+            ``source`` requires grad in grad mode (:func:`scatter_tokens` is differentiable).
         IndexError: an index out of range, negative ones included, on the CPU, before anything is written; on CUDA a
             device assert.
     """
@@ -223,7 +223,7 @@ def scatter_tokens_(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) 
 
 
 def recover_tokens(y: torch.Tensor, source: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """All tokens from those that stayed: ``out[b, n] = y[b, source[b, n]] (+ residual[b, n])`` in one pass.
+    """Fill every token from a kept one: ``out[b, n] = y[b, source[b, n]] (+ residual[b, n])``, in one pass.
 
     DaTo, arXiv 2501.00375, section 3.2. The sum is rounded once, to the dtype of ``y``.
 
@@ -250,18 +250,18 @@ def recover_tokens(y: torch.Tensor, source: torch.Tensor, residual: torch.Tensor
 
 
 def select_base_tokens(score: torch.Tensor, grid: tuple[int, int], patch: tuple[int, int] = (2, 2)) -> torch.Tensor:
-    """The token of each patch that has the highest score (DaTo, arXiv 2501.00375, section 3.2).
+    """The highest-scoring token of each patch (DaTo, arXiv 2501.00375, section 3.2).
 
     Args:
-        score: (B, N) with N = height * width; fp32, fp16, bf16 or fp64; any strides and device. NaN is above
-            all numbers.
+        score: (B, N) with N = height * width; fp32, fp16, bf16 or fp64; any strides and device. NaN counts as
+            highest.
         grid: (height, width) in tokens.
-        patch: (ph, pw) in tokens. Rows and columns past the last whole patch have no base; neither has a grid that is
+        patch: (ph, pw) in tokens. Rows and columns beyond the last whole patch have no base token, nor does a grid
             smaller than a patch.
 
     Returns:
-        (B, Nb) int64 token indices, Nb = (height // ph) * (width // pw), row-major over the patches. Of equal scores
-        the first in the patch, row-major. Not differentiable.
+        (B, Nb) int64 token indices, Nb = (height // ph) * (width // pw), patches in row-major order. Of equal scores
+        the first in the patch, in row-major order. Not differentiable.
 
     Raises:
         ValueError: a shape, dtype, grid or patch that does not fit, naming the argument.

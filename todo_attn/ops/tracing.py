@@ -1,4 +1,4 @@
-"""What tracers need: for torch.compile what it cannot follow or need not, for torch.jit.trace sizes as numbers."""
+"""Help for tracers: constants for torch.compile, sizes as plain numbers for torch.jit.trace."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def constant_in_graphs(function: _Function) -> _Function:
-    """A decorator: traced, ``function`` runs at once on plain arguments, and its result is a constant of the graph.
+    """Decorator: while tracing, call ``function`` and make its result a constant of the graph.
 
-    ``torch.compiler.assume_constant_result``, but without its import of all of torch.compile, and of Triton with it,
-    which would then come with ``import todo_attn``.
+    The same as ``torch.compiler.assume_constant_result``, without importing torch.compile, and with it Triton, on
+    ``import todo_attn``.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def as_numbers(sizes: Any) -> tuple[Any, ...]:
-    """``sizes`` of a tensor as numbers, which torch.jit.trace hands out as tensors; torch.compile's stay symbols."""
+    """``sizes`` of a tensor as numbers. torch.jit.trace gives tensors, which become int; symbols stay."""
     return tuple(int(size) if isinstance(size, torch.Tensor) else size for size in sizes)

@@ -12,8 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benchmarks.experiments.hopper import step
 from benchmarks.experiments.hopper.kernel import attention_kernel
-from todo_attn.kernels.attention import LOG2_E, log2_scales
-from todo_attn.kernels.launch import COMPILER, Tiles, tiles
+from todo_attn.kernels.configs import COMPILER, Tiles, tiles
+from todo_attn.kernels.launch import LOG2_E, log2_scales
 from todo_attn.kernels.pack import pack
 
 ROWS: int = step.ROWS.value  # queries of a consumer
