@@ -58,8 +58,8 @@ TODO_ATTN_ROW bool within(int64_t token, int64_t tokens) {
   return static_cast<uint64_t>(token) < static_cast<uint64_t>(tokens);
 }
 
-// Whether a job may use this token number. On the GPU one that it may not use is a device assert; on the CPU all have
-// been checked before, and one that another thread has changed since is passed over.
+// Whether a job may use this token index. On the GPU an index out of range is a device assert. On the CPU indices were
+// checked before; one that another thread has changed since is skipped.
 TODO_ATTN_ROW bool usable(int64_t token, int64_t tokens) {
 #ifdef __CUDA_ARCH__
   assert(within(token, tokens) && "token index out of range");
@@ -67,7 +67,7 @@ TODO_ATTN_ROW bool usable(int64_t token, int64_t tokens) {
   return within(token, tokens);
 }
 
-// Copies the whole words among bytes [done, bytes); returns how many bytes are done then.
+// Copies the whole words in bytes [done, bytes); returns how many bytes have been copied in total.
 template <class Word>
 TODO_ATTN_ROW int64_t copy_words(
     char* __restrict__ to, const char* __restrict__ from, int64_t done, int64_t bytes, int lane, int lanes) {
@@ -163,7 +163,7 @@ struct Place {
   }
 };
 
-// out[b, n] = source[b, place[b, n] - 1] where that is above 0, else x[b, n]: each row of out is written once.
+// out[b, n] = source[b, place[b, n] - 1] if place is above 0, else x[b, n]. Each row of out is written once.
 struct Replace {
   static constexpr int kLanes = 8;
   Rows<char> out;
@@ -226,7 +226,7 @@ TODO_ATTN_ROW Piece<T> rounded_sum(const Piece<T>& a, const Piece<T>& b) {
 }
 
 #ifdef TODO_ATTN_F16C
-// The same by the processor's own conversions, which compilers do not find by themselves: 20 times as fast.
+// The same with the processor's own conversions, which compilers do not use by themselves: 20 times as fast.
 inline Piece<c10::Half> rounded_sum(const Piece<c10::Half>& a, const Piece<c10::Half>& b) {
   const __m256 left = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(&a)));
   const __m256 right = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(&b)));
@@ -237,7 +237,7 @@ inline Piece<c10::Half> rounded_sum(const Piece<c10::Half>& a, const Piece<c10::
 }
 #endif
 
-// out[c] = a[c] + b[c] over adjacent channels, 16 bytes at a time where all three addresses allow it.
+// out[c] = a[c] + b[c] over adjacent channels, 16 bytes at a time if all three addresses are aligned.
 template <class T>
 TODO_ATTN_ROW void add_adjacent(
     T* __restrict__ out, const T* __restrict__ a, const T* __restrict__ b, int64_t channels, int lane, int lanes) {
@@ -286,8 +286,8 @@ struct RecoverAdd {
   }
 };
 
-// out[b, p] = the token with the highest score in patch p of a grid; the first of equals. NaN is above every number, as
-// in torch's argmax. Patches are numbered row by row; tokens past the last whole patch belong to none.
+// out[b, p] = the token with the highest score in patch p of a grid, the first of equal ones. NaN counts as highest, as
+// in torch's argmax. Patches are in row-major order; tokens beyond the last whole patch belong to none.
 template <class T>
 struct SelectBase {
   static constexpr int kLanes = 1;

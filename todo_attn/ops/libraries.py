@@ -28,8 +28,8 @@ def why_not(device_type: str) -> str | None:
     """Why the compiled ops cannot run on a device type, as half a sentence; None if they can.
 
     Args:
-        device_type: "cpu", "cuda", or another of torch's device types, for which there is no library. "cuda" initialises
-            CUDA on a machine with a GPU, because the answer is not known before.
+        device_type: "cpu", "cuda", or another of torch's device types, for which there is no library. On a machine with
+            a GPU "cuda" initialises CUDA, because the answer is not known before.
     """
     if device_type not in _NAMES:
         return f"there is no compiled library for {device_type!r}"

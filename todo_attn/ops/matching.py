@@ -192,8 +192,8 @@ def match_tokens(
         position: (B, Q) int64, the best token's position in ``key_index``; of equal tokens always the lowest. Of tokens
             whose similarities differ by rounding alone (about 1e-6; 1e-14 for fp64) any may be chosen, usually the
             lowest; another processor may choose differently.
-        similarity: (B, Q) float32, from -1 to 1 up to rounding. Differentiable in ``x`` for the chosen pairs; a token of
-            zeros gets no gradient. Autocast has no effect.
+        similarity: (B, Q) float32, from -1 to 1 up to rounding. Differentiable in ``x`` for the chosen pairs; a token
+            of zeros gets no gradient. Autocast has no effect.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument, or queries without any key.

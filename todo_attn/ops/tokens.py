@@ -188,8 +188,8 @@ def scatter_tokens(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -
         source: (B, K, C), dtype and device of ``x``; any strides.
 
     Returns:
-        (B, N, C), contiguous, in the dtype of ``x``. Differentiable in ``x`` (overwritten tokens get no gradient) and in
-        ``source``.
+        (B, N, C), contiguous, in the dtype of ``x``. Differentiable in ``x`` (overwritten tokens get no gradient)
+        and in ``source``.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
