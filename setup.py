@@ -25,7 +25,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0"
-HEADERS = ["csrc/rows.h", "csrc/ops.h", "csrc/match.h", "csrc/launch.h", "csrc/grid.h"]
+HEADERS = ["csrc/rows.h", "csrc/ops.h", "csrc/match.h", "csrc/launch.h", "csrc/row_kernel.h"]
 # Nothing newer than torch 2.10's stable ABI and Python 3.10's limited API is used: one build serves all later ones.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 PYTHON_TAG = "cp310"

@@ -4,7 +4,7 @@
 #include <iterator>
 #include <stdexcept>
 
-#include "grid.h"
+#include "row_kernel.h"
 
 namespace todo_attn {
 namespace {
@@ -55,7 +55,7 @@ template void launch(const SelectBase<double>&, int64_t, int64_t, void*);
 template void launch(const SelectBase<c10::Half>&, int64_t, int64_t, void*);
 template void launch(const SelectBase<c10::BFloat16>&, int64_t, int64_t, void*);
 
-std::string why_not() {
+std::string unavailable_reason() {
   int driver = 0, devices = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver";
   // Within a major version of CUDA a newer runtime works on an older driver.

@@ -15,6 +15,6 @@ void launch(const Job& job, int64_t batches, int64_t rows, void* stream);
 
 // Why this library cannot serve this machine's GPUs: the driver is older than the CUDA it is linked with, or it has no
 // code for one of them. Empty where it can. Initialises CUDA.
-std::string why_not();
+std::string unavailable_reason();
 
 }  // namespace todo_attn

@@ -22,7 +22,7 @@ struct Cuda {
 };
 
 const std::string& reason() {
-  static const std::string text = why_not();
+  static const std::string text = unavailable_reason();
   return text;
 }
 
@@ -30,7 +30,7 @@ const std::string& reason() {
 }  // namespace todo_attn
 
 // Asked by todo_attn/ops/libraries.py after loading; empty where the kernels are registered.
-extern "C" C10_EXPORT const char* todo_attn_cuda_why_not() {
+extern "C" C10_EXPORT const char* todo_attn_cuda_unavailable_reason() {
   return todo_attn::reason().c_str();
 }
 

@@ -119,12 +119,12 @@ def bf16_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
     monkeypatch.setattr(InterpreterBuilder, "binary_op", binary_op)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-    refuses = backends.why_not_triton
+    refuses = backends.triton_unavailable_reason
 
-    def why_not_triton(device, dtype, head_dim=None):
+    def triton_unavailable_reason(device, dtype, head_dim=None):
         return refuses(device, torch.float16 if dtype == torch.bfloat16 else dtype, head_dim)
 
-    monkeypatch.setattr(backends, "why_not_triton", why_not_triton)
+    monkeypatch.setattr(backends, "triton_unavailable_reason", triton_unavailable_reason)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

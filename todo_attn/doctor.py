@@ -94,7 +94,7 @@ def _op_rows(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for dtype in _DTYPES:
         where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-        why_not = backends.why_not_triton(device, dtype, _HEAD_DIM)
+        why_not = backends.triton_unavailable_reason(device, dtype, _HEAD_DIM)
         chosen = backends.choose("auto", device, dtype, _HEAD_DIM)
         checks = [
             _check(name, dtype, partial(_attention_error, device, dtype, name))
@@ -107,7 +107,7 @@ def _op_rows(device: torch.device) -> list[dict[str, Any]]:
         )
         checks = [_check("torch", dtype, partial(_downsample_error, device, dtype))]
         rows.append({"op": "downsample_tokens", **where, "backend": "torch", "why_not_triton": None, "checks": checks})
-        chosen, why_not = backends.choose("auto", device, dtype), backends.why_not_triton(device, dtype)
+        chosen, why_not = backends.choose("auto", device, dtype), backends.triton_unavailable_reason(device, dtype)
         checks = [_check(chosen, dtype, partial(_match_error, device, dtype))]
         rows.append({"op": "match_tokens", **where, "backend": chosen, "why_not_triton": why_not, "checks": checks})
     return rows
@@ -115,7 +115,7 @@ def _op_rows(device: torch.device) -> list[dict[str, Any]]:
 
 def _token_rows(device: torch.device) -> list[dict[str, Any]]:
     """One row per op that moves tokens, which is the same for all dtypes: by the compiled library or by torch."""
-    why_not = libraries.why_not(device.type)
+    why_not = libraries.unavailable_reason(device.type)
     backend = {"cpu": "C++", "cuda": "CUDA"}[device.type] if why_not is None else "torch"
     where = {"device": str(device), "dtype": "any", "backend": backend, "why_not_compiled": why_not}
     return [

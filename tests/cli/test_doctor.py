@@ -43,7 +43,7 @@ def test_json(run):
 
 
 def test_backends_are_those_of_the_ops(monkeypatch):
-    monkeypatch.setattr(backends, "why_not_triton", lambda device, dtype, head_dim=None: f"a reason for {dtype}")
+    monkeypatch.setattr(backends, "triton_unavailable_reason", lambda device, dtype, *_: f"a reason for {dtype}")
     for row in doctor.examine()["ops"]:
         if row["op"] in MOVES:
             continue
@@ -81,7 +81,7 @@ def test_a_broken_move(run, monkeypatch, op):
 
 
 def test_compiled_libraries_that_are_not_there_are_explained(run, monkeypatch):
-    monkeypatch.setattr(libraries, "why_not", lambda device_type: "it was forgotten")
+    monkeypatch.setattr(libraries, "unavailable_reason", lambda device_type: "it was forgotten")
     ran = run("doctor")
     assert ran.code == 0
     assert "no compiled token ops on cpu: it was forgotten" in ran.out

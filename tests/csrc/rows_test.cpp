@@ -21,7 +21,7 @@ struct Triple {
 };
 static Triple gridDim, blockDim, blockIdx, threadIdx;
 
-#include "../../csrc/grid.h"
+#include "../../csrc/row_kernel.h"
 #include "../../csrc/match.h"
 #include "../../csrc/rows.h"
 

@@ -26,11 +26,11 @@ def device(request):
     """A device with its library in use: here a build that failed is a failure, not a reason to skip."""
     if request.param == "cpu" and CXX is None:
         pytest.skip("needs a C++ compiler to have been built")
-    if request.param == "cpu" and (reason := libraries._why_not_processor()):
+    if request.param == "cpu" and (reason := libraries._processor_unavailable_reason()):
         pytest.skip(reason)
     if request.param == "cuda" and not list((ROOT / "todo_attn").glob("_C_cuda.*")):
         pytest.skip("needs the CUDA library: there was no nvcc")
-    assert libraries.why_not(request.param) is None
+    assert libraries.unavailable_reason(request.param) is None
     return request.param
 
 
@@ -188,7 +188,7 @@ def test_arguments_that_do_not_fit(device):
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_and_the_current_stream_is_used():
-    assert libraries.why_not("cuda") is None
+    assert libraries.unavailable_reason("cuda") is None
     x = torch.zeros(2, 4096, 320, device="cuda")
     index = torch.arange(4096, device="cuda").expand(2, 4096)
     stream = torch.cuda.Stream()
@@ -230,7 +230,7 @@ def run(code, **environment):
 def test_they_can_be_turned_off():
     code = (
         "import torch\nfrom todo_attn.ops import libraries, tokens\nlibraries.load()\n"
-        "print(libraries.why_not('cpu'), libraries.why_not('cuda'))\n"
+        "print(libraries.unavailable_reason('cpu'), libraries.unavailable_reason('cuda'))\n"
         "print(torch._C._dispatch_has_kernel_for_dispatch_key('todo_attn::gather_tokens', 'CPU'))\n"
         "print(torch.ops.todo_attn.gather_tokens(torch.ones(1, 4, 1), torch.tensor([[2]])).item())\n"
         "from todo_attn.ops import match_tokens\n"
@@ -252,25 +252,25 @@ def fresh(monkeypatch, tmp_path):
 
 def test_a_library_that_was_not_built(fresh):
     libraries.load()
-    assert "_C_cpu was not built" in libraries.why_not("cpu")
-    assert "pip install --no-build-isolation" in libraries.why_not("cpu")
+    assert "_C_cpu was not built" in libraries.unavailable_reason("cpu")
+    assert "pip install --no-build-isolation" in libraries.unavailable_reason("cpu")
 
 
 def test_a_library_that_does_not_load(fresh):
     (fresh / "_C_cpu.abi3.so").write_bytes(b"not a library")
     libraries.load()
-    assert libraries.why_not("cpu").startswith("_C_cpu.abi3.so does not load: ")
+    assert libraries.unavailable_reason("cpu").startswith("_C_cpu.abi3.so does not load: ")
 
 
 def test_a_processor_without_avx2(fresh, monkeypatch):
     monkeypatch.setattr(libraries.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     libraries.load()
-    assert libraries.why_not("cpu") == "the processor has no AVX2 (torch uses DEFAULT)"
+    assert libraries.unavailable_reason("cpu") == "the processor has no AVX2 (torch uses DEFAULT)"
 
 
 def test_other_devices_have_none():
-    assert "no compiled library for 'mps'" in libraries.why_not("mps")
+    assert "no compiled library for 'mps'" in libraries.unavailable_reason("mps")
 
 
 def test_the_cuda_library_waits_for_cuda(fresh, monkeypatch):
@@ -283,16 +283,16 @@ def test_the_cuda_library_waits_for_cuda(fresh, monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: [call() for call in later])
     libraries.load()
     assert len(later) == 1 and "cuda" not in libraries._reasons
-    assert "_C_cuda was not built" in libraries.why_not("cuda")
+    assert "_C_cuda was not built" in libraries.unavailable_reason("cuda")
 
 
 def test_without_a_gpu_or_without_cuda(fresh, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert libraries.why_not("cuda") == "torch sees no GPU that it can use"
+    assert libraries.unavailable_reason("cuda") == "torch sees no GPU that it can use"
     monkeypatch.setattr(torch.version, "cuda", None)
     libraries.load()
-    assert libraries.why_not("cuda") == "this torch is built without CUDA"
+    assert libraries.unavailable_reason("cuda") == "this torch is built without CUDA"
 
 
 # What the CUDA runtime asks a driver for: this one is for CUDA 1.0 and knows nothing else.
@@ -343,7 +343,9 @@ def test_the_cuda_library_explains_a_driver_it_cannot_use(tmp_path, driver):
 
 
 @pytest.mark.xdist_group("package")
-@pytest.mark.skipif(CXX is None or libraries._why_not_processor() is not None, reason="needs a C++ compiler and AVX2")
+@pytest.mark.skipif(
+    CXX is None or libraries._processor_unavailable_reason() is not None, reason="needs a C++ compiler and AVX2"
+)
 def test_an_installed_wheel_brings_its_library(tmp_path):
     """Built from a copy, installed alone into an empty folder, used from there."""
     shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=shutil.ignore_patterns(*BUILT))
@@ -361,7 +363,7 @@ def test_an_installed_wheel_brings_its_library(tmp_path):
         "import torch\nfrom todo_attn.ops import libraries, tokens\n"
         "libraries.load()\n"
         f"assert libraries.__file__.startswith({str(target)!r}), libraries.__file__\n"
-        "assert libraries.why_not('cpu') is None, libraries.why_not('cpu')\n"
+        "assert libraries.unavailable_reason('cpu') is None, libraries.unavailable_reason('cpu')\n"
         f"assert any(path.startswith({str(target)!r}) for path in torch.ops.loaded_libraries)\n"
         "x = torch.arange(8.0).view(1, 4, 2)\n"
         "print(tokens.gather_tokens(x, torch.tensor([[3, 0]])).tolist())\n"

@@ -17,7 +17,7 @@ TRITON_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [("torch", d) for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
 CASES += [("triton", d) for d in TRITON_DTYPES]
 BACKENDS = ["torch", "triton"]
-BUILT = shutil.which(os.environ.get("CXX") or "c++") and libraries._why_not_processor() is None
+BUILT = shutil.which(os.environ.get("CXX") or "c++") and libraries._processor_unavailable_reason() is None
 if DEVICE == "cpu" and BUILT:  # a build that failed is a failure
     CASES += [("compiled", d) for d in (torch.float32, torch.float16, torch.bfloat16)]
     BACKENDS.append("compiled")

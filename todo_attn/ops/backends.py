@@ -26,7 +26,7 @@ def _interpreting() -> bool:
 
 
 @constant_in_graphs
-def _why_not_gpu(device: torch.device) -> str | None:
+def _gpu_unavailable_reason(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are not tuned or tested on ROCm"
     capability = torch.cuda.get_device_capability(device)
@@ -35,7 +35,7 @@ def _why_not_gpu(device: torch.device) -> str | None:
     return None
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """Why the Triton kernels cannot run on such tensors, as half a sentence; None if they can.
 
     ``head_dim``: of attention; None for a kernel that takes any number of channels.
@@ -51,11 +51,11 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int | Non
         return "Triton's interpreter does not compute bf16 products" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
         return f"device {device.type!r} is not an NVIDIA GPU"
-    return _why_not_gpu(device)
+    return _gpu_unavailable_reason(device)
 
 
 def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    """Resolve ``backend`` to "triton" or "torch"; ``head_dim`` as in :func:`why_not_triton`.
+    """Resolve ``backend`` to "triton" or "torch"; ``head_dim`` as in :func:`triton_unavailable_reason`.
 
     "auto" chooses Triton for fp16 and bf16 on a GPU that can run it. In fp32 its exact products do not use the tensor
     cores, and the interpreter is slow.
@@ -69,7 +69,7 @@ def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: 
         return "torch"
     if backend == "auto" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
         return "torch"
-    reason = why_not_triton(device, dtype, head_dim)
+    reason = triton_unavailable_reason(device, dtype, head_dim)
     if reason is None:
         return "triton"
     if backend == "triton":

@@ -24,7 +24,7 @@ _NOT_BUILT = (
 _reasons: dict[str, str | None] = {}
 
 
-def why_not(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Why the compiled ops cannot run on a device type, as half a sentence; None if they can.
 
     Args:
@@ -51,7 +51,7 @@ def load() -> None:
     if os.environ.get("TODO_ATTN_LIBRARIES", "1") == "0":
         _reasons.update(dict.fromkeys(_NAMES, "TODO_ATTN_LIBRARIES=0 is set"))
         return
-    _reasons["cpu"] = _why_not_processor() or _attempt("cpu")
+    _reasons["cpu"] = _processor_unavailable_reason() or _attempt("cpu")
     if torch.version.cuda is None:
         _reasons["cuda"] = "this torch is built without CUDA"
     elif torch.cuda.is_initialized() or not hasattr(torch.cuda, "_lazy_call"):
@@ -64,7 +64,7 @@ def _load_cuda() -> None:
     _reasons["cuda"] = _attempt("cuda")
 
 
-def _why_not_processor() -> str | None:
+def _processor_unavailable_reason() -> str | None:
     """On x86 the CPU library needs AVX2 (setup.py); torch knows what this processor supports."""
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine() in ("x86_64", "AMD64") and not capability.startswith("AVX"):
@@ -81,7 +81,7 @@ def _attempt(device_type: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
         # A library that cannot run here registers nothing and says why.
-        ask = getattr(ctypes.CDLL(str(path)), f"todo_attn_{device_type}_why_not", None)
+        ask = getattr(ctypes.CDLL(str(path)), f"todo_attn_{device_type}_unavailable_reason", None)
     except Exception as error:  # of any kind: the torch kernels serve
         return f"{path.name} does not load: {' '.join(str(error.__cause__ or error).split())}"
     if ask is None:

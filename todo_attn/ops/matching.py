@@ -90,7 +90,7 @@ def _match_in_blocks(
 
 def register_fake_of_library() -> None:
     """Register the fake kernel of the CPU library's own op, if that library is loaded."""
-    if libraries.why_not("cpu") is None:
+    if libraries.unavailable_reason("cpu") is None:
         torch.library.register_fake(
             "todo_attn::match_rows", lambda query, key: query.new_empty(query.shape[:2], dtype=torch.int64)
         )
@@ -170,9 +170,8 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def _backend(x: torch.Tensor) -> str:
     """ "triton", "compiled" or "torch": the fastest that supports ``x``."""
     chosen = backends.choose("auto", x.device, x.dtype)
-    if chosen == "torch" and x.device.type == "cpu" and x.dtype != torch.float64 and libraries.why_not("cpu") is None:
-        return "compiled"
-    return chosen
+    compilable = chosen == "torch" and x.device.type == "cpu" and x.dtype != torch.float64
+    return "compiled" if compilable and libraries.unavailable_reason("cpu") is None else chosen
 
 
 def match_tokens(
