@@ -15,7 +15,7 @@ from .interrupt import leave_on_interrupt
 leave_on_interrupt()  # first: torch takes seconds to import
 
 from . import ops  # noqa: E402
-from .config import DaToConfig, ToDoConfig  # noqa: E402
+from .config import ArgumentError, DaToConfig, ToDoConfig  # noqa: E402
 from .example import example_pipeline  # noqa: E402
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ except PackageNotFoundError:  # a checkout on the path that was never installed
 _NEEDS_DIFFUSERS = {"ToDoProcessor", "apply_dato", "apply_todo", "remove_dato", "remove_todo", "reset_dato", "status"}
 
 __all__ = [
+    "ArgumentError",
     "DaToConfig",
     "ToDoConfig",
     "ToDoProcessor",

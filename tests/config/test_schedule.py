@@ -96,7 +96,7 @@ NOT_SCHEDULES = {
     "no-version": (b'{"digits": "11"}', "version must be 1, got None"),
     "other-version": (b'{"version": 2, "digits": "11"}', "version must be 1, got 2"),
     "true-version": (b'{"version": true, "digits": "11"}', "version must be 1, got True"),
-    "no-digits": (b'{"version": 1, "name": "x"}', r"a schedule must have digits, got only \['name'\]"),
+    "no-digits": (b'{"version": 1, "name": "x"}', r"data must have digits, got only \['name'\]"),
     "no-schedule-digits": (b'{"version": 1, "digits": ""}', "digits must have .*, got an empty string"),
     "other-digits": (b'{"version": 1, "digits": "1103"}', "digits must be of .*, got '3' at position 3"),
     "number": (b'{"version": 1, "digits": 1102}', "digits must be a string of .*, got 1102"),

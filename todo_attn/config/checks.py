@@ -1,10 +1,26 @@
-"""Checks of plain data, shared by what is read from arguments and from JSON."""
+"""The error about an argument, and checks of plain data from arguments and from JSON."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+
+class ArgumentError(ValueError):
+    """An argument that cannot be used. ``str()`` is "max_kv_tokens must be an integer of at least 1, got 0".
+
+    Attributes:
+        argument: its name, "max_kv_tokens".
+        problem: what it must be and what it was, "must be an integer of at least 1, got 0".
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)
+        self.argument, self.problem = argument, problem
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.problem}"
 
 
 def is_int(x: object) -> bool:
@@ -21,12 +37,12 @@ def arguments_of(cls: type, data: object) -> dict[str, Any]:
     """``data`` as arguments of the dataclass ``cls``.
 
     Raises:
-        ValueError: it is not a mapping, or has a key that no argument has.
+        ArgumentError: it is not a mapping, or has a key that no argument has.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"data must be a mapping of {cls.__name__}'s arguments, got {type(data).__name__}")
+        raise ArgumentError("data", f"must be a mapping of {cls.__name__}'s arguments, got {type(data).__name__}")
     known = cls.__dataclass_fields__  # type: ignore[attr-defined]
     unknown = [key for key in data if key not in known]
     if unknown:
-        raise ValueError(f"data must have only the keys {', '.join(known)}, got {unknown}")
+        raise ArgumentError("data", f"must have only the keys {', '.join(known)}, got {unknown}")
     return dict(data)

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 from . import schedule
-from .checks import arguments_of, is_int, is_number
+from .checks import ArgumentError, arguments_of, is_int, is_number
 from .todo import ToDoConfig
 
 _FLAGS = ("align_guidance", "prune_cross_attention", "prune_feed_forward")
@@ -35,8 +35,8 @@ class DaToConfig:
         seed: of the noise, from 0 to 2**63 - 1.
 
     Raises:
-        ValueError: an argument that does not fit, naming it, what it must be and what it was; or as many ratios as do
-            not fit the schedule.
+        ArgumentError: an argument that does not fit; or ``prune_ratio`` has another number of ratios than the run of
+            ``cache_schedule`` has calls.
     """
 
     prune_ratio: float | Sequence[float] = 0.4
@@ -61,20 +61,21 @@ class DaToConfig:
         for name in ("noise_weight", "dynamics_weight"):
             value = getattr(self, name)
             if not is_number(value) or value < 0:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+                raise ArgumentError(name, f"must be a finite number of at least 0, got {value!r}")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise ArgumentError(name, f"must be True or False, got {getattr(self, name)!r}")
         if self.todo is not None and not isinstance(self.todo, ToDoConfig):
-            raise ValueError(f"todo must be a ToDoConfig or None, got {self.todo!r}")
+            raise ArgumentError("todo", f"must be a ToDoConfig or None, got {self.todo!r}")
         if not is_int(self.seed) or not 0 <= self.seed <= _MAX_SEED:
-            raise ValueError(f"seed must be an integer from 0 to {_MAX_SEED}, got {self.seed!r}")
+            raise ArgumentError("seed", f"must be an integer from 0 to {_MAX_SEED}, got {self.seed!r}")
         if isinstance(self.prune_ratio, tuple) and self.cache_schedule is not None:
             ratios, calls = len(self.prune_ratio), len(self.cache_schedule) + 1
             if ratios != calls:
-                raise ValueError(
-                    f"prune_ratio must have a ratio for each of the {calls} calls of cache_schedule (its digits and "
-                    f"the first call), got {ratios}"
+                raise ArgumentError(
+                    "prune_ratio",
+                    f"must have a ratio for each of the {calls} calls of cache_schedule (its digits and "
+                    f"the first call), got {ratios}",
                 )
 
     @property
@@ -94,19 +95,19 @@ class DaToConfig:
             overrides: other arguments of ``DaToConfig``.
 
         Raises:
-            ValueError: no such schedule, ``steps`` is not a positive integer, or an argument does not fit.
+            ArgumentError: no such schedule, ``steps`` is not a positive integer, or an argument does not fit.
         """
         if not is_int(steps) or steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+            raise ArgumentError("steps", f"must be an integer of at least 1, got {steps!r}")
         if "cache_schedule" in overrides:
-            raise ValueError("cache_schedule must not be given: it is what the preset says")
+            raise ArgumentError("cache_schedule", "must not be given: it is what the preset says")
         return cls(cache_schedule=schedule.resample(schedule.load(name).digits, steps), **overrides)
 
     def schedule_for(self, calls: int) -> str:
         """The digits for a run of ``calls`` calls of the UNet: ``calls - 1`` of them, "2" where nothing is cached.
 
         Raises:
-            ValueError: ``calls`` is not an integer of at least 1.
+            ArgumentError: ``calls`` is not an integer of at least 1.
         """
         _check_calls(calls)
         if self.cache_schedule is None:
@@ -121,10 +122,10 @@ class DaToConfig:
             calls: how many calls the run has; None takes a ratio per call as they are.
 
         Raises:
-            ValueError: ``call`` is not an integer of at least 0, or ``calls`` of at least 1.
+            ArgumentError: ``call`` is not an integer of at least 0, or ``calls`` of at least 1.
         """
         if not is_int(call) or call < 0:
-            raise ValueError(f"call must be an integer of at least 0, got {call!r}")
+            raise ArgumentError("call", f"must be an integer of at least 0, got {call!r}")
         if calls is not None:
             _check_calls(calls)
         ratios = self.prune_ratio
@@ -147,7 +148,7 @@ class DaToConfig:
         """The configuration that :meth:`to_dict` gave, also after a round trip through JSON.
 
         Raises:
-            ValueError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
+            ArgumentError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
         """
         arguments = arguments_of(cls, data)
         if isinstance(arguments.get("todo"), Mapping):
@@ -158,19 +159,21 @@ class DaToConfig:
 def _checked_ratio(value: object) -> float | tuple[float, ...]:
     def checked(x: object) -> float:
         if not isinstance(x, (int, float)) or not is_number(x) or not 0 <= x < 1:
-            raise ValueError(f"prune_ratio must be at least 0 and below 1, or a sequence of such numbers, got {x!r}")
+            raise ArgumentError(
+                "prune_ratio", f"must be at least 0 and below 1, or a sequence of such numbers, got {x!r}"
+            )
         return float(x)
 
     if not isinstance(value, Sequence) or isinstance(value, str):
         return checked(value)
     if not value:
-        raise ValueError("prune_ratio must have a number for each call, got none")
+        raise ArgumentError("prune_ratio", "must have a number for each call, got none")
     return tuple(map(checked, value))
 
 
 def _checked_patch(value: object) -> tuple[int, int]:
     if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(is_int(x) and x >= 1 for x in value)):
-        raise ValueError(f"patch must be a pair of integers of at least 1 (height, width), got {value!r}")
+        raise ArgumentError("patch", f"must be a pair of integers of at least 1 (height, width), got {value!r}")
     height, width = value
     return height, width
 
@@ -181,12 +184,13 @@ def _check_room(ratio: float | tuple[float, ...], patch: tuple[int, int]) -> Non
     most = (tokens - 1) / tokens
     highest = max(ratio) if isinstance(ratio, tuple) else ratio
     if highest > most:
-        raise ValueError(
-            f"prune_ratio must be at most {most:.6g}, the most that any grid leaves beside the base tokens of patches "
-            f"of {patch}, got {highest!r}"
+        raise ArgumentError(
+            "prune_ratio",
+            f"must be at most {most:.6g}, the most that any grid leaves beside the base tokens of patches "
+            f"of {patch}, got {highest!r}",
         )
 
 
 def _check_calls(calls: object) -> None:
     if not isinstance(calls, int) or not is_int(calls) or calls < 1:
-        raise ValueError(f"calls must be an integer of at least 1, got {calls!r}")
+        raise ArgumentError("calls", f"must be an integer of at least 1, got {calls!r}")

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .checks import is_int, is_number
+from .checks import ArgumentError, arguments_of, is_int, is_number
 
 FULL, SHALLOW, REUSE = "2", "1", "0"
 DIGITS = frozenset((FULL, SHALLOW, REUSE))
@@ -32,16 +32,16 @@ def check_digits(value: object, name: str = "digits") -> str:
     """``value`` itself, where it is a schedule's digits.
 
     Raises:
-        ValueError: it is no string, is empty, or has a character other than "0", "1" and "2"; ``name`` is what the
-            message calls it.
+        ArgumentError: of the argument ``name``: it is no string, is empty, or has a character other than "0", "1" and
+            "2".
     """
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a string of the digits 0, 1 and 2, got {value!r}")
+        raise ArgumentError(name, f"must be a string of the digits 0, 1 and 2, got {value!r}")
     if not value:
-        raise ValueError(f"{name} must have a digit for each call after the first, got an empty string")
+        raise ArgumentError(name, "must have a digit for each call after the first, got an empty string")
     for position, digit in enumerate(value):
         if digit not in DIGITS:
-            raise ValueError(f"{name} must be of the digits 0, 1 and 2, got {digit!r} at position {position}")
+            raise ArgumentError(name, f"must be of the digits 0, 1 and 2, got {digit!r} at position {position}")
     return value
 
 
@@ -60,7 +60,7 @@ class Schedule:
             throw it away; what this package's calls cost is counted by :mod:`todo_attn.predict.count`.
 
     Raises:
-        ValueError: an argument that does not fit, naming it, what it must be and what it was.
+        ArgumentError: an argument that does not fit.
     """
 
     digits: str
@@ -74,15 +74,17 @@ class Schedule:
         check_digits(self.digits)
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
-                raise ValueError(f"{key} must be a string, got {getattr(self, key)!r}")
+                raise ArgumentError(key, f"must be a string, got {getattr(self, key)!r}")
         if self.scheduler is not None and not isinstance(self.scheduler, str):
-            raise ValueError(f"scheduler must be a string or None, got {self.scheduler!r}")
+            raise ArgumentError("scheduler", f"must be a string or None, got {self.scheduler!r}")
         if self.steps is not None and not (is_int(self.steps) and self.steps >= 1):
-            raise ValueError(f"steps must be an integer of at least 1 or None, got {self.steps!r}")
+            raise ArgumentError("steps", f"must be an integer of at least 1 or None, got {self.steps!r}")
         if self.published_speedup is not None and not (
             is_number(self.published_speedup) and self.published_speedup > 0
         ):
-            raise ValueError(f"published_speedup must be a number above 0 or None, got {self.published_speedup!r}")
+            raise ArgumentError(
+                "published_speedup", f"must be a number above 0 or None, got {self.published_speedup!r}"
+            )
 
     @property
     def calls(self) -> int:
@@ -113,18 +115,12 @@ class Schedule:
         """The schedule that :meth:`to_dict` gave.
 
         Raises:
-            ValueError: ``data`` is not a mapping, has no digits, a key that is not known, or a value that does not fit.
+            ArgumentError: ``data`` is not a mapping, or has no digits, an unknown key or a value that does not fit.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(
-                f"a schedule must be a mapping of {', '.join(cls.__dataclass_fields__)}, got {_kind(data)}"
-            )
-        unknown = [key for key in data if key not in cls.__dataclass_fields__]
-        if unknown:
-            raise ValueError(f"a schedule must have only the keys {', '.join(cls.__dataclass_fields__)}, got {unknown}")
-        if "digits" not in data:
-            raise ValueError(f"a schedule must have digits, got only {list(data)}")
-        return cls(**data)
+        arguments = arguments_of(cls, data)
+        if "digits" not in arguments:
+            raise ArgumentError("data", f"must have digits, got only {list(data)}")
+        return cls(**arguments)
 
 
 def dumps(schedule: Schedule) -> str:
@@ -153,17 +149,19 @@ def load(source: str | os.PathLike[str]) -> Schedule:
         source: a name in :func:`names`, which comes first, or else a path.
 
     Raises:
-        ValueError: there is neither such a name nor such a file, or the file is no schedule: its path and what was
-            wrong.
+        ArgumentError: there is neither such a name nor such a file.
+        ValueError: the file is no schedule: its path and what is wrong in it.
     """
     if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"schedule must be a name or a file, got {source!r}")
+        raise ArgumentError("schedule", f"must be a name or a file, got {source!r}")
     if isinstance(source, str) and source in names():
         return _shipped()[source]
     path = Path(source)
     if isinstance(source, str) and not path.exists():
         near = difflib.get_close_matches(source, names(), n=3) or names()[:4]
-        raise ValueError(f"schedule must be a file or a name such as {', '.join(map(repr, near))}, got {source!r}")
+        raise ArgumentError(
+            "schedule", f"must be a file or a name such as {', '.join(map(repr, near))}, got {source!r}"
+        )
     try:
         return loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -199,11 +197,11 @@ def resample(digits: str, length: int) -> str:
         length: how many digits, 0 or more.
 
     Raises:
-        ValueError: ``digits`` is no schedule, or ``length`` is not an integer of at least 0.
+        ArgumentError: ``digits`` is no schedule, or ``length`` is not an integer of at least 0.
     """
     check_digits(digits)
     if not (is_int(length) and length >= 0):
-        raise ValueError(f"length must be an integer of at least 0, got {length!r}")
+        raise ArgumentError("length", f"must be an integer of at least 0, got {length!r}")
     # What is owed is counted in units of 1 / len(digits) of a call, which makes it exact: an old call is worth `length`
     # units and a new one takes len(digits).
     unit, owed, resampled = len(digits), dict.fromkeys((FULL, SHALLOW, REUSE), 0), []
@@ -227,7 +225,7 @@ def _by_name(schedules: Iterable[Schedule]) -> dict[str, Schedule]:
     found: dict[str, Schedule] = {}
     for schedule in schedules:
         if not schedule.name or schedule.name in found:
-            raise ValueError(f"name must be there and be the only one, got {schedule.name!r}")
+            raise ArgumentError("name", f"must be there and be the only one, got {schedule.name!r}")
         found[schedule.name] = schedule
     return found
 
@@ -239,12 +237,8 @@ def _versioned(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it must be JSON: {error}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"it must be a JSON object, got {_kind(data)}")
+        raise ValueError(f"it must be a JSON object, got {type(data).__name__}")
     if data.get("version") != VERSION or isinstance(data["version"], bool):
-        raise ValueError(f"version must be {VERSION}, got {data.get('version')!r}")
+        raise ArgumentError("version", f"must be {VERSION}, got {data.get('version')!r}")
     del data["version"]
     return data
-
-
-def _kind(x: object) -> str:
-    return type(x).__name__

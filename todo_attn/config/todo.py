@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
 
-from .checks import arguments_of, is_int, is_number
+from .checks import ArgumentError, arguments_of, is_int, is_number
 from .modes import MODES, Mode
 
 FINEST = "finest"
@@ -56,7 +56,7 @@ class ToDoConfig:
             several threads at once.
 
     Raises:
-        ValueError: an argument that does not fit, naming it, what it must be and what it was.
+        ArgumentError: an argument that does not fit.
     """
 
     factor: Factor = "auto"
@@ -68,9 +68,9 @@ class ToDoConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", _checked_factor(self.factor))
         if not is_int(self.max_kv_tokens) or self.max_kv_tokens < 1:
-            raise ValueError(f"max_kv_tokens must be an integer of at least 1, got {self.max_kv_tokens!r}")
+            raise ArgumentError("max_kv_tokens", f"must be an integer of at least 1, got {self.max_kv_tokens!r}")
         if not isinstance(self.mode, str) or self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
+            raise ArgumentError("mode", f"must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
         object.__setattr__(self, "timestep_range", _checked_range(self.timestep_range))
 
     @classmethod
@@ -81,11 +81,11 @@ class ToDoConfig:
         2048 x 2048), and at least 1; all other levels dense.
 
         Raises:
-            ValueError: ``height`` or ``width`` is not a positive integer.
+            ArgumentError: ``height`` or ``width`` is not a positive integer.
         """
         for name, value in (("height", height), ("width", width)):
             if not is_int(value) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, in pixels, got {value!r}")
+                raise ArgumentError(name, f"must be a positive integer, in pixels, got {value!r}")
         rounded = (math.isqrt(4 * height * width) + 512) // 1024  # floor(sqrt(height * width) / 512 + 1 / 2), exactly
         return cls(factor={FINEST: max(1, rounded)})
 
@@ -129,7 +129,7 @@ class ToDoConfig:
         """The configuration that :meth:`to_dict` gave, also after a round trip through JSON.
 
         Raises:
-            ValueError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
+            ArgumentError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
         """
         arguments = arguments_of(cls, data)
         factor = arguments.get("factor")
@@ -143,29 +143,31 @@ def _checked_factor(factor: object) -> Literal["auto"] | int | _Factors:
     if isinstance(factor, Mapping):
         for level, value in factor.items():
             if level != FINEST and not (is_int(level) and level >= 1):
-                raise ValueError(f"factor must map levels, integers of at least 1 or {FINEST!r}, got level {level!r}")
+                raise ArgumentError(
+                    "factor", f"must map levels, integers of at least 1 or {FINEST!r}, got level {level!r}"
+                )
             if not is_int(value) or value < 1:
-                raise ValueError(f"factor of level {level!r} must be an integer of at least 1, got {value!r}")
+                raise ArgumentError("factor", f"of level {level!r} must be an integer of at least 1, got {value!r}")
         return _Factors(factor)
     if isinstance(factor, str) and factor == "auto":
         return "auto"
     if isinstance(factor, int) and is_int(factor) and factor >= 1:
         return factor
-    raise ValueError(f"factor must be 'auto', an integer of at least 1 or {{level: integer}}, got {factor!r}")
+    raise ArgumentError("factor", f"must be 'auto', an integer of at least 1 or {{level: integer}}, got {factor!r}")
 
 
 def _checked_range(value: object) -> tuple[float, float]:
     if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))):
-        raise ValueError(f"timestep_range must be a pair of finite numbers (low, high), got {value!r}")
+        raise ArgumentError("timestep_range", f"must be a pair of finite numbers (low, high), got {value!r}")
     low, high = value
     if low > high:
-        raise ValueError(f"timestep_range must have low <= high, got {(low, high)!r}")
+        raise ArgumentError("timestep_range", f"must have low <= high, got {(low, high)!r}")
     first, last = _ALL_TIMESTEPS
     if high < first or low > last:
-        raise ValueError(f"timestep_range must reach into the timesteps {first} to {last}, got {(low, high)!r}")
+        raise ArgumentError("timestep_range", f"must reach into the timesteps {first} to {last}, got {(low, high)!r}")
     if low >= 0 and high <= 1:
-        raise ValueError(
-            f"timestep_range must be in timesteps of the model, {first} to {last}, and not in fractions, got "
-            f"{(low, high)!r}"
+        raise ArgumentError(
+            "timestep_range",
+            f"must be in timesteps of the model, {first} to {last}, and not in fractions, got {(low, high)!r}",
         )
     return low, high

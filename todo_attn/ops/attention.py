@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..config.checks import ArgumentError
 from . import backends, checks
 from .downsample import coarse_tokens
 from .precision import as_given
@@ -168,13 +169,13 @@ def downsampled_attention(
         checks.tensor(name, t, "B, gh*gw, H, D", checks.FLOATS)
         checks.same(name, t, "query", query)
         if t.shape[0] != query.shape[0] or t.shape[2:] != query.shape[2:]:
-            raise ValueError(
-                f"{name} must have the batch, heads and head_dim of query, {tuple(query.shape)}, got {tuple(t.shape)}"
+            raise ArgumentError(
+                name, f"must have the batch, heads and head_dim of query, {tuple(query.shape)}, got {tuple(t.shape)}"
             )
     if key.shape != value.shape:
-        raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+        raise ArgumentError("value", f"must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
     if query.shape[3] < 1:
-        raise ValueError(f"query must have a head_dim of at least 1, got shape {tuple(query.shape)}")
+        raise ArgumentError("query", f"must have a head_dim of at least 1, got shape {tuple(query.shape)}")
     grid = checks.grid(grid, key.shape[1], "key")
     factor = checks.factor(factor, grid)
     mode, scale = checks.mode(mode), checks.scale(scale, query.shape[3])

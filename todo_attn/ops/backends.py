@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from ..config.checks import ArgumentError
 from .tracing import constant_in_graphs
 
 BACKENDS = ("auto", "triton", "torch")
@@ -64,7 +65,7 @@ def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: 
         ValueError: an unknown backend, or "triton" if it cannot run here, with the reason.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        raise ArgumentError("backend", f"must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "torch":
         return "torch"
     if backend == "auto" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):

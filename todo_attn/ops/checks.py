@@ -1,4 +1,4 @@
-"""Argument checks: each raises ``ValueError`` naming the argument, what it must be and what it was."""
+"""Argument checks: each raises an ``ArgumentError``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..config.checks import ArgumentError
 from ..config.modes import MODES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -15,25 +16,25 @@ INDICES = (torch.int32, torch.int64)
 def tensor(name: str, x: object, dims: str, dtypes: Sequence[torch.dtype]) -> torch.Tensor:
     """``x`` must be a strided tensor with one of ``dtypes`` and as many dimensions as ``dims`` ("B, N, C") has."""
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor of shape ({dims}), got {type(x).__name__}")
+        raise ArgumentError(name, f"must be a torch.Tensor of shape ({dims}), got {type(x).__name__}")
     if x.dim() != dims.count(",") + 1:
-        raise ValueError(f"{name} must have shape ({dims}), got {tuple(x.shape)}")
+        raise ArgumentError(name, f"must have shape ({dims}), got {tuple(x.shape)}")
     if x.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name} must be of dtype {names}, got {str(x.dtype).removeprefix('torch.')}")
+        raise ArgumentError(name, f"must be of dtype {names}, got {str(x.dtype).removeprefix('torch.')}")
     return x
 
 
 def same_device(name: str, x: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
     """``x`` must be on the device of ``like``."""
     if x.device != like.device:
-        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {x.device}")
+        raise ArgumentError(name, f"must be on the device of {like_name}, {like.device}, got {x.device}")
 
 
 def same(name: str, x: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
     """``x`` must share the dtype and the device of ``like``."""
     if x.dtype != like.dtype:
-        raise ValueError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {x.dtype}")
+        raise ArgumentError(name, f"must have the dtype of {like_name}, {like.dtype}, got {x.dtype}")
     same_device(name, x, like_name, like)
 
 
@@ -47,7 +48,9 @@ def index(name: str, value: object, dims: str, like_name: str, like: torch.Tenso
     value = tensor(name, value, dims, INDICES)
     same_device(name, value, like_name, like)
     if value.shape[0] != like.shape[0]:
-        raise ValueError(f"{name} must have the batch of {like_name}, {like.shape[0]}, got shape {tuple(value.shape)}")
+        raise ArgumentError(
+            name, f"must have the batch of {like_name}, {like.shape[0]}, got shape {tuple(value.shape)}"
+        )
     return value
 
 
@@ -66,14 +69,14 @@ def in_range(name: str, index: torch.Tensor, tokens: int) -> None:
 def shape(name: str, x: torch.Tensor, expected: tuple[int, ...], why: str) -> None:
     """``x`` must have the ``expected`` shape, which is that of ``why``."""
     if tuple(x.shape) != expected:
-        raise ValueError(f"{name} must have shape {expected}, {why}, got {tuple(x.shape)}")
+        raise ArgumentError(name, f"must have shape {expected}, {why}, got {tuple(x.shape)}")
 
 
 def writable(name: str, x: torch.Tensor) -> None:
     """No two elements of ``x`` may share memory along an expanded dimension."""
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(
-            f"{name} must not be expanded, as it is written to, got strides {x.stride()} for {tuple(x.shape)}"
+        raise ArgumentError(
+            name, f"must not be expanded, as it is written to, got strides {x.stride()} for {tuple(x.shape)}"
         )
 
 
@@ -84,13 +87,14 @@ def _is_int(x: object) -> bool:
 def grid(value: object, tokens: int, of: str) -> tuple[int, int]:
     """``value`` must be (height, width) of at least 1 each, with as many positions as ``of`` has tokens."""
     if not (isinstance(value, (tuple, list, torch.Size)) and len(value) == 2 and all(map(_is_int, value))):
-        raise ValueError(f"grid must be a pair of integers (height, width), got {value!r}")
+        raise ArgumentError("grid", f"must be a pair of integers (height, width), got {value!r}")
     height, width = value
     if height < 1 or width < 1:
-        raise ValueError(f"grid must be at least (1, 1), got {(height, width)}")
+        raise ArgumentError("grid", f"must be at least (1, 1), got {(height, width)}")
     if height * width != tokens:
-        raise ValueError(
-            f"grid must match the tokens of {of}: {height} * {width} = {height * width} positions, got {tokens} tokens"
+        raise ArgumentError(
+            "grid",
+            f"must match the tokens of {of}: {height} * {width} = {height * width} positions, got {tokens} tokens",
         )
     return height, width
 
@@ -99,29 +103,29 @@ def factor(value: object, grid: tuple[int, int]) -> tuple[int, int]:
     """``value`` must be an int or a pair of ints, from 1 up to the grid's own height and width."""
     pair = (value, value) if _is_int(value) else value
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(_is_int, pair))):
-        raise ValueError(f"factor must be an integer or a pair of integers (height, width), got {value!r}")
+        raise ArgumentError("factor", f"must be an integer or a pair of integers (height, width), got {value!r}")
     fh, fw = pair
     if fh < 1 or fw < 1:
-        raise ValueError(f"factor must be at least 1, got {value!r}")
+        raise ArgumentError("factor", f"must be at least 1, got {value!r}")
     if fh > grid[0] or fw > grid[1]:
-        raise ValueError(f"factor must not exceed the grid {grid}, got {value!r}")
+        raise ArgumentError("factor", f"must not exceed the grid {grid}, got {value!r}")
     return fh, fw
 
 
 def patch(value: object) -> tuple[int, int]:
     """``value`` must be (height, width) of at least 1 each; it may exceed a grid, which then has no whole patch."""
     if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_int, value))):
-        raise ValueError(f"patch must be a pair of integers (height, width), got {value!r}")
+        raise ArgumentError("patch", f"must be a pair of integers (height, width), got {value!r}")
     height, width = value
     if height < 1 or width < 1:
-        raise ValueError(f"patch must be at least (1, 1), got {(height, width)}")
+        raise ArgumentError("patch", f"must be at least (1, 1), got {(height, width)}")
     return height, width
 
 
 def mode(value: object) -> str:
     """``value`` must be one of :data:`todo_attn.config.modes.MODES`."""
     if not isinstance(value, str) or value not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {value!r}")
+        raise ArgumentError("mode", f"must be one of {', '.join(map(repr, MODES))}, got {value!r}")
     return value
 
 
@@ -130,5 +134,5 @@ def scale(value: object, head_dim: int) -> float:
     if value is None:
         return float(head_dim) ** -0.5
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise ValueError(f"scale must be None or a finite number, got {value!r}")
+        raise ArgumentError("scale", f"must be None or a finite number, got {value!r}")
     return float(value)

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..config.checks import ArgumentError
 from . import backends, checks, libraries
 from .precision import exact
 from .tokens import gather_op
@@ -200,10 +201,12 @@ def match_tokens(
     """
     checks.tokens("x", x)
     if x.shape[2] < 1:
-        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
+        raise ArgumentError("x", f"must have at least one channel, got shape {tuple(x.shape)}")
     checks.index("query_index", query_index, "B, Q", "x", x)
     checks.index("key_index", key_index, "B, K", "x", x)
     if key_index.shape[1] == 0 and query_index.shape[1] > 0:
-        raise ValueError(f"key_index must name at least one key for the queries, got shape {tuple(key_index.shape)}")
+        raise ArgumentError(
+            "key_index", f"must name at least one key for the queries, got shape {tuple(key_index.shape)}"
+        )
     similarity, position = _forward(x, query_index, key_index, _backend(x))
     return position, similarity

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..config.checks import ArgumentError
 from . import checks
 from .matching import match_tokens
 from .tokens import select_base_tokens
@@ -18,11 +19,12 @@ _STEP = 2.0**-21
 def check_ratio(ratio: object, tokens: int, bases: int) -> int:
     """Check ``ratio``; returns how many of ``tokens`` it prunes. ``bases`` of them are never pruned."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be a number from 0 up to but not including 1, got {ratio!r}")
+        raise ArgumentError("ratio", f"must be a number from 0 up to but not including 1, got {ratio!r}")
     if ratio > max(1 - bases / tokens, (tokens - bases) / tokens):  # the same up to rounding
-        raise ValueError(
-            f"ratio must be at most {1 - bases / tokens:.6g}, which leaves the {bases} base tokens that the patch "
-            f"gives among {tokens}, got {ratio!r}"
+        raise ArgumentError(
+            "ratio",
+            f"must be at most {1 - bases / tokens:.6g}, which leaves the {bases} base tokens that the patch "
+            f"gives among {tokens}, got {ratio!r}",
         )
     return math.floor(ratio * tokens)
 
@@ -97,10 +99,14 @@ def plan_pruning(
     grid = checks.grid(grid, x.shape[1], "x")
     checks.tensor("score", score, "B, N", checks.FLOATS)
     if score.shape != x.shape[:2]:
-        raise ValueError(f"score must have the batch and tokens of x, {tuple(x.shape[:2])}, got {tuple(score.shape)}")
+        raise ArgumentError(
+            "score", f"must have the batch and tokens of x, {tuple(x.shape[:2])}, got {tuple(score.shape)}"
+        )
     checks.same_device("score", score, "x", x)
     bases = select_base_tokens(score, grid, patch)
     pruned = check_ratio(ratio, x.shape[1], bases.shape[1])
     if pruned and not bases.shape[1]:
-        raise ValueError(f"ratio must be 0 on a grid without a whole patch, which has no base token, got {ratio!r}")
+        raise ArgumentError(
+            "ratio", f"must be 0 on a grid without a whole patch, which has no base token, got {ratio!r}"
+        )
     return plan_from_bases(x, bases, pruned)

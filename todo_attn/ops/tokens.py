@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..config.checks import ArgumentError
 from . import checks
 
 
@@ -218,7 +219,7 @@ def scatter_tokens_(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) 
     checks.writable("x", x)
     for name, t in (("x", x), ("source", source)):
         if torch.is_grad_enabled() and t.requires_grad:
-            raise ValueError(f"{name} must not require grad in place (scatter_tokens may), got requires_grad=True")
+            raise ArgumentError(name, "must not require grad in place (scatter_tokens may), got requires_grad=True")
     scatter_inplace_op(x, index, source)
 
 
