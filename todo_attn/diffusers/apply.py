@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import (
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
+from ..config.checks import ArgumentError
 from ..config.todo import ToDoConfig
 from .install import attach_all, take_off
 from .levels import check_levels, self_attentions, transformers_by_level
@@ -61,7 +62,7 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     """
     config = ToDoConfig() if config is None else config
     if not isinstance(config, ToDoConfig):
-        raise ValueError(f"config must be a ToDoConfig or None, got {type(config).__name__}")
+        raise ArgumentError("config", f"must be a ToDoConfig or None, got {type(config).__name__}")
     models, controlnets = models_of(pipe_or_model)
     for model in models:
         check_levels(config, model)
@@ -97,9 +98,10 @@ def models_of(pipe_or_model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
         return list(dict.fromkeys(_flatten(pipe_or_model))), []
     unet = getattr(pipe_or_model, "unet", None)
     if not isinstance(unet, nn.Module):
-        raise ValueError(
-            "pipe_or_model must be a diffusers pipeline with a unet, or a model such as UNet2DConditionModel or "
-            f"ControlNetModel, got {type(pipe_or_model).__name__}"
+        raise ArgumentError(
+            "pipe_or_model",
+            "must be a diffusers pipeline with a unet, or a model such as UNet2DConditionModel or "
+            f"ControlNetModel, got {type(pipe_or_model).__name__}",
         )
     models, controlnets = _flatten(unet), _flatten(getattr(pipe_or_model, "controlnet", None))
     return list(dict.fromkeys(models)), [m for m in dict.fromkeys(controlnets) if m not in models]
@@ -132,10 +134,11 @@ def _check_processors(model: nn.Module) -> None:
     attns = {attn1 for _, transformer in transformers_by_level(model) for attn1 in self_attentions(transformer)}
     for name, module in model.named_modules():
         if module in attns and written_class(module.processor) not in _PLAIN:
-            raise ValueError(
-                "pipe_or_model must have diffusers' plain attention processors on its self-attention, got "
+            raise ArgumentError(
+                "pipe_or_model",
+                "must have diffusers' plain attention processors on its self-attention, got "
                 f"{type(module.processor).__name__} at {type(model).__name__}.{name}: what that does would be lost. "
-                "Set AttnProcessor2_0 there first if it may be"
+                "Set AttnProcessor2_0 there first if it may be",
             )
 
 

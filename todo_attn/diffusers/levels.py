@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
+from ..config.checks import ArgumentError
 from ..config.todo import FINEST, ToDoConfig
 
 
@@ -60,20 +61,22 @@ def check_levels(config: ToDoConfig, model: nn.Module) -> None:
     """
     levels = sorted({level for level, _ in transformers_by_level(model)})
     if not levels:
-        raise ValueError(
-            "pipe_or_model must have self-attention over an image (Transformer2DModel, in the blocks of a UNet), got "
-            f"{type(model).__name__}, which has none"
+        raise ArgumentError(
+            "pipe_or_model",
+            "must have self-attention over an image (Transformer2DModel, in the blocks of a UNet), got "
+            f"{type(model).__name__}, which has none",
         )
     if not isinstance(config.factor, dict):
         return
     lacking = [level for level in config.factor if level not in (*levels, FINEST)]
     if lacking:
-        raise ValueError(
-            f"factor must name levels that {type(model).__name__} has self-attention at, "
-            f"{', '.join(map(str, levels))} or {FINEST!r}, got {', '.join(map(str, lacking))}"
+        raise ArgumentError(
+            "factor",
+            f"must name levels that {type(model).__name__} has self-attention at, "
+            f"{', '.join(map(str, levels))} or {FINEST!r}, got {', '.join(map(str, lacking))}",
         )
     if FINEST in config.factor and levels[0] in config.factor:
-        raise ValueError(f"factor must name a level once, got {FINEST!r} and {levels[0]}, the same in this model")
+        raise ArgumentError("factor", f"must name a level once, got {FINEST!r} and {levels[0]}, the same in this model")
 
 
 def heads_by_level(model: nn.Module) -> dict[int, tuple[int, int]]:

@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils import deprecate
 
 from .. import ops
+from ..config.checks import ArgumentError
 from ..config.todo import ToDoConfig
 from ..logs import logger
 from ..ops.tracing import as_numbers, constant_in_graphs
@@ -50,7 +51,7 @@ class ToDoProcessor(TakesPlan):
 
     def __init__(self, config: ToDoConfig | None = None) -> None:
         if config is not None and not isinstance(config, ToDoConfig):
-            raise ValueError(f"config must be a ToDoConfig or None, got {type(config).__name__}")
+            raise ArgumentError("config", f"must be a ToDoConfig or None, got {type(config).__name__}")
         self._warned = False
 
     def __repr__(self) -> str:
@@ -76,10 +77,11 @@ class ToDoProcessor(TakesPlan):
                 configuration does not fit, at the first call.
         """
         if isinstance(encoder_hidden_states, tuple):
-            raise ValueError(
-                "encoder_hidden_states must be a tensor or None, got tuple: an IP-Adapter is loaded, and "
+            raise ArgumentError(
+                "encoder_hidden_states",
+                "must be a tensor or None, got tuple: an IP-Adapter is loaded, and "
                 "set_attn_processor took its own processors off. Load it again and use apply_todo(pipe), which sets "
-                "those of self-attention only"
+                "those of self-attention only",
             )
         plan = None
         if encoder_hidden_states is None and attention_mask is None:

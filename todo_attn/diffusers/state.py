@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..config.checks import ArgumentError
 from ..config.todo import ToDoConfig
 from ..logs import logger
 from ..ops.tracing import as_numbers, constant_in_graphs
@@ -67,9 +68,10 @@ def check_own_config(config: ToDoConfig, model: RunningModel | None) -> None:
         ("timestep_range", not config.every_timestep, model is not None and model.timestep is not None),
     ):
         if needed and not known:
-            raise ValueError(
-                f"{argument} of a ToDoProcessor must not be {getattr(config, argument)!r} if the model that calls it "
-                "is not known: use apply_todo(model, config), or call the model once before it is compiled"
+            raise ArgumentError(
+                argument,
+                f"of a ToDoProcessor must not be {getattr(config, argument)!r} if the model that calls it "
+                "is not known: use apply_todo(model, config), or call the model once before it is compiled",
             )
     if model is not None and by_level:
         check_levels(config, model.module)
@@ -119,9 +121,10 @@ class ModelState:
     def _compare(self, timestep: Any) -> None:
         if isinstance(timestep, torch.Tensor) and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
             low, high = next(iter(self._in_range))
-            raise ValueError(
-                f"timestep_range must hold all of 0 to 1000 while torch.jit.trace or torch.export records the model, "
-                f"whose graph is one for every timestep, got {(low, high)}"
+            raise ArgumentError(
+                "timestep_range",
+                "must hold all of 0 to 1000 while torch.jit.trace or torch.export records the model, "
+                f"whose graph is one for every timestep, got {(low, high)}",
             )
         for low, high in self._in_range:
             if isinstance(timestep, torch.Tensor):
@@ -266,9 +269,10 @@ class TransformerState:
         if isinstance(processor, TakesPlan):
             config = processor.config or self.model.config
             if config is not self.config and config != self.config:
-                raise ValueError(
-                    "config of a ToDoProcessor must be the same in all blocks of a Transformer2DModel, got "
-                    f"{config} beside {self.config}"
+                raise ArgumentError(
+                    "config",
+                    "of a ToDoProcessor must be the same in all blocks of a Transformer2DModel, got "
+                    f"{config} beside {self.config}",
                 )
             return None
         if getattr(attn, ATTRIBUTE).original is not processor:  # but where the user put back what was there

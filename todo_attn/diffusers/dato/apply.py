@@ -9,6 +9,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
+from ...config.checks import ArgumentError
 from ...config.dato import DaToConfig
 from ...config.schedule import FULL, REUSE, SHALLOW
 from ...logs import logger
@@ -147,7 +148,7 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     """
     config = DaToConfig() if config is None else config
     if not isinstance(config, DaToConfig):
-        raise ValueError(f"config must be a DaToConfig or None, got {type(config).__name__}")
+        raise ArgumentError("config", f"must be a DaToConfig or None, got {type(config).__name__}")
     unet = _unet_of(pipe_or_unet)
     _check_structure(unet)
     _check_foreign(unet)
@@ -158,9 +159,10 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     models = [] if config.todo is None else [model for part in models_of(pipe_or_unet) for model in part]
     for model in models:
         if model not in with_todo and has_todo(model):
-            raise ValueError(
-                f"config must not have todo= where ToDo is on the {type(model).__name__} already, which it would "
-                "replace: remove_todo first, or leave todo=None to combine with what is there"
+            raise ArgumentError(
+                "config",
+                f"must not have todo= where ToDo is on the {type(model).__name__} already, which it would "
+                "replace: remove_todo first, or leave todo=None to combine with what is there",
             )
     if config.todo is not None:  # first, because it may refuse; it replaces what an earlier apply_dato put there
         apply_todo(pipe_or_unet, config.todo)
@@ -213,32 +215,33 @@ def _unet_of(pipe_or_unet: Any) -> UNet2DConditionModel:
     """The UNet, out of any wrapper."""
     unet = unwrap(pipe_or_unet if isinstance(pipe_or_unet, nn.Module) else getattr(pipe_or_unet, "unet", None))
     if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError(
-            "pipe_or_unet must be a diffusers pipeline with a UNet2DConditionModel, or such a UNet, got "
-            f"{type(pipe_or_unet).__name__}"
+        raise ArgumentError(
+            "pipe_or_unet",
+            "must be a diffusers pipeline with a UNet2DConditionModel, or such a UNet, got "
+            f"{type(pipe_or_unet).__name__}",
         )
     return unet
 
 
 def _check_structure(unet: UNet2DConditionModel) -> None:
     if not transformers_by_level(unet):
-        raise ValueError(
-            "pipe_or_unet must have self-attention over an image (Transformer2DModel), got a "
-            f"{type(unet).__name__} that has none"
+        raise ArgumentError(
+            "pipe_or_unet",
+            f"must have self-attention over an image (Transformer2DModel), got a {type(unet).__name__} that has none",
         )
     last: Any = unet.up_blocks[-1]
     layers = len(last.resnets)
     if layers < 2:
-        raise ValueError(f"pipe_or_unet must have at least 2 layers in its last up block, got {layers}")
+        raise ArgumentError("pipe_or_unet", f"must have at least 2 layers in its last up block, got {layers}")
 
 
 def _check_foreign(unet: nn.Module) -> None:
     """Others that replace the forward of the very blocks; offloading, PEFT and layerwise casting leave those alone."""
     # By class: tomesd's own mark on the model outlives its remove_patch.
     if any(type(module).__module__.startswith("tomesd") for module in unet.modules()):
-        raise ValueError("pipe_or_unet must not be patched by tomesd: tomesd.remove_patch(pipe) first")
+        raise ArgumentError("pipe_or_unet", "must not be patched by tomesd: tomesd.remove_patch(pipe) first")
     if has_deepcache(unet):
-        raise ValueError("pipe_or_unet must not be patched by DeepCache: helper.disable() first")
+        raise ArgumentError("pipe_or_unet", "must not be patched by DeepCache: helper.disable() first")
 
 
 def _check_group_offloading(unet: nn.Module) -> None:
@@ -246,7 +249,8 @@ def _check_group_offloading(unet: nn.Module) -> None:
     for module in unet.modules():
         registry = module.__dict__.get("_diffusers_hook")
         if registry is not None and any("group_offloading" in name for name in registry.hooks):
-            raise ValueError(
-                "cache_schedule must be None on a UNet with diffusers' group offloading, whose weights come block by "
-                "block; use enable_model_cpu_offload"
+            raise ArgumentError(
+                "cache_schedule",
+                "must be None on a UNet with diffusers' group offloading, whose weights come block by "
+                "block; use enable_model_cpu_offload",
             )
