@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..config.checks import ArgumentError
 from ..config.todo import ToDoConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -254,11 +255,11 @@ def short(
     known_models = MODELS if levels is None else {model: levels}
     for name, value, known in (("model", model, known_models), ("dtype", dtype, DTYPES)):
         if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
+            raise ArgumentError(name, f"must be one of {', '.join(known)}, got {value}")
     least = 8 * pixels_per_latent
     for name, side in (("height", height), ("width", width)):
         if side < least or side % pixels_per_latent:
-            raise ValueError(f"{name} must be a multiple of {pixels_per_latent} pixels, at least {least}, got {side}")
+            raise ArgumentError(name, f"must be a multiple of {pixels_per_latent} pixels, at least {least}, got {side}")
     first = Case("attention", model, height, width, 1, batch, dtype, "dense")
     first = replace(first, levels=levels, pixels_per_latent=pixels_per_latent)
     attention = [replace(first, level=level) for level in sorted(known_models[model])]

@@ -26,6 +26,8 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ..config.checks import ArgumentError
+
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 _MIN_ROUNDS = 2
 _HOLD_TICKS = 20_000_000  # of a GPU's clock: about 10 ms
@@ -279,7 +281,7 @@ def check_appendable(path: Path, name: str = "out") -> None:
                 pass
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{name} must be a file that can be written, got {str(path)!r}: {reason}") from error
+        raise ArgumentError(name, f"must be a file that can be written, got {str(path)!r}: {reason}") from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:
