@@ -69,7 +69,7 @@ class Choice:
                 "deepcache": {f"deepcache-{i}": MethodOptions(cache_interval=i) for i in self.intervals},
             }
         except SettingError as error:
-            raise typer.BadParameter(f"--{error.name.replace('_', '-')} {error.problem}") from error
+            raise typer.BadParameter(f"--{error.argument.replace('_', '-')} {error.problem}") from error
         return [
             Contender(name, kind, options)
             for kind, named in of_kind.items()

@@ -66,14 +66,14 @@ from todo_attn.options.settings import CompareSettings
 def test_refuses_naming_the_setting(sd_folder, name, value):
     with pytest.raises(SettingError, match=f"^{name} (must|has)") as caught:
         CompareSettings(model=str(sd_folder), **{name: value})
-    assert caught.value.name == name
+    assert caught.value.argument == name
 
 
 def test_refuses_folders_that_are_no_pipeline(tmp_path):
     def refused(source: object) -> str:
         with pytest.raises(SettingError) as caught:
             CompareSettings(model=str(source))
-        assert caught.value.name == "model"
+        assert caught.value.argument == "model"
         return caught.value.problem
 
     (tmp_path / "folder").mkdir()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from .. import __version__
+from ..config.checks import ArgumentError
+from ..options.methods import SettingError
 
 app = typer.Typer(
     name="todo-attn",
@@ -29,6 +33,16 @@ class UserError(Exception):
     def format_message(self) -> str:
         """As the parser's own complaints have it."""
         return str(self)
+
+
+@contextmanager
+def naming_options(refused: type[ArgumentError] = SettingError, **names: str) -> Iterator[None]:
+    """Turn a refused argument into a :class:`UserError` that names the option: of ``names``, or its own."""
+    try:
+        yield
+    except refused as error:
+        option = names.get(error.argument, f"--{error.argument.replace('_', '-')}")
+        raise UserError(f"{option} {error.problem}", getattr(error, "exit_code", 2)) from error
 
 
 def _say_version(asked: bool) -> None:

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from ..config import schedule
+from ..config.checks import ArgumentError
 from ..config.schedule import FEWEST_CALLS
 from ..example import example_pipeline
 from ..options.methods import NO_SCHEDULE, SettingError
 from ..options.settings import DTYPES, CompareSettings
 from . import compare  # noqa: F401  (registers its own command, which is listed first)
-from .app import UserError, app, hush_loading
+from .app import UserError, app, hush_loading, naming_options
 from .printing import DIGITS_NOTE, print_examination, schedule_lines, schedules_notes, schedules_table
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def doctor_command(
         return
     if schedule is None:
         schedule = NO_SCHEDULE if steps + 1 < FEWEST_CALLS else _PRESET
-    try:
+    with naming_options():
         settings = CompareSettings(
             methods=_ADVISED,
             height=height,
@@ -95,8 +96,6 @@ def doctor_command(
             dtype=dtype,
         )
         _advise(str(example_pipeline()) if model is None else model, settings, measure, as_json)
-    except SettingError as error:
-        raise UserError(f"--{error.name.replace('_', '-')} {error.problem}") from error
 
 
 def _tell(lines: list[str], *, stderr: bool = False) -> None:
@@ -128,14 +127,12 @@ def _read_architecture(model: str) -> Architecture:
             CompareSettings(model=model)  # knows what may be a Hub id
         except SettingError as error:
             known = ", ".join(CONFIGS)
-            raise UserError(
-                f"--model must be {known}, or a folder or Hub id of a pipeline with a UNet, got {model!r}: there is no "
-                "such folder, and a Hub id is owner/name"
+            raise SettingError(
+                "model",
+                f"must be {known}, or a folder or Hub id of a pipeline with a UNet, got {model!r}: there is no such "
+                "folder, and a Hub id is owner/name",
             ) from error
-    try:
-        return read_architecture(model)
-    except SettingError as error:
-        raise UserError(f"--{error}", error.exit_code) from error
+    return read_architecture(model)
 
 
 def _advise(model: str, settings: CompareSettings, measure: bool, as_json: bool) -> None:
@@ -190,17 +187,16 @@ def _bench(
     from .bench import bench
 
     try:
-        if out is not None:
-            harness.check_appendable(out)
-        architecture = None if model in cases.MODELS else _read_architecture(model)  # their shapes are known
-
-        def show(rows: list[dict[str, Any]]) -> None:
+        with naming_options(ArgumentError):
             if out is not None:
-                harness.append(out, rows)
+                harness.check_appendable(out)
+            architecture = None if model in cases.MODELS else _read_architecture(model)  # their shapes are known
 
-        return bench(device, dtype, model, height, width, show, architecture)
-    except ValueError as error:  # its first word is the option
-        raise UserError(f"--{error}") from error
+            def show(rows: list[dict[str, Any]]) -> None:
+                if out is not None:
+                    harness.append(out, rows)
+
+            return bench(device, dtype, model, height, width, show, architecture)
     except OSError as error:
         raise UserError(f"--out cannot be written: {error}", 1) from error
 
@@ -238,7 +234,7 @@ def schedules_command(
     aside = Console(stderr=True)
     if every and name is not None:
         raise UserError(f"--name and --all cannot both be given, got --name {name}")
-    try:
+    with naming_options():
         chosen = _chosen_schedules(name, every or as_json)
         architecture = _read_architecture(str(example_pipeline()) if model is None else model)
         columns = SpinnerColumn(), TextColumn("counting the operations of a call of each kind"), BarColumn()
@@ -249,8 +245,6 @@ def schedules_command(
                 bar.update(task, completed=done, total=total)
 
             listing = build_listing(architecture, height, width, steps, chosen, watch)
-    except ValueError as error:  # its first word is the option
-        raise UserError(f"--{error}") from error
     if as_json:
         print(json.dumps(listing, indent=2, allow_nan=False))
         return
@@ -275,5 +269,7 @@ def _chosen_schedules(name: str | None, every: bool) -> list[schedule.Schedule]:
         return list(map(schedule.load, schedule.names() if every else schedule.named()))
     try:
         return [schedule.load(name)]
+    except ArgumentError as error:
+        raise SettingError("name", error.problem) from error
     except ValueError as error:
-        raise SettingError("name", str(error).removeprefix("schedule ")) from error
+        raise SettingError("name", str(error)) from error

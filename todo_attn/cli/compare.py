@@ -15,17 +15,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from ..compare.folder import IMAGES, NOTHING_MADE, REPORT, SHEET, choose_folder
 from ..config.modes import MODES
-from ..options.methods import METHODS_TEXT, SettingError
+from ..options.methods import METHODS_TEXT
 from ..options.settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
 from ..peak_memory import MAY_FIT, OUT_OF_MEMORY
-from .app import UserError, app, hush_loading
+from .app import UserError, app, hush_loading, naming_options
 from .printing import compare_table
 
 if TYPE_CHECKING:
     from ..compare import run as comparing
-
-# Options that are not called like the setting they give.
-_OPTIONS = {"model": "MODEL", "prompts": "--prompt", "seeds": "--seed"}
 
 _COMPARE_HELP = """Make the same pictures by each method, taking turns; write them, a contact sheet and report.json.
 
@@ -108,7 +105,7 @@ def compare_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report on stdout, all else on stderr.")] = False,
 ) -> None:
-    try:
+    with naming_options(model="MODEL", prompts="--prompt", seeds="--seed"):
         settings = CompareSettings(
             model=model,
             prompts=tuple(map(_as_typed, prompt or ())),
@@ -132,12 +129,10 @@ def compare_command(
             variant=variant,
             config=config,
         )
-        _compare(settings, choose_folder(out, overwrite), as_json)
-    except SettingError as error:
-        option = _OPTIONS.get(error.name, f"--{error.name.replace('_', '-')}")
-        raise UserError(f"{option} {error.problem}", error.exit_code) from error
-    except KeyboardInterrupt:  # while the pipeline is loaded
-        raise UserError(f"interrupted: {NOTHING_MADE}", 130) from None
+        try:
+            _compare(settings, choose_folder(out, overwrite), as_json)
+        except KeyboardInterrupt:  # while the pipeline is loaded
+            raise UserError(f"interrupted: {NOTHING_MADE}", 130) from None
 
 
 def _as_typed(argument: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config.checks import ArgumentError
 from ..diffusers.apply import apply_todo, remove_todo
 from ..diffusers.dato.apply import ATTRIBUTE as DATO
 from ..diffusers.dato.apply import apply_dato, remove_dato, reset_dato
@@ -63,10 +64,9 @@ def bind(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
         with bound.applied():
             pass
     except ValueError as error:
-        name, _, problem = str(error).partition(" ")
-        if name == "factor":
+        if isinstance(error, ArgumentError) and error.argument == "factor":
             option = Method("todo") if method.kind == "todo+dato" else method  # whose variant is no factor
-            raise refusal(option, "factor", problem) from error
+            raise refusal(option, "factor", error.problem) from error
         raise SettingError("methods", f"has {method.label!r}, which the pipeline cannot take: {error}") from error
     return bound
 
@@ -165,10 +165,10 @@ def _size(settings: CompareSettings) -> tuple[int, int]:
 
 def _check_untouched(unet: nn.Module) -> None:
     if DATO in unet.__dict__:
-        raise ValueError("pipe must be as loaded, got one with DaTo on it: remove_dato(pipe) first")
+        raise ArgumentError("pipe", "must be as loaded, got one with DaTo on it: remove_dato(pipe) first")
     if has_todo(unet):
-        raise ValueError("pipe must be as loaded, got one with ToDo on it: remove_todo(pipe) first")
+        raise ArgumentError("pipe", "must be as loaded, got one with ToDo on it: remove_todo(pipe) first")
     if any("_tome_info" in module.__dict__ for module in unet.modules()):
-        raise ValueError("pipe must be as loaded, got one with ToMe on it: tomesd.remove_patch(pipe) first")
+        raise ArgumentError("pipe", "must be as loaded, got one with ToMe on it: tomesd.remove_patch(pipe) first")
     if has_deepcache(unet):
-        raise ValueError("pipe must be as loaded, got one with DeepCache on it: helper.disable() first")
+        raise ArgumentError("pipe", "must be as loaded, got one with DeepCache on it: helper.disable() first")

@@ -7,13 +7,15 @@ import math
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from ..config.checks import ArgumentError
+
 
 def _check(reference: np.ndarray, image: np.ndarray) -> None:
     for name, x in (("reference", reference), ("image", image)):
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
-            raise ValueError(f"{name} must be uint8 of shape (height, width, 3), got {x.dtype} of shape {x.shape}")
+            raise ArgumentError(name, f"must be uint8 of shape (height, width, 3), got {x.dtype} of shape {x.shape}")
     if reference.shape != image.shape:
-        raise ValueError(f"image must have the shape of reference, {reference.shape}, got {image.shape}")
+        raise ArgumentError("image", f"must have the shape of reference, {reference.shape}, got {image.shape}")
 
 
 def psnr(reference: np.ndarray, image: np.ndarray) -> float:

@@ -70,7 +70,7 @@ def read_architecture(source: str) -> Architecture:
         source: "sd15", "sdxl", a folder saved by diffusers, a .safetensors or .ckpt file, or a Hub id.
 
     Raises:
-        SettingError: (a ``ValueError``) none of these, or it has no UNet whose configuration can be read: what was
+        SettingError: none of these, or it has no UNet whose configuration can be read: what was
             wrong; :class:`~todo_attn.options.methods.UnreachableError` if that is for lack of a network.
     """
     if source in CONFIGS:

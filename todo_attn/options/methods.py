@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import cast
 
+from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..config.modes import Mode
 from ..config.schedule import load as load_schedule
@@ -27,14 +28,10 @@ MAX_RATIO = 0.75  # tomesd and DaTo's default patch leave one token of each 2 x 
 _ANY_SIZE = (512, 512)  # whether a factor can be read does not hang on the picture's size
 
 
-class SettingError(ValueError):
-    """A setting that cannot be used: ``name`` is the setting, and the message starts with it."""
+class SettingError(ArgumentError):
+    """A setting of a command that cannot be used."""
 
     exit_code = 2  # of the command
-
-    def __init__(self, name: str, problem: str) -> None:
-        super().__init__(f"{name} {problem}")
-        self.name, self.problem = name, problem
 
 
 class UnreachableError(SettingError):
@@ -71,7 +68,7 @@ class MethodOptions:
         cache_interval: "deepcache" computes every so many-th call of the UNet in full; at least 1.
 
     Raises:
-        SettingError: (a ``ValueError``) the first argument that does not fit, what it must be and what it was.
+        SettingError: the first argument that does not fit.
     """
 
     methods: str = "dense,todo"
@@ -121,16 +118,12 @@ class MethodOptions:
 
     def todo_config(self, method: Method, height: int, width: int) -> ToDoConfig:
         """The configuration of "todo" or "todo:FACTOR", at a picture size in pixels."""
-        try:
-            factor = parse_factor(self.factor if method.variant is None else method.variant, height, width)
-        except ValueError as error:
-            raise refusal(method, "factor", str(error).removeprefix("factor ")) from None
         mode = cast(Mode, self.mode)  # which ToDoConfig checks
         try:
+            factor = parse_factor(self.factor if method.variant is None else method.variant, height, width)
             return ToDoConfig(factor=factor, max_kv_tokens=self.max_kv_tokens, mode=mode)
-        except ValueError as error:
-            name, _, problem = str(error).partition(" ")
-            raise SettingError(name, problem) from None
+        except ArgumentError as error:  # of a variant only its factor: the options were checked first
+            raise refusal(method, error.argument, error.problem) from None
 
     def dato_config(self, method: Method, calls: int, height: int, width: int) -> DaToConfig:
         """The configuration of "dato" or "todo+dato", with or without a schedule's name.
@@ -157,11 +150,10 @@ class MethodOptions:
             raise refusal(method, "schedule", problem)
         try:
             return load_schedule(self.schedule if method.variant is None else method.variant).digits
+        except ArgumentError as error:
+            raise SettingError("schedule", error.problem) from None
         except ValueError as error:
-            problem = str(error)
-            if not problem.startswith("schedule "):  # it names a file and says what is wrong there
-                problem = f"must be a file with a schedule: {problem}"
-            raise SettingError("schedule", problem.removeprefix("schedule ")) from None
+            raise SettingError("schedule", f"must be a file with a schedule: {error}") from None
 
     def tome_ratio_of(self, method: Method) -> float:
         """The ratio of "tome" or "tome:RATIO"."""
@@ -195,7 +187,7 @@ def parse_factor(text: str, height: int, width: int) -> Factor:
     LEVEL=FACTOR with "+" between, such as "1=4+2=2" or "finest=2".
 
     Raises:
-        ValueError: anything else.
+        ArgumentError: anything else.
     """
     if text == "auto":
         return "auto"
@@ -208,12 +200,13 @@ def parse_factor(text: str, height: int, width: int) -> Factor:
         level, _, factor = pair.partition("=")
         known = level == FINEST or (level.isdecimal() and int(level) >= 1)
         if not (known and factor.isdecimal() and int(factor) >= 1):
-            raise ValueError(
-                "factor must be auto, paper, an integer of at least 1, or LEVEL=FACTOR pairs with + between "
-                f"such as 1=4+2=2, got {text!r}"
+            raise ArgumentError(
+                "factor",
+                "must be auto, paper, an integer of at least 1, or LEVEL=FACTOR pairs with + between "
+                f"such as 1=4+2=2, got {text!r}",
             )
         key: int | str = level if level == FINEST else int(level)
         if key in levels:
-            raise ValueError(f"factor must be pairs with each level once, got {level} twice in {text!r}")
+            raise ArgumentError("factor", f"must be pairs with each level once, got {level} twice in {text!r}")
         levels[key] = int(factor)
     return levels

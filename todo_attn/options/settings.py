@@ -77,7 +77,7 @@ class CompareSettings(MethodOptions):
             published model's.
 
     Raises:
-        SettingError: (a ``ValueError``) the first argument that does not fit, what it must be and what it was.
+        SettingError: the first argument that does not fit.
     """
 
     model: str | None = None

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import logs
+from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..config.schedule import FULL, REUSE, SHALLOW
 from ..config.todo import ToDoConfig
@@ -174,9 +175,9 @@ def count_work(
     """As :func:`count_call`, attention apart from the rest: of the UNet as it is, then under each of ``configs``."""
     for name, value in (("height", height), ("width", width)):
         if not isinstance(value, int) or value < 1 or value % pixels_per_latent:
-            raise ValueError(f"{name} must be a positive multiple of {pixels_per_latent}, in pixels, got {value!r}")
+            raise ArgumentError(name, f"must be a positive multiple of {pixels_per_latent}, in pixels, got {value!r}")
     if not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
+        raise ArgumentError("batch", f"must be an integer of at least 1, got {batch!r}")
     configs = [in_one_run(config) for config in configs]
     calls = [1, *(1 if isinstance(config, ToDoConfig) else 3 for config in configs)]
     found: list[CallWork] = []
@@ -243,7 +244,7 @@ def in_one_run(config: ToDoConfig | DaToConfig) -> ToDoConfig | DaToConfig:
     if isinstance(config, ToDoConfig):
         return replace(config, timestep_range=_ALL_TIMESTEPS)
     if isinstance(config.prune_ratio, tuple):
-        raise ValueError(f"config must have one prune_ratio for all calls, got {len(config.prune_ratio)}")
+        raise ArgumentError("config", f"must have one prune_ratio for all calls, got {len(config.prune_ratio)}")
     todo = None if config.todo is None else replace(config.todo, timestep_range=_ALL_TIMESTEPS)
     return replace(config, cache_schedule=_EACH_KIND, todo=todo)
 
@@ -313,11 +314,11 @@ def call_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int)
             "time_ids": torch.empty(batch, sizes),
         }
     elif config.addition_embed_type not in (None, "text"):  # "text" is made of the encoder's states
-        raise ValueError(
-            f"unet must have no addition_embed_type but 'text' and 'text_time', got {config.addition_embed_type!r}"
+        raise ArgumentError(
+            "unet", f"must have no addition_embed_type but 'text' and 'text_time', got {config.addition_embed_type!r}"
         )
     if config.num_class_embeds is not None and config.class_embed_type is None:
         inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
     elif config.class_embed_type is not None:
-        raise ValueError(f"unet must have no class_embed_type, got {config.class_embed_type!r}")
+        raise ArgumentError("unet", f"must have no class_embed_type, got {config.class_embed_type!r}")
     return inputs
