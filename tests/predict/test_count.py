@@ -1,6 +1,7 @@
 """Counted operations against formulas written out, torch's own count of the plain UNet, and the published figures."""
 
 import json
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from todo_attn.config import schedule
 from todo_attn.config.dato import DaToConfig
 from todo_attn.config.todo import ToDoConfig
-from todo_attn.models import architectures
-from todo_attn.models.architectures import read_architecture
+from todo_attn.models.architectures import CONFIGS, read_architecture
+from todo_attn.models.unets import TEXT_TOKENS
 from todo_attn.predict import count as cost
 
 GRID, BATCH, CHANNELS = (12, 16), 2, 8
@@ -18,8 +19,25 @@ N = GRID[0] * GRID[1]
 LAYERS = 3  # self-attentions of the finest level of the model below: one down, two up
 
 
+def operations(work):
+    """Of one call of each kind."""
+    return Cost(0, work.full.operations, work.shallow.operations, work.reuse.operations)
+
+
+class Cost(NamedTuple):
+    """Operations of one call: without DaTo, and of each kind."""
+
+    dense: int
+    full: int
+    shallow: int
+    reuse: int
+
+
 def call_cost(unet, config=None, **kwargs):
-    return cost.count_call(unet, *GRID, config, batch=BATCH, pixels_per_latent=1, **kwargs)
+    config = DaToConfig() if config is None else config
+    works = cost.count_work(unet, *GRID, [config], batch=BATCH, pixels_per_latent=1, **kwargs)
+    dense, dato = map(operations, works)
+    return dato._replace(dense=dense.full)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +71,7 @@ def modules_cost(unet):
     """What torch counts in each module of a plain call, by its name."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet.to("meta")(
-            torch.empty(BATCH, 4, *GRID, device="meta"), 1, torch.empty(BATCH, cost._TEXT_TOKENS, 8, device="meta")
+            torch.empty(BATCH, 4, *GRID, device="meta"), 1, torch.empty(BATCH, TEXT_TOKENS, 8, device="meta")
         )
     counts = counter.get_flop_counts()
     return {name.partition(".")[2]: sum(by_op.values()) for name, by_op in counts.items()}
@@ -93,35 +111,15 @@ def test_pruning_with_todo_by_formula(unet, plain):
 def test_more_that_is_pruned_by_formula(unet, pruned):
     cross = call_cost(unet, DaToConfig(prune_cross_attention=True))
     both = call_cost(unet, DaToConfig(prune_cross_attention=True, prune_feed_forward=True))
-    text = cost._TEXT_TOKENS
+    text = TEXT_TOKENS
     saved = int(0.4 * N) * BATCH * (2 * 2 * CHANNELS**2 + 4 * text * CHANNELS)  # of to_q, to_out and both products
     assert pruned.full - cross.full == LAYERS * saved
     assert cross.shallow - both.shallow == int(0.4 * N) * BATCH * 2 * 12 * CHANNELS**2  # GEGLU of width 4
 
 
-def test_a_run(unet, pruned):
-    found = cost.count(unet, *GRID, DaToConfig(cache_schedule="1021"), 5, batch=BATCH, pixels_per_latent=1)
-    assert found.kinds == "21021" and found.dense == pruned.dense
-    assert found.operations == (pruned.full, pruned.shallow, pruned.reuse, pruned.full, pruned.shallow)
-    assert found == cost.run_cost(pruned, "1021")
-    assert found.total == 2 * pruned.full + 2 * pruned.shallow + pruned.reuse
-    assert found.speedup == 5 * pruned.dense / found.total
-    assert found.saving == pytest.approx(1 - 1 / found.speedup)
-
-
-def test_a_run_of_another_length_is_resampled(unet):
-    config = DaToConfig(cache_schedule="1021")
-    found = cost.count(unet, *GRID, config, 10, batch=BATCH, pixels_per_latent=1)
-    assert found.kinds == "2" + schedule.resample("1021", 9)
-    assert len(found.operations) == 10
-
-
-def test_a_ratio_per_call(unet, plain, pruned):
-    config = DaToConfig(prune_ratio=(0.4, 0, 0, 0.4, 0), cache_schedule="1212")
-    found = cost.count(unet, *GRID, config, 5, batch=BATCH, pixels_per_latent=1)
-    assert found.operations == (pruned.full, plain.shallow, plain.full, pruned.shallow, plain.full)
+def test_a_ratio_per_call_is_refused(unet):
     with pytest.raises(ValueError, match=r"config must have one prune_ratio for all calls, got 5"):
-        call_cost(unet, config)
+        call_cost(unet, DaToConfig(prune_ratio=(0.4, 0, 0, 0.4, 0), cache_schedule="1212"))
 
 
 def test_nothing_is_left_behind(unet, hooks):
@@ -150,7 +148,7 @@ def test_sdxl_is_counted_with_its_sizes(make_unet):
 )
 def test_what_cannot_be_counted(unet, arguments, message):
     with pytest.raises(ValueError, match=message):
-        cost.count_call(unet, **{"height": 64, "width": 64, **arguments})
+        cost.count_work(unet, **{"height": 64, "width": 64, "configs": [], **arguments})
 
 
 def test_models_that_want_other_inputs(unet):
@@ -168,7 +166,7 @@ def test_a_caption_beside_the_timestep_is_counted(unet, plain):
     )
     more = counted.dense - plain.dense
     assert more > 0
-    assert counted == cost.CallCost(*(getattr(plain, kind) + more for kind in ("dense", "full", "shallow", "reuse")))
+    assert counted == Cost(*(count + more for count in plain))
 
 
 def test_class_labels_are_given(unet, plain):
@@ -177,13 +175,16 @@ def test_class_labels_are_given(unet, plain):
 
 
 def test_stable_diffusion_at_512_saves_7_times_with_the_coco_preset():
-    found = cost.count(architectures.CONFIGS["sd15"], 512, 512, DaToConfig.preset("coco"), 51)
-    assert found.dense == pytest.approx(1606.5e9, rel=1e-4)
-    assert found.speedup > 7
-    assert [found.kinds.count(kind) for kind in "210"] == [5, 21, 25]
+    dense, coco, plain = map(
+        operations,
+        cost.count_work(CONFIGS["sd15"], 512, 512, [DaToConfig(), DaToConfig(prune_ratio=0)]),
+    )
+    kinds = "2" + schedule.load("coco").digits
+    assert [kinds.count(kind) for kind in "210"] == [5, 21, 25]
+    assert dense.full == pytest.approx(1606.5e9, rel=1e-4)
+    assert 51 * dense.full / (5 * coco.full + 21 * coco.shallow + 25 * coco.reuse) > 7
     # What the published code needs: nothing pruned, and the middle block in each shallow call.
-    plain = cost.count_call(architectures.CONFIGS["sd15"], 512, 512, DaToConfig(prune_ratio=0))
-    published = 51 * plain.dense / (5 * plain.full + 21 * (plain.shallow + 24.2e9) + 25 * 0.19e9)
+    published = 51 * dense.full / (5 * plain.full + 21 * (plain.shallow + 24.2e9) + 25 * 0.19e9)
     assert published == pytest.approx(schedule.load("coco").published_speedup, abs=0.006)
 
 

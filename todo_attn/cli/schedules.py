@@ -38,35 +38,31 @@ def build_listing(
         SettingError: a size or number of steps that does not fit, or a UNet that cannot be counted.
     """
     from ..models.architectures import chosen_size
-    from ..predict.count import count_call, run_cost
+    from ..predict.count import count_work
+    from ..predict.model import gain
 
     check_steps("steps", steps)
     height, width = chosen_size(architecture, height, width)
     config = DaToConfig()
     try:
-        call = count_call(
-            architecture.config,
-            height,
-            width,
-            config=config,
-            batch=_BATCH,
-            pixels_per_latent=architecture.pixels_per_latent,
-            watch=watch,
+        dense, dato = count_work(
+            architecture.config, height, width, [config], _BATCH, architecture.pixels_per_latent, watch
         )
     except ValueError as error:
         raise SettingError("model", f"cannot be counted: {error}") from error
     rows = []
     for published in schedules:
         digits = schedule.resample(published.digits, steps)
-        cost = run_cost(call, digits)
+        kinds = schedule.FULL + digits
+        run, dense_run = [dato.of(kind).operations for kind in kinds], [dense.full.operations] * len(kinds)
         rows.append(
             {
                 "name": published.name,
                 "digits": digits,
-                **{key: cost.kinds.count(kind) for key, kind in _KINDS.items()},
-                "operations": cost.total,
-                "speedup": cost.speedup,
-                "saving": cost.saving,
+                **{key: kinds.count(kind) for key, kind in _KINDS.items()},
+                "operations": sum(run),
+                "speedup": gain(dense_run, run),
+                "saving": 1 - sum(run) / sum(dense_run),
                 "source": published.source,
                 "published": {
                     "digits": published.digits,
@@ -84,6 +80,7 @@ def build_listing(
         "steps": steps,
         "calls": steps + 1,
         "prune_ratio": config.prune_ratio,
-        "operations_per_call": {"dense": call.dense} | {key: call.of(kind) for key, kind in _KINDS.items()},
+        "operations_per_call": {"dense": dense.full.operations}
+        | {key: dato.of(kind).operations for key, kind in _KINDS.items()},
         "schedules": rows,
     }

@@ -1,4 +1,4 @@
-"""UNets made from a configuration alone: their shapes, or random weights on which time does not depend."""
+"""UNets made from a configuration alone (shapes, or random weights: the time does not depend on them) and inputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from diffusers.models import UNet2DConditionModel
 
+from ..config.checks import ArgumentError
+
+TEXT_TOKENS = 77
 # As small as a UNet with self-attention can be.
 SMALLEST: dict[str, Any] = {
     "sample_size": 8,
@@ -53,3 +56,51 @@ def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Another module tree over the same weights, so that what is done to one (processors, hooks) leaves the other."""
     shared = {id(tensor): tensor for tensors in (unet.parameters(), unet.buffers()) for tensor in tensors}
     return copy.deepcopy(unet, shared)
+
+
+def empty_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> dict[str, Any]:
+    """Uninitialized arguments of a call, all but the timestep, on torch's default device.
+
+    Args:
+        batch: of the call, twice the images under guidance.
+        height, width: in latents.
+
+    Raises:
+        ArgumentError: ``unet`` needs inputs other than text, sizes and class labels.
+    """
+    config: Any = unet.config
+    text = config.encoder_hid_dim or config.cross_attention_dim
+    text = text if isinstance(text, int) else text[0]
+    inputs: dict[str, Any] = {
+        "sample": torch.empty(batch, config.in_channels, height, width),
+        "encoder_hidden_states": torch.empty(batch, TEXT_TOKENS, text),
+    }
+    if config.addition_embed_type == "text_time":
+        sizes = 6
+        pooled = config.projection_class_embeddings_input_dim - sizes * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(batch, pooled),
+            "time_ids": torch.empty(batch, sizes),
+        }
+    elif config.addition_embed_type not in (None, "text"):  # "text" is computed from encoder_hidden_states
+        raise ArgumentError(
+            "unet", f"must have no addition_embed_type but 'text' and 'text_time', got {config.addition_embed_type!r}"
+        )
+    if config.num_class_embeds is not None and config.class_embed_type is None:
+        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
+    elif config.class_embed_type is not None:
+        raise ArgumentError("unet", f"must have no class_embed_type, got {config.class_embed_type!r}")
+    return inputs
+
+
+def random_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> dict[str, Any]:
+    """:func:`empty_inputs` filled with normal noise, on the device of ``unet`` and in its dtype; class labels are 0."""
+
+    def filled(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: filled(value) for name, value in part.items()}
+        return torch.randn_like(part, dtype=unet.dtype) if part.is_floating_point() else part
+
+    with torch.device(unet.device):
+        inputs: dict[str, Any] = filled(empty_inputs(unet, batch, height, width))
+    return inputs

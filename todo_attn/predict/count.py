@@ -1,9 +1,9 @@
-"""What a run costs: the operations of each kind of call, counted on the real UNet without its weights or any memory."""
+"""The operations of each kind of call, counted while the UNet runs on shapes: without its weights or any memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,137 +22,16 @@ from ..diffusers.apply import apply_todo, remove_todo
 from ..diffusers.dato import apply_dato, remove_dato
 from ..diffusers.levels import self_attentions, transformers_by_level
 from ..models.architectures import PIXELS_PER_LATENT
-from ..models.unets import on_meta
+from ..models.unets import empty_inputs, on_meta
 from ..ops import flops  # noqa: F401  (what this package's own attention costs)
 from .model import Work
 
 # A run of this schedule has one call of each kind.
 _EACH_KIND = SHALLOW + REUSE
-_ALL_TIMESTEPS = (0, 1000)
-_TEXT_TOKENS = 77
-
-
-@dataclass(frozen=True)
-class CallCost:
-    """Operations of one call of the UNet, two for a multiplication with its addition.
-
-    ``dense`` is without DaTo; ``full``, ``shallow`` and ``reuse`` are the kinds that a schedule writes 2, 1 and 0.
-    """
-
-    dense: int
-    full: int
-    shallow: int
-    reuse: int
-
-    def of(self, kind: str) -> int:
-        """Of a call that a schedule writes "2", "1" or "0"."""
-        return {FULL: self.full, SHALLOW: self.shallow, REUSE: self.reuse}[kind]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Operations of a run.
-
-    Args:
-        kinds: what each call is, as a schedule writes it, the first call included.
-        operations: of each call.
-        dense: of one call without DaTo.
-    """
-
-    kinds: str
-    operations: tuple[int, ...]
-    dense: int
-
-    @property
-    def total(self) -> int:
-        """Of the whole run."""
-        return sum(self.operations)
-
-    @property
-    def dense_total(self) -> int:
-        """Of as many calls without DaTo."""
-        return self.dense * len(self.operations)
-
-    @property
-    def speedup(self) -> float:
-        """How many times fewer operations than the dense run."""
-        return self.dense_total / self.total
-
-    @property
-    def saving(self) -> float:
-        """The share of the dense run's operations that is saved."""
-        return 1 - self.total / self.dense_total
-
-
-def count(
-    unet: UNet2DConditionModel | Mapping[str, Any],
-    height: int,
-    width: int,
-    config: DaToConfig,
-    calls: int,
-    batch: int = 2,
-    pixels_per_latent: int = PIXELS_PER_LATENT,
-) -> Cost:
-    """The operations of a run under DaTo, for pictures of ``height`` x ``width`` pixels.
-
-    Args:
-        unet: a UNet, on any device ("meta" will do), or its configuration, which is all that is looked at.
-        height, width: in pixels, multiples of ``pixels_per_latent``.
-        config: with a schedule for another number of calls, it is resampled.
-        calls: how often the run calls the UNet.
-        batch: of one call; 2 is one picture with guidance.
-
-    Raises:
-        ValueError: as :func:`count_call`; or ``calls`` is not an integer of at least 1.
-    """
-    kinds = FULL + config.schedule_for(calls)
-    ratios = [config.ratio_for(call, calls) for call in range(calls)]
-    costs = {
-        ratio: count_call(unet, height, width, replace(config, prune_ratio=ratio), batch, pixels_per_latent)
-        for ratio in {ratios[call] for call in range(calls) if call == 0 or kinds[call] != REUSE}
-    }
-    first = costs[ratios[0]]
-    operations = tuple(costs.get(ratio, first).of(kind) for kind, ratio in zip(kinds, ratios, strict=True))
-    return Cost(kinds, operations, first.dense)
-
-
-def run_cost(call: CallCost, digits: str) -> Cost:
-    """The operations of a run of ``digits``, and the first call, whose calls of one kind all cost the same."""
-    kinds = FULL + digits
-    return Cost(kinds, tuple(map(call.of, kinds)), call.dense)
-
-
-def count_call(
-    unet: UNet2DConditionModel | Mapping[str, Any],
-    height: int,
-    width: int,
-    config: DaToConfig | None = None,
-    batch: int = 2,
-    pixels_per_latent: int = PIXELS_PER_LATENT,
-    watch: Callable[[int, int], None] | None = None,
-) -> CallCost:
-    """The operations of a call of each kind, as torch counts them while the UNet runs on shapes alone.
-
-    Matrix products, convolutions, attention and the search for similar tokens are counted; what is done once per
-    element is not.
-
-    Args:
-        unet, height, width, batch, pixels_per_latent: as in :func:`count`.
-        config: what is pruned, and ToDo (as if it acted at every timestep); its schedule is not looked at. None is
-            ``DaToConfig()``.
-        watch: called with how many of how many calls have been counted.
-
-    Raises:
-        ValueError: an argument that does not fit; a ratio per call; a UNet without self-attention, or one that needs
-            inputs other than text, sizes and class labels.
-    """
-    config = DaToConfig() if config is None else config
-    dense, dato = count_work(unet, height, width, [config], batch, pixels_per_latent, watch)
-    return CallCost(dense.full.operations, *(work.operations for work in dato))
 
 
 class CallWork(NamedTuple):
-    """The work of one call of each kind; what has no such kind has its full call in their place."""
+    """The work of one call of each kind; a UNet without DaTo does the same in all three."""
 
     full: Work
     shallow: Work
@@ -172,7 +51,22 @@ def count_work(
     pixels_per_latent: int = PIXELS_PER_LATENT,
     watch: Callable[[int, int], None] | None = None,
 ) -> list[CallWork]:
-    """As :func:`count_call`, attention apart from the rest: of the UNet as it is, then under each of ``configs``."""
+    """The work of the UNet as it is, then under each of ``configs``.
+
+    Matrix products, convolutions, attention and the search for similar tokens are counted; elementwise operations are
+    not.
+
+    Args:
+        unet: a UNet on any device, "meta" included, or its configuration, which is all that is read.
+        height, width: in pixels, multiples of ``pixels_per_latent``.
+        configs: each counted with ToDo at every timestep, and DaTo with one call of each kind, whatever its schedule.
+        batch: of one call; 2 is one image with guidance.
+        watch: called with the number of calls counted so far, and of all.
+
+    Raises:
+        ArgumentError: an argument that does not fit; a ratio per call; a UNet without self-attention, or one that needs
+            inputs other than text, sizes and class labels.
+    """
     for name, value in (("height", height), ("width", width)):
         if not isinstance(value, int) or value < 1 or value % pixels_per_latent:
             raise ArgumentError(name, f"must be a positive multiple of {pixels_per_latent}, in pixels, got {value!r}")
@@ -185,7 +79,7 @@ def count_work(
     # On "meta" tensors have a shape and no memory.
     with torch.device("meta"), torch.no_grad(), logs.silent():
         model = on_meta(unet if isinstance(unet, Mapping) else unet.config)
-        inputs = call_inputs(model, batch, height // pixels_per_latent, width // pixels_per_latent)
+        inputs = empty_inputs(model, batch, height // pixels_per_latent, width // pixels_per_latent)
         for config, count in zip([None, *configs], calls, strict=True):
             if isinstance(config, DaToConfig):
                 apply_dato(model, config)
@@ -212,11 +106,11 @@ def count_self_attention(
     batch: int = 2,
     pixels_per_latent: int = PIXELS_PER_LATENT,
 ) -> Work:
-    """Of all self-attentions over the image in a dense call, projections included; arguments as :func:`count_call`."""
+    """Of all self-attentions over the image in a dense call, projections included; arguments as :func:`count_work`."""
     total, before = Work(), Work()
     with torch.device("meta"), torch.no_grad():
         model = on_meta(unet if isinstance(unet, Mapping) else unet.config)
-        inputs = call_inputs(model, batch, height // pixels_per_latent, width // pixels_per_latent)
+        inputs = empty_inputs(model, batch, height // pixels_per_latent, width // pixels_per_latent)
         with _Tally() as tally, _AttentionTally(tally):
 
             def enter(*_: Any) -> None:
@@ -236,21 +130,21 @@ def count_self_attention(
 
 
 def in_one_run(config: ToDoConfig | DaToConfig) -> ToDoConfig | DaToConfig:
-    """With ToDo at every timestep, and DaTo in a run of one call of each kind.
+    """``config`` with ToDo at every timestep, and DaTo with a run of one call of each kind.
 
     Raises:
-        ValueError: a ratio per call.
+        ArgumentError: a ratio per call.
     """
     if isinstance(config, ToDoConfig):
-        return replace(config, timestep_range=_ALL_TIMESTEPS)
+        return replace(config, timestep_range=ToDoConfig.timestep_range)
     if isinstance(config.prune_ratio, tuple):
         raise ArgumentError("config", f"must have one prune_ratio for all calls, got {len(config.prune_ratio)}")
-    todo = None if config.todo is None else replace(config.todo, timestep_range=_ALL_TIMESTEPS)
+    todo = None if config.todo is None else in_one_run(config.todo)
     return replace(config, cache_schedule=_EACH_KIND, todo=todo)
 
 
 class _Tally(TorchDispatchMode):
-    """Counts what is started within, and the operations of it by torch's own formulas."""
+    """Counts the operations started within it: how many, and their work by torch's own formulas."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,12 +171,12 @@ class _Tally(TorchDispatchMode):
         return Work(attention, everything - attention, self._launches)
 
 
-# What attention is made of where it is not one call: the products of diffusers' AttnProcessor, and of this package.
+# Attention that is not scaled_dot_product_attention: the products of diffusers' AttnProcessor, and this package's op.
 _ATTENTION = (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.todo_attn.downsampled_attention)
 
 
 class _AttentionTally(TorchFunctionMode):
-    """Takes attention for one operation, as it is on every device but "meta", where torch would take it to pieces."""
+    """Counts attention as one operation, as it is on every device but "meta", where torch would decompose it."""
 
     def __init__(self, tally: _Tally) -> None:
         super().__init__()
@@ -295,30 +189,3 @@ class _AttentionTally(TorchFunctionMode):
         batch, heads, tokens, width = query.shape
         self.tally.attention += 2 * batch * heads * tokens * key.shape[2] * (width + value.shape[3])
         return query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)
-
-
-def call_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> dict[str, Any]:
-    """Arguments of a call, but for the timestep; ``height`` and ``width`` in latents."""
-    config: Any = unet.config
-    text = config.encoder_hid_dim or config.cross_attention_dim
-    text = text if isinstance(text, int) else text[0]
-    inputs: dict[str, Any] = {
-        "sample": torch.empty(batch, config.in_channels, height, width),
-        "encoder_hidden_states": torch.empty(batch, _TEXT_TOKENS, text),
-    }
-    if config.addition_embed_type == "text_time":
-        sizes = 6
-        pooled = config.projection_class_embeddings_input_dim - sizes * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(batch, pooled),
-            "time_ids": torch.empty(batch, sizes),
-        }
-    elif config.addition_embed_type not in (None, "text"):  # "text" is made of the encoder's states
-        raise ArgumentError(
-            "unet", f"must have no addition_embed_type but 'text' and 'text_time', got {config.addition_embed_type!r}"
-        )
-    if config.num_class_embeds is not None and config.class_embed_type is None:
-        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
-    elif config.class_embed_type is not None:
-        raise ArgumentError("unet", f"must have no class_embed_type, got {config.class_embed_type!r}")
-    return inputs

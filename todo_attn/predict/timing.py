@@ -18,10 +18,10 @@ from ..diffusers.apply import apply_todo
 from ..diffusers.dato import apply_dato, reset_dato
 from ..models.architectures import CONFIGS, Architecture
 from ..models.loading import is_single_file, load_weights
-from ..models.unets import twin, with_random_weights
+from ..models.unets import random_inputs, twin, with_random_weights
 from ..options.methods import SettingError
 from ..peak_memory import is_out_of_memory
-from .count import call_inputs, in_one_run
+from .count import in_one_run
 from .rates import now
 
 _LONG = 5.0  # seconds of a dense call, from which on it is timed once
@@ -90,9 +90,7 @@ class _Calls:
 
     def prepare(self, latents: tuple[int, int], batch: int) -> None:
         """Make the inputs of a call."""
-        with torch.device(self.model.device):
-            empty = call_inputs(self.model, batch, *latents)
-        self.inputs = _filled(empty, self.model.dtype)
+        self.inputs = random_inputs(self.model, batch, *latents)
 
     def warm_up(self) -> None:
         """One call so small that it takes no time, which brings the weights into memory."""
@@ -116,13 +114,6 @@ class _Calls:
     def medians(self, warmup: int) -> dict[str, float]:
         """Of each kind, without the first ``warmup`` calls."""
         return {kind: statistics.median(seconds[warmup:]) for kind, seconds in self.seconds.items()}
-
-
-def _filled(tree: Any, dtype: torch.dtype) -> Any:
-    """Random numbers in ``dtype`` for floating ones; labels stay 0."""
-    if isinstance(tree, dict):
-        return {name: _filled(part, dtype) for name, part in tree.items()}
-    return torch.randn_like(tree, dtype=dtype) if tree.is_floating_point() else tree
 
 
 def _load(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
