@@ -29,13 +29,13 @@ def test_compare_writes_and_tells(run, small, tmp_path):
     assert report["settings"]["seeds"] == [1, 2] and report["settings"]["prompts"] == ["a red circle"]
     for method in report["methods"]:
         assert len(method["images"]) == 2
-        for image in method["images"]:
-            with Image.open(out / image["file"]) as picture:
-                assert picture.size == (96, 64)
+        for row in method["images"]:
+            with Image.open(out / row["file"]) as image:
+                assert image.size == (96, 64)
     assert all(m["psnr"] > 0 and 0 < m["ssim"] <= 1 for m in report["methods"][1:])
     for word in ("dense", "todo:2", "tome:0.25", "speed-up", "PSNR", "SSIM", str(out / "contact_sheet.png")):
         assert word in ran.out
-    assert "picture 2 of 2: dense" in ran.err
+    assert "image 2 of 2: dense" in ran.err
 
 
 def test_options_reach_the_report(run, small, tmp_path):
@@ -177,7 +177,7 @@ def test_out_of_memory_is_one_line(run, small, tmp_path, monkeypatch):
 
 @pytest.fixture
 def breaking(monkeypatch):
-    """breaking(error, after): the pipeline raises once it has made so many pictures, the warm-ups among them."""
+    """breaking(error, after): the pipeline raises once it has made so many images, the warm-ups among them."""
 
     def breaking(error: BaseException, after: int) -> None:
         decode, calls = diffusers.AutoencoderKL.decode, []
@@ -198,12 +198,12 @@ def files(folder) -> set[str]:
 
 
 def test_an_interrupt_keeps_what_was_made(run, small, tmp_path, breaking):
-    breaking(KeyboardInterrupt(), 2 + 3)  # two warm-ups, the first picture by both methods, the second by one
+    breaking(KeyboardInterrupt(), 2 + 3)  # two warm-ups, the first image by both methods, the second by one
     out = tmp_path / "out"
     ran = run("compare", *small, "--seed", 1, "--seed", 2, "--methods", "dense,todo:2", "--out", out)
     assert (ran.code, ran.out) == (130, "")
     assert ran.err.splitlines()[-1] == (
-        f"todo-attn: error: interrupted: 3 of 4 pictures are in {out / 'images'}, with a partial report, "
+        f"todo-attn: error: interrupted: 3 of 4 images are in {out / 'images'}, with a partial report, "
         f"{out / 'report.json'}"
     )
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -217,9 +217,7 @@ def test_an_interrupt_before_the_first_picture_leaves_nothing(run, small, tmp_pa
     breaking(KeyboardInterrupt(), after)
     ran = run("compare", *small, "--out", tmp_path / "out")
     assert ran.code == 130
-    assert ran.err.splitlines()[-1] == (
-        "todo-attn: error: interrupted: no picture was finished, and nothing is written"
-    )
+    assert ran.err.splitlines()[-1] == ("todo-attn: error: interrupted: no image was finished, and nothing is written")
     assert not (tmp_path / "out").exists()
 
 
@@ -230,7 +228,7 @@ def test_an_interrupt_while_the_pipeline_loads(run, small, tmp_path, monkeypatch
     monkeypatch.setattr(todo_attn.models.pipelines, "load_pipeline", interrupted)
     ran = run("compare", *small, "--out", tmp_path / "out")
     assert ran.code == 130
-    assert ran.err.splitlines()[-1] == "todo-attn: error: interrupted: no picture was finished, and nothing is written"
+    assert ran.err.splitlines()[-1] == "todo-attn: error: interrupted: no image was finished, and nothing is written"
 
 
 def test_a_fault_keeps_what_was_made(small, tmp_path, breaking):
@@ -296,13 +294,13 @@ def test_overwrite_removes_the_older_comparison_and_nothing_else(run, small, tmp
     out = tmp_path / "out"
     assert run("compare", *small, "--seed", 1, "--methods", "dense", "--out", out).code == 0
     (out / "mine.txt").write_text("notes", encoding="utf-8")
-    (out / "images" / "mine.png").write_bytes(b"a picture")
+    (out / "images" / "mine.png").write_bytes(b"an image")
     ran = run("compare", *small, "--seed", 2, "--methods", "dense", "--out", out, "--overwrite")
     assert ran.code == 0, ran.err
     assert files(out) == {
         "images/01-seed2-dense.png", "images/mine.png", "mine.txt", "report.json", "contact_sheet.png"
     }  # fmt: skip
-    assert (out / "images" / "mine.png").read_bytes() == b"a picture"
+    assert (out / "images" / "mine.png").read_bytes() == b"an image"
 
 
 def test_overwrite_keeps_the_older_comparison_until_there_is_a_new_picture(run, small, tmp_path, breaking):
@@ -318,7 +316,7 @@ def test_overwrite_of_a_partial_comparison_removes_what_its_report_may_lack(run,
     out = tmp_path / "out"
     assert run("compare", *small, "--seed", 1, "--methods", "dense", "--out", out).code == 0
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    report["missing"] = [report["methods"][0]["images"].pop()["file"]]  # as killed after its first picture
+    report["missing"] = [report["methods"][0]["images"].pop()["file"]]  # as killed after its first image
     (out / "report.json").write_text(json.dumps(report), encoding="utf-8")
     assert run("compare", *small, "--seed", 2, "--methods", "dense", "--out", out, "--overwrite").code == 0
     assert files(out) == {"images/01-seed2-dense.png", "report.json", "contact_sheet.png"}

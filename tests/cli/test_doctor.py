@@ -165,7 +165,7 @@ def test_what_dato_does_to_pictures_is_said_with_the_figures_there_are(run, sd_f
     report = json.loads((RESULTS / "compare-tiny-sd-dato.json").read_text(encoding="utf-8"))
     methods = {method["method"]: method for method in report["methods"]}
     said = notes_of(run("doctor", "--model", sd_folder))
-    assert "DaTo's schedules change the picture visibly" in said
+    assert "DaTo's schedules change the image visibly" in said
     assert report["settings"].items() >= {"height": 512, "width": 512, "steps": 50, "schedule": "coco"}.items()
     for name in ("dato", "todo"):
         assert f"{methods[name]['psnr']:.1f} dB" in said and f"{methods[name]['ssim']:.3f}" in said
@@ -178,7 +178,7 @@ def test_few_steps_are_counted_without_a_schedule(run, sd_folder, steps, few):
     configs = [row["config"] for row in found["methods"] if row["method"] != "todo"]
     assert [config["cache_schedule"] is None for config in configs] == [few] * 2
     assert any("1.0 to 1.3x" in note for note in found["notes"])
-    assert any("change the picture" in note for note in found["notes"]) != few
+    assert any("change the image" in note for note in found["notes"]) != few
     assert any(f"With {steps + 1} calls DaTo is without one here" in note for note in found["notes"]) == few
 
 
@@ -186,7 +186,7 @@ def test_a_schedule_that_is_asked_for_is_counted_at_few_steps(run, sd_folder):
     ran = run("doctor", "--model", sd_folder, "--steps", 4, "--schedule", "coco")
     said = notes_of(ran)
     assert "\ndato: " in ran.out
-    assert "With 5 calls --schedule none, which only prunes, suits them" in said and "change the picture" in said
+    assert "With 5 calls --schedule none, which only prunes, suits them" in said and "change the image" in said
 
 
 def test_without_a_schedule_at_many_steps(run, sd_folder):

@@ -20,15 +20,15 @@ from todo_attn.compare.run import Comparison, Shot
 from todo_attn.options.settings import CompareSettings
 
 
-def shot(label: str, picture: int, seconds: float, value: int, **given) -> Shot:
-    pixels = np.random.default_rng(picture).integers(0, 200, (32, 48, 3), dtype=np.uint8) + np.uint8(value)
+def shot(label: str, number: int, seconds: float, value: int, **given) -> Shot:
+    pixels = np.random.default_rng(number).integers(0, 200, (32, 48, 3), dtype=np.uint8) + np.uint8(value)
     plain = {"peak_bytes": None, "finite": True, "blacked_out": False}
-    return Shot(label, picture, f"prompt {picture}", 0, pixels, seconds, **(plain | given))
+    return Shot(label, number, f"prompt {number}", 0, pixels, seconds, **(plain | given))
 
 
 @pytest.fixture
 def comparison(sd_folder) -> Comparison:
-    """Dense takes 4, 8 and 6 s; ToDo 2, 3 and 4, its first picture like dense's; ToMe is not there."""
+    """Dense takes 4, 8 and 6 s; ToDo 2, 3 and 4, its first image like dense's; ToMe is not there."""
     settings = CompareSettings(
         model=str(sd_folder),
         prompts=("prompt 0", "prompt 1", "prompt 2"),
@@ -67,7 +67,7 @@ def test_seconds_and_speedup(comparison):
 
 def test_quality_is_against_dense_of_the_same_picture(comparison):
     todo = rows(comparison)["todo:2"]
-    pixels = {(s.label, s.picture): s.pixels for s in comparison.shots}
+    pixels = {(s.label, s.number): s.pixels for s in comparison.shots}
     pairs = [(pixels["dense", i], pixels["todo:2", i]) for i in range(3)]
     assert [i["psnr"] for i in todo["images"]] == [None, *(pytest.approx(psnr(*p)) for p in pairs[1:])]
     assert [i["ssim"] for i in todo["images"]] == [pytest.approx(ssim(*p)) for p in pairs]
@@ -87,7 +87,7 @@ def test_a_method_that_is_missing_has_a_row(comparison):
 
 
 def test_broken_pictures_have_no_quality_and_a_note(comparison):
-    shots = [replace(s, finite=not (s.label == "dense" and s.picture == 1)) for s in comparison.shots]
+    shots = [replace(s, finite=not (s.label == "dense" and s.number == 1)) for s in comparison.shots]
     report = build_report(replace(comparison, shots=shots))
     images = report["methods"][1]["images"]
     assert [i["ssim"] is None for i in images] == [False, True, False]
@@ -111,7 +111,7 @@ def test_steps_are_counted_as_one_says_it(comparison):
 
 
 def test_memory_is_the_peak_of_all_pictures(comparison):
-    shots = [replace(s, peak_bytes=1000 * s.picture + (s.label == "dense")) for s in comparison.shots]
+    shots = [replace(s, peak_bytes=1000 * s.number + (s.label == "dense")) for s in comparison.shots]
     methods = build_report(replace(comparison, shots=shots))["methods"]
     assert [m["peak_memory_bytes"] for m in methods] == [2001, 2000, None]
     assert [m["peak_memory_bytes"] for m in build_report(comparison)["methods"]] == [None] * 3
@@ -175,9 +175,9 @@ def test_what_is_written(comparison, tmp_path):
     assert len(files) == 6
     assert written(folder) == files | {"report.json", "contact_sheet.png"}
     for s in comparison.shots:
-        image = next(i for i in rows(comparison)[s.label]["images"] if i["picture"] == s.picture)
-        with Image.open(folder / image["file"]) as picture:
-            assert np.array_equal(np.asarray(picture), s.pixels)
+        row = next(i for i in rows(comparison)[s.label]["images"] if i["picture"] == s.number)
+        with Image.open(folder / row["file"]) as image:
+            assert np.array_equal(np.asarray(image), s.pixels)
 
 
 def so_far(comparison: Comparison, count: int) -> Comparison:
@@ -200,16 +200,16 @@ def test_pictures_are_written_as_they_are_made(comparison, tmp_path):
 
 def test_what_is_kept_of_an_interrupted_comparison(comparison, tmp_path):
     output = Output(tmp_path)
-    assert "no picture was finished" in output.stop()
-    for count in range(1, 4):  # dense and ToDo of the first picture, ToDo of the second
+    assert "no image was finished" in output.stop()
+    for count in range(1, 4):  # dense and ToDo of the first image, ToDo of the second
         output.add(so_far(comparison, count))
     said = output.stop()
-    assert "3 of 6 pictures" in said and str(tmp_path / "report.json") in said
+    assert "3 of 6 images" in said and str(tmp_path / "report.json") in said
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     images = {i["file"]: i for m in report["methods"] for i in m["images"]}
     assert written(tmp_path) == {*images, "report.json", "contact_sheet.png"}
     assert not report["complete"] and len(report["missing"]) == 3
-    assert any("3 of 6 pictures are missing" in note for note in report["notes"])
+    assert any("3 of 6 images are missing" in note for note in report["notes"])
     alone = images["images/02-seed0-todo-2.png"]
     assert (alone["psnr"], alone["ssim"], alone["speedup"], alone["same_as_dense"]) == (None, None, None, False)
 
@@ -223,7 +223,7 @@ def test_pictures_that_could_not_be_written_are_not_claimed_after_an_interrupt(c
     output.add(so_far(comparison, 2))
     said = output.stop()
     monkeypatch.undo()
-    assert "pictures are in" not in said
+    assert "images are in" not in said
     assert said.startswith(f"cannot write {tmp_path / 'report.json'}: File too large (and ")
 
 
@@ -247,11 +247,11 @@ def test_without_dense_there_is_no_speedup(comparison):
 
 def test_a_method_that_ended_early_keeps_its_numbers(comparison):
     methods = [replace(m, unavailable="out of memory") if m.label == "todo:2" else m for m in comparison.methods]
-    shots = [s for s in comparison.shots if (s.label, s.picture) != ("todo:2", 2)]
+    shots = [s for s in comparison.shots if (s.label, s.number) != ("todo:2", 2)]
     report = build_report(replace(comparison, shots=shots, methods=methods))
     assert report["complete"]
     assert report["methods"][1]["seconds"]["count"] == 2
-    assert "todo:2 ended after 2 pictures: out of memory." in report["notes"]
+    assert "todo:2 ended after 2 images: out of memory." in report["notes"]
 
 
 @pytest.mark.parametrize("full", ["report.json", "01-seed0-dense.png", "contact_sheet.png"])

@@ -49,11 +49,11 @@ def test_methods_take_turns(sd, settings, events):
     comparison = compare(sd, settings)
     dense, todo, tome = ("+dense", "-dense"), ("+todo:2", "-todo:2"), ("+tome", "-tome")
     there, back = (*dense, *todo, *tome), (*tome, *todo, *dense)
-    tried_on = (*there, *there)  # at the steps of a picture, and at those of a warm-up
+    tried_on = (*there, *there)  # at the steps of an image, and at those of a warm-up
     assert tuple(events) == (*tried_on, *there, *there, *back, *there, *back)
     assert Counter(s.label for s in comparison.shots) == {"dense": 4, "todo:2": 4, "tome": 4}
-    pictures = [("a red circle", 3), ("a red circle", 5), ("a blue star", 3), ("a blue star", 5)]
-    assert {(s.picture, s.prompt, s.seed) for s in comparison.shots} == {(i, *p) for i, p in enumerate(pictures)}
+    images = [("a red circle", 3), ("a red circle", 5), ("a blue star", 3), ("a blue star", 5)]
+    assert {(s.number, s.prompt, s.seed) for s in comparison.shots} == {(i, *p) for i, p in enumerate(images)}
 
 
 def test_pictures_are_those_of_the_pipeline(sd, settings):
@@ -70,7 +70,7 @@ def test_pictures_are_those_of_the_pipeline(sd, settings):
                 generator=torch.Generator().manual_seed(shot.seed),
             )
             assert np.array_equal(np.asarray(alone.images[0]), shot.pixels)
-    first = {s.label: s.pixels for s in comparison.shots if s.picture == 0}
+    first = {s.label: s.pixels for s in comparison.shots if s.number == 0}
     assert not np.array_equal(first["todo:2"], first["dense"])
     assert not np.array_equal(first["tome"], first["dense"])
 
@@ -80,7 +80,7 @@ def test_every_kind_of_method(sd, settings, caplog):
     methods = "dense,todo,dato,dato:search,todo+dato,deepcache,deepcache:2,tome"
     settings = replace(settings, methods=methods, prompts=("a star",), seeds=(3,), steps=8, warmup_steps=1, factor="2")
     one, two = compare(sd, settings), compare(sd, settings)
-    pixels = [{(s.label, s.picture): s.pixels for s in c.shots} for c in (one, two)]
+    pixels = [{(s.label, s.number): s.pixels for s in c.shots} for c in (one, two)]
     assert pixels[0].keys() == {(m, 0) for m in methods.split(",")}
     assert all(np.array_equal(pixels[0][key], pixels[1][key]) for key in pixels[0])
     distinct = {p.tobytes() for p in pixels[0].values()}
@@ -108,7 +108,7 @@ def test_factor_1_is_dense_and_runs_repeat(sd, settings):
     assert torch.equal(torch.get_rng_state(), global_state)
     torch.rand(7)
     two = compare(sd, settings)
-    pixels = [{(s.label, s.picture): s.pixels for s in c.shots} for c in (one, two)]
+    pixels = [{(s.label, s.number): s.pixels for s in c.shots} for c in (one, two)]
     assert all(np.array_equal(pixels[0][key], pixels[1][key]) for key in pixels[0])
     assert all(np.array_equal(pixels[0]["todo:1", i], pixels[0]["dense", i]) for i in range(2))
 
@@ -171,7 +171,7 @@ CPU_FULL = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: c
 @pytest.mark.parametrize("error", [RuntimeError(CPU_FULL), torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 @pytest.mark.parametrize(("method", "after"), [("todo:2", 0), ("todo:2", 2), ("dense", 0), ("dense", 1)])
 def test_a_method_without_memory_leaves_the_others(sd, settings, monkeypatch, method, after, error):
-    """In its warm-up (0) or at a later picture: what was made is kept, and the others go on."""
+    """In its warm-up (0) or at a later image: what was made is kept, and the others go on."""
     running: list[str] = []
     applied, decode, decoded = BoundMethod.applied, sd.vae.decode, Counter()
 

@@ -1,4 +1,4 @@
-"""The contact sheet shows every picture whole, and words only where there is room."""
+"""The contact sheet shows every image whole, and words only where there is room."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from todo_attn.compare import fonts
 from todo_attn.compare.sheet import Column, Row, draw_sheet
 
 
-def picture(colour: tuple[int, int, int], height: int = 40, width: int = 60) -> np.ndarray:
+def image(colour: tuple[int, int, int], height: int = 40, width: int = 60) -> np.ndarray:
     return np.broadcast_to(np.array(colour, np.uint8), (height, width, 3)).copy()
 
 
@@ -20,19 +20,19 @@ def area(sheet, colour) -> int:
     return int((np.asarray(sheet) == colour).all(-1).sum())
 
 
-COLUMNS = [Column("dense", "", "2 s per picture"), Column("todo", "2.00x", "1 s per picture")]
+COLUMNS = [Column("dense", "", "2 s per image"), Column("todo", "2.00x", "1 s per image")]
 
 
 def test_shows_every_picture_whole():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-    a, b, c, d = map(picture, colours)
+    a, b, c, d = map(image, colours)
     sheet = draw_sheet("title", "subtitle", COLUMNS, [Row("one", [(a, ""), (b, "")]), Row("two", [(c, ""), (d, "")])])
     assert [area(sheet, colour) for colour in colours] == [40 * 60] * 4
 
 
 @pytest.mark.parametrize(("height", "width"), [(1024, 1024), (512, 1024), (1024, 512)])
 def test_large_pictures_are_scaled_to_512(height, width):
-    red = picture((255, 0, 0), height, width)
+    red = image((255, 0, 0), height, width)
     sheet = draw_sheet("title", "subtitle", COLUMNS, [Row("one", [(red, "a caption"), (None, "left out")])])
     assert area(sheet, (255, 0, 0)) == height * width // 4
     assert sheet.width < 2 * 512 + 200
@@ -42,7 +42,7 @@ def test_words_do_not_reach_the_next_column():
     long = "words " * 200
 
     def sheet(caption: str) -> np.ndarray:
-        cells = [(picture((255, 0, 0)), caption), (picture((0, 255, 0)), "")]
+        cells = [(image((255, 0, 0)), caption), (image((0, 255, 0)), "")]
         return np.asarray(draw_sheet("", "", COLUMNS, [Row("", cells)]))
 
     with_words, without = sheet(long), sheet("")
@@ -53,7 +53,7 @@ def test_words_do_not_reach_the_next_column():
 
 
 def test_a_long_title_stays_inside():
-    cells = [(picture((255, 0, 0)), ""), (picture((0, 255, 0)), "")]
+    cells = [(image((255, 0, 0)), ""), (image((0, 255, 0)), "")]
     sheet = np.asarray(draw_sheet("title " * 100, "subtitle " * 100, COLUMNS, [Row("prompt " * 100, cells)]))
     assert (sheet[:, -16:] == 255).all()
 
@@ -99,7 +99,7 @@ def only_fonts_in(monkeypatch, tmp_path):
 
 def words(text: str) -> np.ndarray:
     """Where there is ink in a sheet with ``text`` as the prompt that is not there with none."""
-    sheets = [np.asarray(draw_sheet("", "", COLUMNS, [Row(t, [(picture((255, 0, 0)), "")] * 2)])) for t in (text, "")]
+    sheets = [np.asarray(draw_sheet("", "", COLUMNS, [Row(t, [(image((255, 0, 0)), "")] * 2)])) for t in (text, "")]
     return (sheets[0] != sheets[1]).any(-1)
 
 
@@ -157,7 +157,7 @@ def test_matplotlibs_font_has_accents_and_cyrillic(monkeypatch):
 
 
 def test_a_long_subtitle_is_wrapped_and_whole():
-    cells = [(picture((255, 0, 0)), "")] * 2
+    cells = [(image((255, 0, 0)), "")] * 2
     parts = [f"a part with its number {i}" for i in range(12)]
     short, long = (draw_sheet("title", "  ·  ".join(p), COLUMNS, [Row("", cells)]) for p in (parts[:1], parts))
     assert long.height > short.height and long.width == short.width

@@ -210,7 +210,7 @@ def test_a_single_file_without_a_network_says_what_is_missing(run, checkpoint, n
         (["double_blocks.0.img_attn.norm.key_norm.scale"], "DiTs (SD 3, Flux), "),
         (
             ["conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"],
-            "not make pictures from text alone",
+            "not make images from text alone",
         ),
     ],
     ids=["lora", "flux", "refiner"],

@@ -27,7 +27,7 @@ def bench(
     show: Callable[[list[dict[str, Any]]], None],
     architecture: Architecture | None = None,
 ) -> dict[str, Any]:
-    """Time a picture's self-attentions under ToDo, and DaTo's ops at its finest level, against their peers.
+    """Time an image's self-attentions under ToDo, and DaTo's ops at its finest level, against their peers.
 
     Args:
         device: "auto" (a GPU where torch sees one), "cpu", "cuda" or "cuda:N".

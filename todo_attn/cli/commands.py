@@ -160,7 +160,7 @@ def bench_command(
     out: Annotated[Path | None, typer.Option(help="A file that the rows are added to, one JSON object a line.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and notes as JSON.")] = False,
 ) -> None:
-    """Time the kernels on this machine, at the shapes of one picture, against what they replace; about a minute.
+    """Time the kernels on this machine, at the shapes of one image, against what they replace; about a minute.
 
     Each result is checked against an oracle before it is timed; exits with 1 where one of ours was wrong. Says where
     ToDo is not the faster one.

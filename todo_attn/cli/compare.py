@@ -24,7 +24,7 @@ from .printing import compare_table
 if TYPE_CHECKING:
     from ..compare import run as comparing
 
-_COMPARE_HELP = """Make the same pictures by each method, taking turns; write them, a contact sheet and report.json.
+_COMPARE_HELP = """Make the same images by each method, taking turns; write them, a contact sheet and report.json.
 
 **Examples**
 
@@ -52,7 +52,7 @@ def compare_command(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw; give it again for more.", show_default="two")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="A picture per prompt and seed.", show_default="0")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="An image per prompt and seed.", show_default="0")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels.", show_default="twice the model's normal")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.", show_default="twice the model's normal")] = None,
     steps: Annotated[
@@ -160,7 +160,7 @@ def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
     try:
         with _bar(notes) as watch:
             comparison = compare(pipe, settings, watch, output.add)
-        with notes.status("measuring how like the pictures are"):
+        with notes.status("measuring how like the images are"):
             report = build_report(comparison)
         console = notes if as_json else Console()
         console.print(compare_table(report))  # before anything can fail to be written

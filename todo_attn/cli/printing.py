@@ -20,7 +20,7 @@ def compare_table(report: dict[str, Any]) -> Table:
     with_memory = any(m["peak_memory_bytes"] is not None for m in report["methods"])
     table = Table(
         title=f"{settings['width']} x {settings['height']}, {steps_text(settings['steps'])}, "
-        f"{count} picture{'s' if count > 1 else ''} by each method, on {report['machine']['device']}",
+        f"{count} image{'s' if count > 1 else ''} by each method, on {report['machine']['device']}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,

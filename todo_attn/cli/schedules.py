@@ -13,7 +13,7 @@ from ..options.settings import check_steps
 if TYPE_CHECKING:
     from ..models.architectures import Architecture
 
-_BATCH = 2  # a picture with guidance
+_BATCH = 2  # an image with guidance
 _KINDS = {"full": schedule.FULL, "shallow": schedule.SHALLOW, "reuse": schedule.REUSE}
 
 

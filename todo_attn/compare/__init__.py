@@ -1,1 +1,1 @@
-"""The same pictures by each method: made, measured, written and laid side by side."""
+"""The same images by each method: made, measured, written and laid side by side."""

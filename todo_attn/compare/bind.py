@@ -1,4 +1,4 @@
-"""The ways to make a picture that ``compare`` holds against each other: what each puts on a pipeline and takes off."""
+"""The ways to make an image that ``compare`` holds against each other: what each puts on a pipeline and takes off."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def _bind_todo(method: Method, pipe: Any, settings: CompareSettings) -> BoundMet
 
 
 def _bind_dato(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
-    """DaTo with its schedule made for just the calls of a picture, so that it has no reason to resample it."""
+    """DaTo with its schedule made for just the calls of an image, so that it has no reason to resample it."""
     assert settings.steps is not None
     calls = calls_of(pipe.scheduler, settings.steps)
     config = settings.dato_config(method, calls, *_size(settings))
     options = {"schedule": settings.schedule if method.variant is None else method.variant, **config.to_dict()}
 
     def remove() -> None:
-        reset_dato(pipe)  # its tensors go now, not when Python next collects: the next picture's memory is measured
+        reset_dato(pipe)  # its tensors go now, not when Python next collects: the next image's memory is measured
         remove_dato(pipe)
 
     return BoundMethod(method.label, options, apply=lambda: apply_dato(pipe, config), remove=remove)
@@ -152,7 +152,7 @@ _BINDERS: dict[str, Callable[[Method, Any, CompareSettings], BoundMethod]] = {
 
 
 def calls_of(scheduler: Any, steps: int) -> int:
-    """How often a picture of ``steps`` steps of ``scheduler`` calls the UNet: twice a step with Heun, for one."""
+    """How often an image of ``steps`` steps of ``scheduler`` calls the UNet: twice a step with Heun, for one."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)

@@ -12,9 +12,9 @@ from typing import Any
 from ..options.methods import SettingError
 
 IMAGES, SHEET, REPORT = "images", "contact_sheet.png", "report.json"
-NOTHING_MADE = "no picture was finished, and nothing is written"
+NOTHING_MADE = "no image was finished, and nothing is written"
 DEFAULT = Path("compare")
-_PICTURE = re.compile(rf"{IMAGES}/[^/\\]+\.png")
+_IMAGE = re.compile(rf"{IMAGES}/[^/\\]+\.png")
 
 
 def choose_folder(out: str | None, overwrite: bool) -> Path:
@@ -68,10 +68,10 @@ def _files_of_comparison(folder: Path) -> list[Path] | None:
     """Every file that the report in ``folder`` names, itself the last; None if there is no report of a comparison."""
     try:
         report: Any = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        pictures = [image["file"] for method in report["methods"] for image in method["images"]]
-        pictures += report.get("missing", [])
-        if all(_PICTURE.fullmatch(picture) for picture in pictures):
-            return [folder / name for name in (*pictures, SHEET, REPORT)]
+        files = [image["file"] for method in report["methods"] for image in method["images"]]
+        files += report.get("missing", [])
+        if all(_IMAGE.fullmatch(file) for file in files):
+            return [folder / name for name in (*files, SHEET, REPORT)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     return None

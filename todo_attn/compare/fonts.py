@@ -22,7 +22,7 @@ _FOLDERS = (
     os.path.join(os.environ.get("WINDIR", r"C:\Windows"), "Fonts"),
 )  # fmt: skip
 _SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
-_SELECTORS = "\ufe0e\ufe0f"  # of text or coloured pictures
+_SELECTORS = "\ufe0e\ufe0f"  # of text or colour emoji
 _NOWHERE = "\U0010ffff"  # is no character: what a font draws for one that it lacks
 
 
@@ -49,7 +49,7 @@ def _has(face: _Face, character: str) -> bool:
     try:
         font = _load(face, 24)
         mask, none = font.getmask(character), font.getmask(_NOWHERE)
-    except OSError:  # no font, or one of coloured pictures in a single size
+    except OSError:  # no font, or one of colour bitmaps in a single size
         return False
     if mask.getbbox() is None:  # nothing to see
         return character.isspace()

@@ -1,4 +1,4 @@
-"""How far one picture is from another: PSNR and SSIM by scikit-image."""
+"""How far one image is from another: PSNR and SSIM by scikit-image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _check(reference: np.ndarray, image: np.ndarray) -> None:
 
 
 def psnr(reference: np.ndarray, image: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels and channels; infinite for equal pictures.
+    """Peak signal-to-noise ratio in dB over all pixels and channels; infinite for equal images.
 
     Args:
         reference, image: (height, width, 3) uint8.
@@ -34,7 +34,7 @@ def psnr(reference: np.ndarray, image: np.ndarray) -> float:
 
 
 def ssim(reference: np.ndarray, image: np.ndarray) -> float:
-    """Structural similarity, at most 1, which equal pictures have.
+    """Structural similarity, at most 1, which equal images have.
 
     As Wang et al. (2004) define it: a Gaussian window of standard deviation 1.5, per channel, averaged.
 

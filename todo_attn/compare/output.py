@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder: the pictures, the contact sheet and report.json."""
+"""What a comparison leaves in its folder: the images, the contact sheet and report.json."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Fills the folder of one comparison, each picture as soon as it is made.
+    """Fills the folder of one comparison, each image as soon as it is made.
 
-    With the first picture goes a report that names all that are to come, so that the folder is known for a
+    With the first image goes a report that names all that are to come, so that the folder is known for a
     comparison's, however that ends. Whatever an older one left there goes just before. A file that cannot be written is
     no reason to stop: it is in ``failures``.
 
     Args:
-        folder: as :func:`~todo_attn.compare.folder.choose_folder` gives it; it is made with the first picture.
+        folder: as :func:`~todo_attn.compare.folder.choose_folder` gives it; it is made with the first image.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +41,7 @@ class Output:
         self._usable = True
 
     def add(self, comparison: Comparison) -> None:
-        """Write those pictures of ``comparison`` that are new."""
+        """Write those images of ``comparison`` that are new."""
         if not comparison.shots:
             return
         if self._comparison is None:
@@ -49,7 +49,7 @@ class Output:
         self._comparison = comparison
         for shot in comparison.shots[self._seen :]:
             self._seen += 1
-            self._save(file_name(shot.picture, shot.seed, shot.label), Image.fromarray(shot.pixels))
+            self._save(file_name(shot.number, shot.seed, shot.label), Image.fromarray(shot.pixels))
 
     def finish(self, comparison: Comparison, report: dict[str, Any]) -> None:
         """Write the report, which is small, and then the contact sheet."""
@@ -70,9 +70,7 @@ class Output:
             return problem
         done = len(self._comparison.shots)
         total = done + len(report["missing"])
-        return (
-            f"{done} of {total} pictures are in {self.folder / IMAGES}, with a partial report, {self.folder / REPORT}"
-        )
+        return f"{done} of {total} images are in {self.folder / IMAGES}, with a partial report, {self.folder / REPORT}"
 
     def problem(self) -> str | None:
         """One sentence on the files that could not be written."""
@@ -95,9 +93,9 @@ class Output:
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         self._write(REPORT, text.encode(), replace=True)
 
-    def _save(self, name: str, picture: Image.Image, replace: bool = False) -> None:
+    def _save(self, name: str, image: Image.Image, replace: bool = False) -> None:
         png = io.BytesIO()
-        picture.save(png, "png")
+        image.save(png, "png")
         self._write(name, png.getvalue(), replace)
 
     def _write(self, name: str, content: bytes, replace: bool) -> None:
@@ -128,7 +126,7 @@ def _removed_if_not_whole(file: Path) -> Iterator[None]:
 def sheet_of(comparison: Comparison, report: dict[str, Any]) -> Image.Image:
     """The contact sheet of a comparison and its report."""
     settings = report["settings"]
-    pixels = {(s.label, s.picture): s.pixels for s in comparison.shots}
+    pixels = {(s.label, s.number): s.pixels for s in comparison.shots}
     images = {(m["method"], i["picture"]): i for m in report["methods"] for i in m["images"]}
     rows = [
         Row(
@@ -138,8 +136,8 @@ def sheet_of(comparison: Comparison, report: dict[str, Any]) -> Image.Image:
                 for m in report["methods"]
             ],
         )
-        for number, (prompt, seed) in enumerate(comparison.settings.pictures)
-        if any(picture == number for _, picture in images)
+        for number, (prompt, seed) in enumerate(comparison.settings.images)
+        if any(there == number for _, there in images)
     ]
     title = f"{settings['width']} x {settings['height']} pixels, {steps_text(settings['steps'])}"
     folder = Path(settings["model"])
@@ -165,7 +163,7 @@ def _badge(method: dict[str, Any]) -> str:
 def _detail(method: dict[str, Any]) -> str:
     if method["seconds"] is None:
         return "left out" if method["unavailable"] else "not made yet"
-    text = f"{seconds_text(method['seconds']['median'])} per picture"
+    text = f"{seconds_text(method['seconds']['median'])} per image"
     return text if method["psnr"] is None else f"{text}  ·  PSNR {method['psnr']:.1f} dB"
 
 

@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 _ABOUT = (
     "seconds: from prompt to pixels, text encoder and VAE included; the warm-up passes are not counted.",
     "speedup: dense's median seconds over the method's.",
-    "psnr (dB) and ssim: the 8-bit picture against dense's of the same prompt and seed; psnr is null where they are "
-    "equal, and such pictures are not in its mean.",
+    "psnr (dB) and ssim: the 8-bit image against dense's of the same prompt and seed; psnr is null where they are "
+    "equal, and such images are not in its mean.",
     "peak_memory_bytes: on a CUDA device the most that torch held there, weights included; on a CPU under Linux the "
-    "most resident memory of the process above what was resident before the picture, so without the weights; null "
-    "where neither can be told. A method's is the most of its pictures.",
+    "most resident memory of the process above what was resident before the image, so without the weights; null "
+    "where neither can be told. A method's is the most of its images.",
 )
 
 
-def file_name(picture: int, seed: int, label: str) -> str:
-    """The path of a picture's file in the folder of its comparison."""
-    return f"{IMAGES}/{picture + 1:02d}-seed{seed}-{label.replace(':', '-').replace('=', '_')}.png"
+def file_name(number: int, seed: int, label: str) -> str:
+    """The path of an image's file in the folder of its comparison."""
+    return f"{IMAGES}/{number + 1:02d}-seed{seed}-{label.replace(':', '-').replace('=', '_')}.png"
 
 
 def build_report(comparison: Comparison) -> dict[str, Any]:
     """Everything that is worth keeping of ``comparison`` but the pixels, ready for ``json.dumps``.
 
     Keys: ``settings``, ``versions``, ``machine``, ``methods`` (in the order asked for, each with its ``images``),
-    ``complete``, whether all pictures are there, ``missing``, the files of those that are not, ``notes``, what went
+    ``complete``, whether all images are there, ``missing``, the files of those that are not, ``notes``, what went
     otherwise than asked for, and ``about``, what the numbers are.
     """
-    dense = {s.picture: s for s in comparison.shots if s.label == "dense"}
+    dense = {s.number: s for s in comparison.shots if s.label == "dense"}
     dense_median = statistics.median(s.seconds for s in dense.values()) if dense else None
     missing = _missing(comparison)
     methods = [
@@ -84,7 +84,7 @@ def _method_report(
     }
     if not shots:
         return report
-    images = sorted((_image_report(s, dense.get(s.picture)) for s in shots), key=lambda i: i["picture"])
+    images = sorted((_image_report(s, dense.get(s.number)) for s in shots), key=lambda i: i["picture"])
     seconds = [s.seconds for s in shots]
     differing = [i["psnr"] for i in images if i["psnr"] is not None]
     similarities = [i["ssim"] for i in images if i["ssim"] is not None]
@@ -105,8 +105,8 @@ def _image_report(shot: Shot, dense: Shot | None) -> dict[str, Any]:
         decibels, similarity = psnr(dense.pixels, shot.pixels), ssim(dense.pixels, shot.pixels)
         same = bool(np.array_equal(dense.pixels, shot.pixels))
     return {
-        "file": file_name(shot.picture, shot.seed, shot.label),
-        "picture": shot.picture,
+        "file": file_name(shot.number, shot.seed, shot.label),
+        "picture": shot.number,
         "prompt": shot.prompt,
         "seed": shot.seed,
         "seconds": shot.seconds,
@@ -126,11 +126,11 @@ def spread(seconds: list[float]) -> dict[str, float | int]:
 
 
 def _missing(comparison: Comparison) -> list[str]:
-    """The files of the pictures that were still to be made."""
-    there = {(shot.picture, shot.label) for shot in comparison.shots}
+    """The files of the images that were still to be made."""
+    there = {(shot.number, shot.label) for shot in comparison.shots}
     return [
         file_name(number, seed, method.label)
-        for number, (_, seed) in enumerate(comparison.settings.pictures)
+        for number, (_, seed) in enumerate(comparison.settings.images)
         for method in comparison.methods
         if method.unavailable is None and (number, method.label) not in there
     ]
@@ -140,19 +140,19 @@ def _notes(comparison: Comparison) -> list[str]:
     notes = []
     if missing := _missing(comparison):
         total = len(comparison.shots) + len(missing)
-        notes.append(f"This is a part of the comparison: {len(missing)} of {total} pictures are missing.")
+        notes.append(f"This is a part of the comparison: {len(missing)} of {total} images are missing.")
     for method in comparison.methods:
         if method.unavailable is not None:
             done = sum(shot.label == method.label for shot in comparison.shots)
-            ended = "was left out" if not done else f"ended after {done} picture{'s' if done > 1 else ''}"
+            ended = "was left out" if not done else f"ended after {done} image{'s' if done > 1 else ''}"
             notes.append(f"{method.label} {ended}: {method.unavailable}.")
     broken = sorted({s.label for s in comparison.shots if not s.finite})
     if broken:
         notes.append(
-            f"NaN or infinity in pictures by {', '.join(broken)}: they have no psnr and ssim. Another dtype may help."
+            f"NaN or infinity in images by {', '.join(broken)}: they have no psnr and ssim. Another dtype may help."
         )
     if any(s.blacked_out for s in comparison.shots):
-        notes.append("The model's safety checker blacked out pictures: their psnr and ssim say nothing.")
+        notes.append("The model's safety checker blacked out images: their psnr and ssim say nothing.")
     if lacking := without_font("".join(comparison.settings.prompts)):
         some = ", ".join(f"U+{ord(character[0]):04X}" for character in lacking[:5])
         notes.append(

@@ -1,4 +1,4 @@
-"""The same pictures by each method, taking turns, with the time each took."""
+"""The same images by each method, taking turns, with the time each took."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .bind import BoundMethod, bind
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture by one method.
+    """One image by one method.
 
     Args:
-        picture: its number among the pairs of prompt and seed, from 0.
+        number: of the image, among the pairs of prompt and seed, from 0.
         pixels: (height, width, 3) uint8.
         seconds: from the call of the pipeline to the pixels on the CPU, text encoder and VAE included.
         peak_bytes: the most memory held meanwhile, as :func:`~todo_attn.peak_memory.watch_peak` has it; None where
@@ -35,7 +35,7 @@ class Shot:
     """
 
     label: str
-    picture: int
+    number: int
     prompt: str
     seed: int
     pixels: np.ndarray
@@ -78,21 +78,21 @@ def compare(
 ) -> Comparison:
     """Make every prompt and seed of ``settings`` by each of its methods.
 
-    One uncounted and shorter pass of each method goes first. Then the methods take turns at each picture, in turned
-    order from one picture to the next, so that a machine that slows down or speeds up does so for all of them. Starting
-    noise comes from the CPU, seeded per picture, and is the same for every method. A method is put on the pipeline for
-    one picture and taken off again, also when something raises: the pipeline is left as found.
+    One uncounted and shorter pass of each method goes first. Then the methods take turns at each image, in turned
+    order from one image to the next, so that a machine that slows down or speeds up does so for all of them. Starting
+    noise comes from the CPU, seeded per image, and is the same for every method. A method is put on the pipeline for
+    one image and taken off again, also when something raises: the pipeline is left as found.
 
     Args:
         pipe: a text-to-image pipeline with a UNet, as :func:`~todo_attn.models.pipelines.load_pipeline` gives.
             Device, dtype and scheduler are its own, and those of ``settings`` are not looked at.
         watch: called after every scheduler step.
-        keep: called after every picture with the comparison so far.
+        keep: called after every image with the comparison so far.
 
     Raises:
         SettingError: a setting that does not fit the pipeline.
         ValueError: one of the methods is on the pipeline already.
-        torch.OutOfMemoryError: memory does not suffice for a picture by any method.
+        torch.OutOfMemoryError: memory does not suffice for an image by any method.
     """
     check_pipeline(pipe, settings.source)
     settings = sized(settings, pipe)
@@ -103,8 +103,8 @@ def compare(
     # A schedule is made for a number of steps, and so the method with it.
     short = replace(settings, steps=warmup_steps)
     warm_ups = [b for b in (bind(method, pipe, short) for method in short.parsed_methods()) if b.unavailable is None]
-    pictures = settings.pictures
-    total = len(able) * (warmup_steps + len(pictures) * settings.steps)
+    images = settings.images
+    total = len(able) * (warmup_steps + len(images) * settings.steps)
     done = 0
     names = type(pipe).__name__, type(pipe.scheduler).__name__
     shots: list[Shot] = []
@@ -114,12 +114,12 @@ def compare(
         now = [replace(m, unavailable=OUT_OF_MEMORY) if m.label in out_of_memory else m for m in methods]
         return Comparison(settings, *names, pipe.unet.device, pipe.unet.dtype, now, list(shots))
 
-    def take(method: BoundMethod, picture: int, steps: int, what: str) -> Shot | None:
-        """The picture, or None if memory does not suffice: the method is left out from then on."""
+    def take(method: BoundMethod, number: int, steps: int, what: str) -> Shot | None:
+        """The image, or None if memory does not suffice: the method is left out from then on."""
         nonlocal done
         if method.label in out_of_memory:
             return None
-        prompt, seed = pictures[picture]
+        prompt, seed = images[number]
 
         def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             if watch is not None:
@@ -129,7 +129,7 @@ def compare(
 
         try:
             with method.applied():
-                shot = _take(pipe, settings, prompt, seed, steps, on_step, label=method.label, picture=picture)
+                shot = _take(pipe, settings, prompt, seed, steps, on_step, label=method.label, number=number)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -145,17 +145,17 @@ def compare(
     with _quiet(pipe), _told_once():
         for method in warm_ups:
             take(method, 0, warmup_steps, f"warm-up: {method.label}")
-        for picture in range(len(pictures)):
-            for method in able[:: -1 if picture % 2 else 1]:
-                what = f"picture {picture + 1} of {len(pictures)}: {method.label}"
-                shot = take(method, picture, settings.steps, what)
+        for number in range(len(images)):
+            for method in able[:: -1 if number % 2 else 1]:
+                what = f"image {number + 1} of {len(images)}: {method.label}"
+                shot = take(method, number, settings.steps, what)
                 if shot is None:
                     continue
                 shots.append(shot)
                 if keep is not None:
                     keep(so_far())
     if not shots:
-        raise torch.OutOfMemoryError("memory does not suffice for a picture by any method")
+        raise torch.OutOfMemoryError("memory does not suffice for an image by any method")
     return so_far()
 
 
@@ -175,7 +175,7 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _told_once() -> Iterator[None]:
-    """Each of this package's warnings once, not at every picture that a method is put on for."""
+    """Each of this package's warnings once, not at every image that a method is put on for."""
     told: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:

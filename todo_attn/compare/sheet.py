@@ -1,4 +1,4 @@
-"""Pictures side by side with words, drawn by Pillow: a column per method, a row per prompt and seed."""
+"""Images side by side with words, drawn by Pillow: a column per method, a row per prompt and seed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .fonts import draw_text, length, one_line
 
 _PAPER, _INK, _FAINT, _RULE, _ACCENT = "#ffffff", "#181a1f", "#6c727d", "#dee1e6", "#0b7a4b"
 _MARGIN, _GAP = 32, 20
-_MAX_CELL = 512  # pixels along a picture's longer side
-_MIN_PITCH = 320  # words need some room also under tiny pictures
+_MAX_CELL = 512  # pixels along an image's longer side
+_MIN_PITCH = 320  # words need some room also under tiny images
 
 _BIG, _HEADING, _NORMAL, _SMALL = 26, 22, 18, 15  # sizes of words
 _LINE = 22  # from one small line to the next
@@ -34,19 +34,19 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """What the row shows, and per column a picture ((height, width, 3) uint8, None where there is none) and words."""
+    """What the row shows, and per column an image ((height, width, 3) uint8, None where there is none) and words."""
 
     title: str
     cells: Sequence[tuple[np.ndarray | None, str]]
 
 
 def draw_sheet(title: str, subtitle: str, columns: Sequence[Column], rows: Sequence[Row]) -> Image.Image:
-    """The contact sheet, RGB. Pictures above 512 pixels on their longer side are shown scaled down.
+    """The contact sheet, RGB. Images above 512 pixels on their longer side are shown scaled down.
 
     Args:
         title, subtitle: at the top; the subtitle takes as many lines as it needs.
         columns: at least one.
-        rows: at least one, each with a cell per column; at least one cell with a picture.
+        rows: at least one, each with a cell per column; at least one cell with an image.
     """
     shape = next(pixels.shape for row in rows for pixels, _ in row.cells if pixels is not None)
     shrink = min(1.0, _MAX_CELL / max(shape[:2]))
@@ -92,10 +92,8 @@ def draw_sheet(title: str, subtitle: str, columns: Sequence[Column], rows: Seque
             if pixels is None:
                 draw.rectangle((x, top, x + width - 1, top + height - 1), outline=_RULE)
             else:
-                picture = Image.fromarray(pixels)
-                sheet.paste(
-                    picture.resize((width, height), Image.Resampling.LANCZOS) if shrink < 1 else picture, (x, top)
-                )
+                image = Image.fromarray(pixels)
+                sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS) if shrink < 1 else image, (x, top))
             write(x, top + height + 8, caption, _SMALL, _INK if pixels is not None else _FAINT, pitch - _GAP)
         y += row_height
     return sheet

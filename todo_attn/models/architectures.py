@@ -46,7 +46,7 @@ class Architecture:
     Args:
         name: as it was asked for.
         config: arguments of ``UNet2DConditionModel``.
-        pixels_per_latent: how many pixels of the picture one of its latents stands for, along each axis.
+        pixels_per_latent: how many pixels of the image one of its latents stands for, along each axis.
     """
 
     name: str

@@ -146,7 +146,7 @@ def kind_of(source: str, tensors: Mapping[str, torch.Tensor]) -> str:
     if kind in _PIPELINES:  # also what diffusers says of anything that it does not know
         problem = "holds no whole pipeline (a LoRA, a VAE or a UNet alone?)"
     elif kind in ("inpainting", "inpainting_v2", "xl_inpaint", "xl_refiner", "upscale", "instruct-pix2pix"):
-        problem = f"is of the kind {kind}, which does not make pictures from text alone"
+        problem = f"is of the kind {kind}, which does not make images from text alone"
     else:
         problem = f"is of the kind {kind}: {CANNOT_USE_DITS}"
     raise SettingError("model", f"must be a checkpoint of Stable Diffusion 1.x, 2.x or SDXL, and {source!r} {problem}")

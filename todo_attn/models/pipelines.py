@@ -35,7 +35,7 @@ def check_pipeline(pipe: Any, source: str) -> None:
     """Refuse what cannot be compared.
 
     Raises:
-        SettingError: ``pipe`` does not make pictures from text alone at a given size, or has no self-attention over
+        SettingError: ``pipe`` does not make images from text alone at a given size, or has no self-attention over
             an image in a UNet.
     """
     parameters = inspect.signature(pipe.__call__).parameters

@@ -25,7 +25,7 @@ KINDS = {
 METHODS_TEXT = ", ".join(kind if variant is None else f"{kind}, {kind}:{variant}" for kind, variant in KINDS.items())
 NO_SCHEDULE = "none"
 MAX_RATIO = 0.75  # tomesd and DaTo's default patch leave one token of each 2 x 2
-_ANY_SIZE = (512, 512)  # whether a factor can be read does not hang on the picture's size
+_ANY_SIZE = (512, 512)  # whether a factor can be read does not hang on the image's size
 
 
 class SettingError(ArgumentError):
@@ -42,7 +42,7 @@ class UnreachableError(SettingError):
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make the picture: its kind, one of ``KINDS``, and its variant as written (None: the options hold)."""
+    """One way to make the image: its kind, one of ``KINDS``, and its variant as written (None: the options hold)."""
 
     kind: str
     variant: str | None = None
@@ -117,7 +117,7 @@ class MethodOptions:
             self.cache_interval_of(method)
 
     def todo_config(self, method: Method, height: int, width: int) -> ToDoConfig:
-        """The configuration of "todo" or "todo:FACTOR", at a picture size in pixels."""
+        """The configuration of "todo" or "todo:FACTOR", at an image size in pixels."""
         mode = cast(Mode, self.mode)  # which ToDoConfig checks
         try:
             factor = parse_factor(self.factor if method.variant is None else method.variant, height, width)
@@ -129,8 +129,8 @@ class MethodOptions:
         """The configuration of "dato" or "todo+dato", with or without a schedule's name.
 
         Args:
-            calls: how often one picture calls the UNet, at least 1. The schedule is resampled to that.
-            height, width: of the picture, in pixels.
+            calls: how often one image calls the UNet, at least 1. The schedule is resampled to that.
+            height, width: of the image, in pixels.
         """
         if not 0 <= self.prune_ratio <= MAX_RATIO:
             raise SettingError("prune_ratio", f"must be from 0 to {MAX_RATIO}, got {self.prune_ratio}")

@@ -64,7 +64,7 @@ class CompareSettings(MethodOptions):
     Args:
         model: a folder in diffusers' format, a .safetensors or .ckpt file, or a Hub id; None is the shipped pipeline.
         prompts: the captions; none at all takes two that suit the model.
-        seeds: one picture per prompt and seed, the starting noise drawn on the CPU.
+        seeds: one image per prompt and seed, the starting noise drawn on the CPU.
         height, width: in pixels; None is twice the model's normal size.
         steps: of the scheduler; None is 10 for the shipped pipeline and 30 for others.
         guidance: the guidance scale; None is the pipeline's own.
@@ -125,8 +125,8 @@ class CompareSettings(MethodOptions):
         return str(example_pipeline()) if self.model is None else self.model
 
     @property
-    def pictures(self) -> list[tuple[str, int]]:
-        """Prompt and seed of each picture, in order."""
+    def images(self) -> list[tuple[str, int]]:
+        """Prompt and seed of each image, in order."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def check_size(name: str, size: int | None, multiple: int) -> None:
 
 
 def check_area(height: int, width: int) -> None:
-    """Refuse a picture of more pixels than make sense, which a panorama may have in any proportion."""
+    """Refuse an image of more pixels than make sense, which a panorama may have in any proportion."""
     if height * width > MAX_SIDE**2:
         most = f"as many pixels as {MAX_SIDE} x {MAX_SIDE}"
         raise SettingError("height", f"times the width must be at most {most}, got {height} x {width}")

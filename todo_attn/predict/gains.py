@@ -26,8 +26,8 @@ from .verdict import Verdict, compare_runs, kinds_of
 
 # From benchmarks/results/compare-tiny-sd-dato.json.
 _PICTURES = (
-    "DaTo's schedules change the picture visibly, fast ones most. On the shipped pipeline (512 x 512, 50 steps) coco's "
-    "pictures have a PSNR of 23.5 dB to the dense ones and an SSIM of 0.921, those of ToDo with 1024 keys 39.4 dB and "
+    "DaTo's schedules change the image visibly, fast ones most. On the shipped pipeline (512 x 512, 50 steps) coco's "
+    "images have a PSNR of 23.5 dB to the dense ones and an SSIM of 0.921, those of ToDo with 1024 keys 39.4 dB and "
     "0.996. See it on your model: todo-attn compare MODEL --methods dense,todo,dato,todo+dato"
 )
 _FEW_STEPS = "Published gains of caching in few-step models (LCM, Turbo, Lightning: 1 to 8 steps) are 1.0 to 1.3x"
@@ -166,7 +166,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _notes(calls: int, configs: list[ToDoConfig | DaToConfig]) -> list[str]:
-    """What a gain in seconds does not tell of DaTo: the picture, and how many calls a schedule needs."""
+    """What a gain in seconds does not tell of DaTo: the image, and how many calls a schedule needs."""
     datos = [config for config in configs if isinstance(config, DaToConfig)]
     cached = any(config.cache_schedule is not None for config in datos)
     notes = [_PICTURES] if cached else []
