@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,12 +10,11 @@ from typing import Any
 import torch
 
 from . import ops
-from .logs import silent
-from .machine import device_name, machine, versions
+from .logs import one_line, silent
+from .machine import device_name, driver, machine, versions
 from .ops import backends, libraries, reference
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Largest error taken for right, with outputs of about 1: some roundings of the dtype.
+# The largest error that passes, with outputs of about 1: a few roundings of the dtype.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _GRID, _FACTOR, _HEADS, _HEAD_DIM = (12, 10), 2, 2, 40
 
@@ -73,26 +70,13 @@ def _cuda() -> dict[str, Any]:
         why_not = "this torch is built without CUDA"
     else:
         why_not = "torch has CUDA but sees no GPU that it can use"
-    return {"torch_cuda": torch.version.cuda, "driver": _driver(), "gpus": gpus, "why_not": why_not}
-
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version by nvidia-smi; None where there is none to ask."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(answer.stdout.split()), None)
+    return {"torch_cuda": torch.version.cuda, "driver": driver(), "gpus": gpus, "why_not": why_not}
 
 
 def _op_rows(device: torch.device) -> list[dict[str, Any]]:
     """One row per op and dtype: the backend that "auto" takes, why not Triton, and a check of each that can run."""
     rows = []
-    for dtype in _DTYPES:
+    for dtype in _TOLERANCE:
         where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
         why_not = backends.triton_unavailable_reason(device, dtype, _HEAD_DIM)
         chosen = backends.choose("auto", device, dtype, _HEAD_DIM)
@@ -119,7 +103,7 @@ def _token_rows(device: torch.device) -> list[dict[str, Any]]:
     backend = {"cpu": "C++", "cuda": "CUDA"}[device.type] if why_not is None else "torch"
     where = {"device": str(device), "dtype": "any", "backend": backend, "why_not_compiled": why_not}
     return [
-        {"op": op, **where, "checks": [_check(backend, _DTYPES[0], partial(_move_error, device, op))]}
+        {"op": op, **where, "checks": [_check(backend, torch.float32, partial(_move_error, device, op))]}
         for op in ("gather_tokens", "scatter_tokens", "recover_tokens", "select_base_tokens")
     ]
 
@@ -129,7 +113,7 @@ def _check(backend: str, dtype: torch.dtype, error_of: Callable[[], float]) -> d
     try:
         error = error_of()
     except Exception as raised:  # of any kind: a doctor names what it finds and goes on
-        return {"backend": backend, "max_error": None, "problem": _one_line(raised)}
+        return {"backend": backend, "max_error": None, "problem": one_line(raised)}
     right = error <= _TOLERANCE[dtype]  # not so for NaN
     problem = None if right else f"wrong by {error:.3g}, where {_TOLERANCE[dtype]:.3g} would be rounding"
     return {"backend": backend, "max_error": error if error == error else None, "problem": problem}
@@ -172,7 +156,7 @@ def _match_error(device: torch.device, dtype: torch.dtype) -> float:
 
 def _move_error(device: torch.device, op: str) -> float:
     """0 or infinity: moving is right to the last bit, and adding a residual is one rounding."""
-    for dtype in _DTYPES:
+    for dtype in _TOLERANCE:
         x = _tokens(dtype, 1)[0].flatten(2)
         index = torch.arange(x.shape[1]).unsqueeze(0).flip(1)[:, ::3]
         arguments: tuple[Any, ...] = {
@@ -196,7 +180,7 @@ def _check_diffusers() -> dict[str, Any]:
     try:
         problem = _try_processor()
     except Exception as raised:  # as in _check
-        problem = _one_line(raised)
+        problem = one_line(raised)
     return {"installed": True, "why_not": None, "problem": problem}
 
 
@@ -225,7 +209,3 @@ def _try_processor() -> str | None:
     if not torch.equal(after, before):
         return "remove_todo does not give the model back as it was"
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

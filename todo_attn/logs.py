@@ -1,4 +1,4 @@
-"""The package's logger, and how to keep it still where its advice is not asked for."""
+"""The package's logger, how to silence it, and an error on one line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ logger = logging.getLogger("todo_attn")
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Without the package's log, as where a model is only tried or counted."""
+    """Silence the package's log while a model is only tried or counted."""
     before, logger.disabled = logger.disabled, True
     try:
         yield
     finally:
         logger.disabled = before
+
+
+def one_line(error: BaseException) -> str:
+    """The type and message of ``error``, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -70,7 +70,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         info |= {
-            "driver": _driver(device),
+            "driver": driver(device.index or 0),
             "cuda": torch.version.cuda,
             "capability": f"{major}.{minor}",
             "memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1),
@@ -140,10 +140,9 @@ def commit() -> str | None:
     return _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12")
 
 
-def _driver(device: torch.device) -> str | None:
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={index}")
-    return lines.splitlines()[0].strip() if lines else None
+def driver(index: int = 0) -> str | None:
+    """The version of the NVIDIA driver, by nvidia-smi; None if there is none to ask."""
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={index}")
 
 
 def _version(package: str) -> str | None:

@@ -10,12 +10,12 @@ import torch
 from .. import machine
 from ..bench import cases, kernels, report
 from ..options.methods import SettingError
-from ..options.settings import check_area, resolved_device
+from ..options.settings import SHORT_DTYPES, check_area, resolved_device
 
 if TYPE_CHECKING:
     from ..models.architectures import Architecture
 
-_SHORT = {str(dtype).removeprefix("torch."): name for name, dtype in cases.DTYPES.items()}
+_SHORT = {name: short for short, name in SHORT_DTYPES.items()}
 
 
 def bench(

@@ -33,6 +33,12 @@ def is_number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
+def check_at_least(least: int, argument: str, value: object) -> None:
+    """Refuse a ``value`` that is not an integer of at least ``least``."""
+    if not isinstance(value, int) or not is_int(value) or value < least:
+        raise ArgumentError(argument, f"must be an integer of at least {least}, got {value!r}")
+
+
 def arguments_of(cls: type, data: object) -> dict[str, Any]:
     """``data`` as arguments of the dataclass ``cls``.
 

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 from . import schedule
-from .checks import ArgumentError, arguments_of, is_int, is_number
+from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_number
 from .todo import ToDoConfig
 
 _FLAGS = ("align_guidance", "prune_cross_attention", "prune_feed_forward")
@@ -97,8 +97,7 @@ class DaToConfig:
         Raises:
             ArgumentError: no such schedule, ``steps`` is not a positive integer, or an argument does not fit.
         """
-        if not is_int(steps) or steps < 1:
-            raise ArgumentError("steps", f"must be an integer of at least 1, got {steps!r}")
+        check_at_least(1, "steps", steps)
         if "cache_schedule" in overrides:
             raise ArgumentError("cache_schedule", "must not be given: it is what the preset says")
         return cls(cache_schedule=schedule.resample(schedule.load(name).digits, steps), **overrides)
@@ -109,7 +108,7 @@ class DaToConfig:
         Raises:
             ArgumentError: ``calls`` is not an integer of at least 1.
         """
-        _check_calls(calls)
+        check_at_least(1, "calls", calls)
         if self.cache_schedule is None:
             return schedule.FULL * (calls - 1)
         return schedule.resample(self.cache_schedule, calls - 1)
@@ -124,10 +123,9 @@ class DaToConfig:
         Raises:
             ArgumentError: ``call`` is not an integer of at least 0, or ``calls`` of at least 1.
         """
-        if not is_int(call) or call < 0:
-            raise ArgumentError("call", f"must be an integer of at least 0, got {call!r}")
+        check_at_least(0, "call", call)
         if calls is not None:
-            _check_calls(calls)
+            check_at_least(1, "calls", calls)
         ratios = self.prune_ratio
         if isinstance(ratios, (int, float)):
             return ratios
@@ -189,8 +187,3 @@ def _check_room(ratio: float | tuple[float, ...], patch: tuple[int, int]) -> Non
             f"must be at most {most:.6g}, the most that any grid leaves beside the base tokens of patches "
             f"of {patch}, got {highest!r}",
         )
-
-
-def _check_calls(calls: object) -> None:
-    if not isinstance(calls, int) or not is_int(calls) or calls < 1:
-        raise ArgumentError("calls", f"must be an integer of at least 1, got {calls!r}")

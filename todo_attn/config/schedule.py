@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .checks import ArgumentError, arguments_of, is_int, is_number
+from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_number
 
 FULL, SHALLOW, REUSE = "2", "1", "0"
 DIGITS = frozenset((FULL, SHALLOW, REUSE))
@@ -200,8 +200,7 @@ def resample(digits: str, length: int) -> str:
         ArgumentError: ``digits`` is no schedule, or ``length`` is not an integer of at least 0.
     """
     check_digits(digits)
-    if not (is_int(length) and length >= 0):
-        raise ArgumentError("length", f"must be an integer of at least 0, got {length!r}")
+    check_at_least(0, "length", length)
     # What is owed is counted in units of 1 / len(digits) of a call, which makes it exact: an old call is worth `length`
     # units and a new one takes len(digits).
     unit, owed, resampled = len(digits), dict.fromkeys((FULL, SHALLOW, REUSE), 0), []

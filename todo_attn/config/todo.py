@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
 
-from .checks import ArgumentError, arguments_of, is_int, is_number
+from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_number
 from .modes import MODES, Mode
 
 FINEST = "finest"
@@ -67,8 +67,7 @@ class ToDoConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", _checked_factor(self.factor))
-        if not is_int(self.max_kv_tokens) or self.max_kv_tokens < 1:
-            raise ArgumentError("max_kv_tokens", f"must be an integer of at least 1, got {self.max_kv_tokens!r}")
+        check_at_least(1, "max_kv_tokens", self.max_kv_tokens)
         if not isinstance(self.mode, str) or self.mode not in MODES:
             raise ArgumentError("mode", f"must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
         object.__setattr__(self, "timestep_range", _checked_range(self.timestep_range))

@@ -138,8 +138,8 @@ def _pixels_per_latent(source: str) -> int:
         return PIXELS_PER_LATENT
 
 
-def chosen_size(architecture: Architecture, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels; None is what the UNet was trained for.
+def chosen_size(architecture: Architecture, height: int | None, width: int | None, times: int = 1) -> tuple[int, int]:
+    """Height and width in pixels; None is ``times`` the side that the UNet was trained for.
 
     Raises:
         SettingError: a size that does not fit, or None where the UNet does not say.
@@ -147,9 +147,9 @@ def chosen_size(architecture: Architecture, height: int | None, width: int | Non
     sides = architecture.size or (None, None)
     sizes = []
     for name, given, trained in zip(("height", "width"), (height, width), sides, strict=True):
-        size = trained if given is None else given
-        if size is None:
+        if given is None and trained is None:
             raise SettingError(name, "must be given: the model does not say its normal size")
+        size = times * trained if given is None else given
         check_size(name, size, math.lcm(SIZE_MULTIPLE, architecture.pixels_per_latent))
         sizes.append(size)
     height, width = sizes

@@ -17,7 +17,7 @@ from diffusers.loaders import single_file_utils
 from huggingface_hub import model_info
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ..logs import logger
+from ..logs import logger, one_line
 from ..options.methods import SettingError, UnreachableError
 from ..options.settings import CANNOT_USE_DITS, SINGLE_FILES, check_parts
 from ..peak_memory import is_out_of_memory
@@ -120,7 +120,7 @@ def loading(source: str) -> Iterator[None]:
         if not Path(source).expanduser().exists() and _is_unreachable(error):
             problem = f"{source!r} is not in the local cache, and the Hub cannot be reached"
             raise UnreachableError("model", problem) from error
-        raise SettingError("model", f"{source!r} cannot be loaded: {_one_line(error)}{_hint(error)}") from error
+        raise SettingError("model", f"{source!r} cannot be loaded: {one_line(error)}{_hint(error)}") from error
 
 
 def _single_file_kind(source: str) -> str:
@@ -167,7 +167,7 @@ def _single_file_refusal(source: str, error: Exception) -> SettingError:
             f"folder of the file where there is a network: diffusers.{_PIPELINES[_single_file_kind(source)]}"
             ".from_single_file(FILE).save_pretrained(FOLDER)",
         )
-    return SettingError("model", f"{source!r} cannot be loaded: {_one_line(error)}")
+    return SettingError("model", f"{source!r} cannot be loaded: {one_line(error)}")
 
 
 def _only_variant(folder: Path) -> str | None:
@@ -193,7 +193,3 @@ def _hint(error: Exception) -> str:
     if "no file named" in text or "variant=" in text:
         return " (weights in files such as NAME.fp16.safetensors are of a variant: --variant fp16)"
     return ""
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

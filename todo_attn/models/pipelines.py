@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,8 @@ import diffusers
 import torch
 
 from ..diffusers.levels import transformers_by_level
-from ..options.settings import DTYPES, SCHEDULERS, SIZE_MULTIPLE, CompareSettings, SettingError, check_size
+from ..options.settings import DTYPES, SCHEDULERS, CompareSettings, SettingError
+from .architectures import Architecture, chosen_size
 from .loading import load_weights
 
 
@@ -52,14 +52,6 @@ def sized(settings: CompareSettings, pipe: Any) -> CompareSettings:
     Raises:
         SettingError: a size that is no multiple of the pipeline's own, or a model that does not say its normal size.
     """
-    sample = pipe.unet.config.sample_size
-    sides = (sample, sample) if isinstance(sample, int) else sample or (None, None)
-    scale = pipe.vae_scale_factor
-    filled = {}
-    for name, side in zip(("height", "width"), sides, strict=True):
-        size = getattr(settings, name)
-        if size is None and side is None:
-            raise SettingError(name, "must be given: the model does not say its normal size")
-        filled[name] = 2 * side * scale if size is None else size
-        check_size(name, filled[name], math.lcm(SIZE_MULTIPLE, scale))
-    return replace(settings, **filled)
+    architecture = Architecture(settings.source, pipe.unet.config, pipe.vae_scale_factor)
+    height, width = chosen_size(architecture, settings.height, settings.width, times=2)
+    return replace(settings, height=height, width=width)

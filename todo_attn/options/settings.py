@@ -19,8 +19,8 @@ SIZE_MULTIPLE = 8  # what diffusers' own pipelines ask for, whatever their VAE
 MOST_STEPS = 1000  # the timesteps that models are trained on
 MIN_SIZE = 16  # SSIM's window is 11 pixels wide
 MAX_SIDE = 16384  # of a square: larger ones are beyond any machine, and what is predicted of them beyond its model
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SHORT_DTYPES.values()}
 # Short name: diffusers' class and what its configuration gets on top of the pipeline's own.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -236,8 +236,8 @@ def resolved_device(device: str, mps: bool = True) -> str:
 def _resolved_dtype(dtype: str, device: str) -> str:
     if dtype == "auto":
         return "float16" if device.startswith("cuda") else "float32"
-    name = _DTYPE_NAMES.get(dtype, dtype)
+    name = SHORT_DTYPES.get(dtype, dtype)
     if name not in DTYPES:
-        known = ", ".join(("auto", *DTYPES, *_DTYPE_NAMES))
+        known = ", ".join(("auto", *DTYPES, *SHORT_DTYPES))
         raise SettingError("dtype", f"must be one of {known}, got {dtype!r}")
     return name

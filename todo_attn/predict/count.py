@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import logs
-from ..config.checks import ArgumentError
+from ..config.checks import ArgumentError, check_at_least
 from ..config.dato import DaToConfig
 from ..config.schedule import FULL, REUSE, SHALLOW
 from ..config.todo import ToDoConfig
@@ -70,8 +70,7 @@ def count_work(
     for name, value in (("height", height), ("width", width)):
         if not isinstance(value, int) or value < 1 or value % pixels_per_latent:
             raise ArgumentError(name, f"must be a positive multiple of {pixels_per_latent}, in pixels, got {value!r}")
-    if not isinstance(batch, int) or batch < 1:
-        raise ArgumentError("batch", f"must be an integer of at least 1, got {batch!r}")
+    check_at_least(1, "batch", batch)
     configs = [in_one_run(config) for config in configs]
     calls = [1, *(1 if isinstance(config, ToDoConfig) else 3 for config in configs)]
     found: list[CallWork] = []

@@ -51,9 +51,10 @@ def time_calls(
         MemoryError: a call found no memory.
     """
     unet = _load(architecture, device, dtype)
-    calls = [_Calls("dense", unet, None), *(_Calls(label, unet, config) for label, config in configs.items())]
-    for each in calls:
-        each.prepare(latents, batch)
+    calls = [
+        _Calls(name, unet, config, random_inputs(unet, batch, *latents))
+        for name, config in {"dense": None, **configs}.items()
+    ]
     if expected > _LONG:  # minutes otherwise
         rounds = Rounds(warmup=0, rounds=1)
         for each in calls:
@@ -73,12 +74,13 @@ def time_calls(
 class _Calls:
     """One call of a UNet of each kind that a method has, each timed, over the weights of ``unet``."""
 
-    def __init__(self, name: str, unet: UNet2DConditionModel, config: ToDoConfig | DaToConfig | None) -> None:
-        self.name, self.config = name, config
+    def __init__(
+        self, name: str, unet: UNet2DConditionModel, config: ToDoConfig | DaToConfig | None, inputs: dict[str, Any]
+    ) -> None:
+        self.name, self.config, self.inputs = name, config, inputs
         self.model = twin(unet)
         self.kinds = (FULL, SHALLOW, REUSE) if isinstance(config, DaToConfig) else (FULL,)
         self.seconds: dict[str, list[float]] = {kind: [] for kind in self.kinds}
-        self.inputs: dict[str, Any] = {}
         if isinstance(config, DaToConfig):
             apply_dato(self.model, in_one_run(config))  # type: ignore[arg-type]
         elif config is not None:
@@ -87,10 +89,6 @@ class _Calls:
     def ready(self) -> Callable[[], None]:
         """What is timed."""
         return self
-
-    def prepare(self, latents: tuple[int, int], batch: int) -> None:
-        """Make the inputs of a call."""
-        self.inputs = random_inputs(self.model, batch, *latents)
 
     def warm_up(self) -> None:
         """One call so small that it takes no time, which brings the weights into memory."""
