@@ -24,12 +24,12 @@ class ArgumentError(ValueError):
 
 
 def is_int(x: object) -> bool:
-    """An integer, which a truth value is not."""
+    """Whether ``x`` is an integer, and not a bool."""
     return isinstance(x, int) and not isinstance(x, bool)
 
 
 def is_number(x: object) -> bool:
-    """A finite number, which a truth value is not, nor an integer that no float reaches."""
+    """Whether ``x`` is a finite number within the range of a float, and not a bool."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
@@ -43,7 +43,7 @@ def arguments_of(cls: type, data: object) -> dict[str, Any]:
     """``data`` as arguments of the dataclass ``cls``.
 
     Raises:
-        ArgumentError: it is not a mapping, or has a key that no argument has.
+        ArgumentError: it is not a mapping, or has an unknown key.
     """
     if not isinstance(data, Mapping):
         raise ArgumentError("data", f"must be a mapping of {cls.__name__}'s arguments, got {type(data).__name__}")

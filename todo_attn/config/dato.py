@@ -19,19 +19,19 @@ class DaToConfig:
     """Dynamics-aware token pruning and feature caching (DaTo, arXiv 2501.00375): what each call of the UNet leaves out.
 
     Args:
-        prune_ratio: the share of the tokens, at least 0 and below 1, that leaves the self-attentions of the model's
-            finest level; or one such number per call of the UNet (made to fit a run of another length, each call then
-            taking that of the nearest moment). At most 1 - 1 / (patch height * width) on a grid that the patch
-            divides, and more on others, whose edges hold no base token: :func:`todo_attn.ops.plan_pruning` checks
-            that at the call. What no grid allows is refused here. The other arguments are given by name.
+        prune_ratio: the share of tokens, at least 0 and below 1, taken out of the self-attentions of the model's
+            finest level; or one ratio per call of the UNet (in a run of another length, each call takes the ratio of
+            the nearest moment). At most 1 - 1 / (patch height * width) on a grid that the patch divides, and more on
+            others, whose edges have no base token: :func:`todo_attn.ops.plan_pruning` checks that at the call. A ratio
+            that no grid allows is refused here. All other arguments are keyword-only.
         cache_schedule: a digit per call of the UNet after the first, which is always full: "2" full, "1" shallow, "0"
-            the output before once more (:mod:`todo_attn.config.schedule`). None computes every call in full.
+            the previous output again (:mod:`todo_attn.config.schedule`). None computes every call in full.
         patch: (height, width) in tokens of the patches, each of which keeps one base token.
         noise_weight, dynamics_weight: a token's score is dynamics_weight * (how much the prediction changed there) +
             noise_weight * noise; the highest of a patch is its base. At least 0; only their proportion matters.
-        align_guidance: whether both halves of a batch with guidance have the bases of the first.
-        prune_cross_attention, prune_feed_forward: whether the pruned tokens leave those too.
-        todo: a :class:`~todo_attn.ToDoConfig`: the tokens that are left read its coarser grid of keys.
+        align_guidance: whether both halves of a batch under guidance use the base tokens of the first half.
+        prune_cross_attention, prune_feed_forward: whether pruned tokens are taken out of those too.
+        todo: a :class:`~todo_attn.ToDoConfig`: the kept tokens attend to its coarser grid of keys.
         seed: of the noise, from 0 to 2**63 - 1.
 
     Raises:
@@ -80,7 +80,7 @@ class DaToConfig:
 
     @property
     def computes_everything(self) -> bool:
-        """Whether it prunes nothing and has every call computed in full; its ToDo may still act."""
+        """Whether it prunes nothing and computes every call in full; its ToDo may still act."""
         ratios = self.prune_ratio if isinstance(self.prune_ratio, tuple) else (self.prune_ratio,)
         return not any(ratios) and set(self.cache_schedule or "") <= {schedule.FULL}
 
@@ -90,8 +90,8 @@ class DaToConfig:
 
         Args:
             name: one of :func:`todo_attn.config.schedule.names`, such as "coco", or a schedule's JSON file.
-            steps: at least 1. The schedule gets as many digits: that is for a scheduler which calls the UNet once more
-                than it has steps, as PNDM does, for which they were made.
+            steps: at least 1. The schedule gets one digit per step, for a scheduler that calls the UNet once more than
+                it has steps, such as PNDM, for which the schedules were made.
             overrides: other arguments of ``DaToConfig``.
 
         Raises:
@@ -103,7 +103,7 @@ class DaToConfig:
         return cls(cache_schedule=schedule.resample(schedule.load(name).digits, steps), **overrides)
 
     def schedule_for(self, calls: int) -> str:
-        """The digits for a run of ``calls`` calls of the UNet: ``calls - 1`` of them, "2" where nothing is cached.
+        """The digits for a run of ``calls`` calls of the UNet: ``calls - 1`` of them, all "2" without a schedule.
 
         Raises:
             ArgumentError: ``calls`` is not an integer of at least 1.
@@ -118,7 +118,7 @@ class DaToConfig:
 
         Args:
             call: from 0. Calls after the last have its ratio.
-            calls: how many calls the run has; None takes a ratio per call as they are.
+            calls: of the run, to which ratios per call are fitted; None takes them as they are.
 
         Raises:
             ArgumentError: ``call`` is not an integer of at least 0, or ``calls`` of at least 1.
@@ -132,7 +132,7 @@ class DaToConfig:
         last = len(ratios) - 1
         if calls is None:
             return ratios[min(call, last)]
-        # The first call is the first and the last the last, whatever is between.
+        # The first and the last call take the first and the last ratio, those between the nearest.
         return ratios[(2 * min(call, calls - 1) * last + calls - 1) // (2 * (calls - 1)) if calls > 1 else 0]
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class DaToConfig:
         """The configuration that :meth:`to_dict` gave, also after a round trip through JSON.
 
         Raises:
-            ArgumentError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
+            ArgumentError: ``data`` is not a mapping, or has an unknown key or a value that does not fit.
         """
         arguments = arguments_of(cls, data)
         if isinstance(arguments.get("todo"), Mapping):
@@ -177,7 +177,7 @@ def _checked_patch(value: object) -> tuple[int, int]:
 
 
 def _check_room(ratio: float | tuple[float, ...], patch: tuple[int, int]) -> None:
-    """No grid leaves more to prune than one with a single whole patch and as much past it as holds no other."""
+    """Most can be pruned on a grid of one whole patch and the widest edges that hold no second one."""
     tokens = (2 * patch[0] - 1) * (2 * patch[1] - 1)
     most = (tokens - 1) / tokens
     highest = max(ratio) if isinstance(ratio, tuple) else ratio

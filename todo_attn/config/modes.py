@@ -1,4 +1,4 @@
-"""How coarse tokens may be taken. Here, without torch, for the configuration and for the ops alike."""
+"""The ways to take coarse tokens; without torch, for configurations and ops alike."""
 
 from typing import Literal, TypeAlias, get_args
 

@@ -2,8 +2,7 @@
 
 A schedule is a string of digits, one for each call of the UNet after the first, which is always full: "2" full, "1"
 shallow (the last resnet and attention of the UNet, the rest from the cache), "0" the previous output again. Files are
-JSON and nothing else, and every value in them is checked; the published schedules lie in ``published.json``. No torch,
-no diffusers.
+plain JSON, and every value is checked; the published schedules are in ``published.json``. No torch, no diffusers.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_numb
 FULL, SHALLOW, REUSE = "2", "1", "0"
 DIGITS = frozenset((FULL, SHALLOW, REUSE))
 VERSION = 1
-FEWEST_CALLS = 12  # of the UNet, about, from which on a schedule pays
+FEWEST_CALLS = 12  # of the UNet; with fewer, a schedule hardly pays
 _SHIPPED = Path(__file__).parent / "published.json"
 _NUMBERED = re.compile(r"run\d+-\d+")
 
 
 def check_digits(value: object, name: str = "digits") -> str:
-    """``value`` itself, where it is a schedule's digits.
+    """Return ``value`` if it is a schedule's digits.
 
     Raises:
         ArgumentError: of the argument ``name``: it is no string, is empty, or has a character other than "0", "1" and
@@ -51,10 +50,10 @@ class Schedule:
 
     Args:
         digits: one per call of the UNet after the first.
-        name: short; empty where it has none.
+        name: short; empty if it has none.
         source: who made it and for what.
-        steps: the steps of the scheduler it was made for, where that is known.
-        scheduler: that scheduler, such as "PNDM", which calls the UNet once more than it has steps.
+        steps: of the scheduler that it was made for, if known.
+        scheduler: its name, such as "PNDM", which calls the UNet once more than it has steps.
         published_speedup: operations of the dense run over those of the code it was published with, for Stable
             Diffusion 1.5 at 512 x 512 with nothing pruned. That code's shallow calls compute the middle block too and
             throw it away; what this package's calls cost is counted by :mod:`todo_attn.predict.count`.
@@ -103,11 +102,11 @@ class Schedule:
 
     @property
     def reuse(self) -> int:
-        """Calls that return the output before."""
+        """Calls that return the previous output."""
         return self.digits.count(REUSE)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that ``json.dumps`` takes: what is not known is left out."""
+        """Plain data that ``json.dumps`` takes: unknown fields are left out."""
         return {key: value for key, value in asdict(self).items() if value not in (None, "")}
 
     @classmethod
@@ -171,26 +170,25 @@ def load(source: str | os.PathLike[str]) -> Schedule:
 
 
 def names() -> list[str]:
-    """The names of the published schedules, those with a name of their own first."""
+    """The names of the published schedules, those without a number first."""
     return list(_shipped())
 
 
 def named() -> list[str]:
-    """Those of :func:`names` that are a name of their own, such as "coco", and not a search's number, "run0-02"."""
+    """Those of :func:`names` with a name such as "coco", not the number of a search's result, such as "run0-02"."""
     return [name for name in names() if not _NUMBERED.fullmatch(name)]
 
 
 def resample(digits: str, length: int) -> str:
     """``digits`` for another number of calls: the same kinds at about the same moments, in the same shares.
 
-    Each new call covers a stretch of the old ones, and owes its share of each kind to the count of that kind. A call
-    is full as soon as half a full call is owed; otherwise it is of that kind, shallow or reuse, of which more is owed
-    (shallow where it is the same). So:
+    Each new call covers a stretch of old calls, and adds that stretch to what is due of each kind. It is full if at
+    least half a full call is due; otherwise shallow or reuse, whichever has more due (shallow on a tie). So:
 
     - the same length gives the same digits;
-    - at every moment of the run the full calls so far differ by at most half a call from the old schedule's share, and
-      the shallow and the reusing ones by at most 1.25 calls, so that neither the cost nor the moments drift;
-    - a kind that the old schedule lacks for a while, the new one lacks too, but for those 1.25 calls.
+    - at every moment of the run, the full calls so far differ by at most half a call from the old schedule's share, and
+      the shallow and reuse calls by at most 1.25, so that neither the cost nor the moments drift;
+    - where the old schedule lacks a kind for a while, so does the new one, up to those 1.25 calls.
 
     Args:
         digits: a schedule.
@@ -201,15 +199,15 @@ def resample(digits: str, length: int) -> str:
     """
     check_digits(digits)
     check_at_least(0, "length", length)
-    # What is owed is counted in units of 1 / len(digits) of a call, which makes it exact: an old call is worth `length`
-    # units and a new one takes len(digits).
-    unit, owed, resampled = len(digits), dict.fromkeys((FULL, SHALLOW, REUSE), 0), []
+    # Counted in units of 1 / len(digits) of a call, so that all numbers are integers: an old call is `length` units, a
+    # new one len(digits).
+    unit, due, resampled = len(digits), dict.fromkeys((FULL, SHALLOW, REUSE), 0), []
     for start in range(0, length * unit, unit):
         stop = start + unit
         for old in range(start // length, -(-stop // length)):
-            owed[digits[old]] += min(stop, (old + 1) * length) - max(start, old * length)
-        kind = FULL if 2 * owed[FULL] >= unit else max((SHALLOW, REUSE), key=owed.__getitem__)
-        owed[kind] -= unit
+            due[digits[old]] += min(stop, (old + 1) * length) - max(start, old * length)
+        kind = FULL if 2 * due[FULL] >= unit else max((SHALLOW, REUSE), key=due.__getitem__)
+        due[kind] -= unit
         resampled.append(kind)
     return "".join(resampled)
 

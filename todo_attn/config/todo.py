@@ -11,14 +11,14 @@ from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_numb
 from .modes import MODES, Mode
 
 FINEST = "finest"
-# The timesteps a diffusers model is trained on; a range that holds them all needs no look at the timestep.
+# The timesteps a diffusers model is trained on; a range that holds them all needs no timestep.
 _ALL_TIMESTEPS = (0, 1000)
 # Levels are int or "finest". But a variable that is a dict[int, int] is no Mapping[int | str, int] to a type checker.
 Factor: TypeAlias = Literal["auto"] | int | Mapping[Any, int]
 
 
 class _Factors(dict[int | str, int]):
-    """The factor by level: a dict that stays as it is, and so can be hashed."""
+    """The factor by level: an immutable dict, which can be hashed."""
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         raise TypeError("a ToDoConfig cannot be changed, nor its factor: make another")
@@ -43,14 +43,14 @@ class ToDoConfig:
         factor: tokens per coarse token along each axis. An int is for every level; ``{level: int}`` for those levels,
             the others dense; "auto" takes, at every level and size, the smallest factor with at most
             ``max_kv_tokens`` coarse tokens. 1 is dense. A factor beyond the grid is cut down to the grid's side; one
-            that reaches it leaves a single row or column of keys, and the first call warns. The other arguments are
-            given by name.
+            that reaches it leaves a single row or column of keys, and the first call warns. All other arguments are
+            keyword-only.
         max_kv_tokens: the most keys that "auto" leaves.
         mode: how coarse tokens are taken, "nearest", "nearest-exact" or "mean": see
             :func:`todo_attn.ops.downsample_tokens`.
         timestep_range: (low, high), in timesteps of the model (0 to 1000, not fractions). ToDo acts when
             low <= t <= high, for every sample of the batch. A range that holds 0 to 1000 acts always and never reads
-            the timestep; a narrower one waits for the device once per call of the model when the timestep is a device
+            the timestep; a narrower one waits for the device once per call of the model if the timestep is a device
             tensor. ``torch.compile`` then makes two graphs of the model, and with ``fullgraph`` it must be given the
             model itself. ``torch.jit.trace`` and ``torch.export`` cannot record it, and one model cannot follow it in
             several threads at once.
@@ -98,7 +98,7 @@ class ToDoConfig:
 
         Args:
             grid: height and width in tokens, at least 1 each.
-            level: the level of that self-attention; None where it is not known (a ``{level: int}`` factor then acts
+            level: the level of that self-attention; None if it is unknown (a ``{level: int}`` factor then acts
                 only through "finest").
             finest: whether that is the model's finest level with self-attention.
 
@@ -128,7 +128,7 @@ class ToDoConfig:
         """The configuration that :meth:`to_dict` gave, also after a round trip through JSON.
 
         Raises:
-            ArgumentError: ``data`` is not a mapping, has a key that no argument has, or a value that does not fit.
+            ArgumentError: ``data`` is not a mapping, or has an unknown key or a value that does not fit.
         """
         arguments = arguments_of(cls, data)
         factor = arguments.get("factor")
@@ -138,7 +138,7 @@ class ToDoConfig:
 
 
 def _checked_factor(factor: object) -> Literal["auto"] | int | _Factors:
-    """``factor`` itself, or a frozen copy where it is a mapping: no later change may pass unchecked."""
+    """``factor``, or of a mapping a frozen copy, so that no later change passes unchecked."""
     if isinstance(factor, Mapping):
         for level, value in factor.items():
             if level != FINEST and not (is_int(level) and level >= 1):

@@ -1,1 +1,1 @@
-"""Models for the commands: named architectures, UNets made from them, pipelines loaded from wherever they are."""
+"""Models for the commands: named architectures, UNets made from them, pipelines from a folder, a file or the Hub."""

@@ -1,4 +1,4 @@
-"""UNets by their configurations alone: what is needed to count their operations, and no weights."""
+"""UNets by their configurations alone, without weights: enough to count their operations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Architecture:
     Args:
         name: as it was asked for.
         config: arguments of ``UNet2DConditionModel``.
-        pixels_per_latent: how many pixels of the image one of its latents stands for, along each axis.
+        pixels_per_latent: pixels of the image per latent, along each axis.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Architecture:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width, in pixels, that it was trained for; None where its configuration does not say."""
+        """Height and width, in pixels, that it was trained for; None if its configuration does not say."""
         sample = self.config.get("sample_size")
         if sample is None:
             return None
@@ -64,14 +64,14 @@ class Architecture:
 
 
 def read_architecture(source: str) -> Architecture:
-    """The UNet of a pipeline; of its files only the configurations are read, of a single file the names and shapes.
+    """The UNet of a pipeline. Only configurations are read; of a single file, names and shapes of the weights.
 
     Args:
         source: "sd15", "sdxl", a folder saved by diffusers, a .safetensors or .ckpt file, or a Hub id.
 
     Raises:
-        SettingError: none of these, or it has no UNet whose configuration can be read: what was
-            wrong; :class:`~todo_attn.options.methods.UnreachableError` if that is for lack of a network.
+        SettingError: it is none of these, or its UNet's configuration cannot be read;
+            :class:`~todo_attn.options.methods.UnreachableError` if that is for lack of a network.
     """
     if source in CONFIGS:
         return Architecture(source, CONFIGS[source])
@@ -118,13 +118,13 @@ def _config_of_single_file(source: str) -> dict[str, Any]:
 
 
 def _own_folder(source: str) -> bool:
-    """Whether it is the folder of the UNet itself and not that of a pipeline; diffusers reads either."""
+    """Whether it is the folder of a UNet itself, not of a pipeline; diffusers reads either."""
     folder = Path(source).expanduser()
     return folder.is_dir() and not (folder / "unet" / "config.json").is_file()
 
 
 def _pixels_per_latent(source: str) -> int:
-    """As pipelines count it: by the VAE's halvings; where there is none, what most have."""
+    """As pipelines count it: by the VAE's downsamplings; without a VAE, the usual number."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         if _own_folder(source):
@@ -142,7 +142,7 @@ def chosen_size(architecture: Architecture, height: int | None, width: int | Non
     """Height and width in pixels; None is ``times`` the side that the UNet was trained for.
 
     Raises:
-        SettingError: a size that does not fit, or None where the UNet does not say.
+        SettingError: a size that does not fit, or None if the UNet does not say its own.
     """
     sides = architecture.size or (None, None)
     sizes = []

@@ -1,4 +1,4 @@
-"""Loading a model or its configuration: from a folder, a single file or the Hub, and what to say when that fails."""
+"""Loads a model or its configuration from a folder, a single file or the Hub, and explains failures."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ..options.methods import SettingError, UnreachableError
 from ..options.settings import CANNOT_USE_DITS, SINGLE_FILES, check_parts
 from ..peak_memory import is_out_of_memory
 
-# Kinds of single-file checkpoint, as diffusers tells them by their keys, and the pipelines that are made of them.
+# Kinds of single-file checkpoint, as diffusers tells them apart by their keys, and the pipeline for each.
 _PIPELINES = {
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",
     "xl_base": "StableDiffusionXLPipeline",
     "playground-v2-5": "StableDiffusionXLPipeline",
 }
-UNET_KEYS = "model.diffusion_model."  # how the names of a UNet's weights begin in a single file
+UNET_KEYS = "model.diffusion_model."  # prefix of a UNet's weights in a single file
 _A_PIPELINE_HAS = UNET_KEYS + "input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"
 
 
 def local_path(source: str) -> str:
-    """``source`` with ~ filled in if there is such a file or folder; else as it is, which may be a Hub id."""
+    """``source`` with ~ expanded if there is such a file or folder; else unchanged, as it may be a Hub id."""
     path = Path(source).expanduser()
     return str(path) if path.exists() else source
 
@@ -52,9 +52,9 @@ def load_weights(
     Args:
         kind: ``DiffusionPipeline`` or ``UNet2DConditionModel``.
         source: a folder, or a Hub id; for a pipeline also a single file.
-        variant: of the weights' files. None takes the only one that a folder has, with a warning.
-        config: for a single file, the folder or Hub id that its configuration is read from; None is the Hub's model
-            of that kind.
+        variant: of the weight files. None takes the only one in the folder, with a warning.
+        config: for a single file, the folder or Hub id of its configuration; None is the published model of its
+            kind, from the Hub.
 
     Raises:
         SettingError: the model cannot be loaded, and why; :class:`UnreachableError` if that is for lack of a network.
@@ -69,7 +69,7 @@ def load_weights(
             logger.warning("%s has weights of the variant %s only: they are loaded", source, variant)
         inside = {} if issubclass(kind, diffusers.DiffusionPipeline) else {"subfolder": "unet"}
         loaded = kind.from_pretrained(path, dtype=dtype, variant=variant, local_files_only=_is_offline(path), **inside)
-        # A diffusers that still calls the argument torch_dtype has loaded float32.
+        # Older versions of diffusers call the argument torch_dtype, ignore dtype and load float32.
         return loaded if loaded.dtype == dtype else loaded.to(dtype)
 
 
@@ -81,15 +81,15 @@ def load_config(kind: type[Any], source: str, subfolder: str) -> dict[str, Any]:
     """
     path = local_path(source)
     with loading(source), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # diffusers calls the Hub's client as it was in older versions
+        warnings.simplefilter("ignore", UserWarning)  # diffusers uses deprecated arguments of the Hub's client
         return dict(kind.load_config(path, subfolder=subfolder, local_files_only=_is_offline(path)))
 
 
 def _is_offline(path: str) -> bool:
-    """Whether a Hub id can only come from the cache: one request says so, diffusers' own are tried for half a minute.
+    """Whether the Hub cannot be reached. One request tells; diffusers would retry its own for half a minute.
 
     Raises:
-        SettingError: it is a pipeline without a UNet, which would be found out after gigabytes are downloaded.
+        SettingError: it is a pipeline without a UNet, which is better found before gigabytes are downloaded.
     """
     index = Path(path) / "model_index.json"
     if os.path.exists(path):
@@ -98,7 +98,7 @@ def _is_offline(path: str) -> bool:
         return False
     try:
         files = [file.rfilename for file in model_info(path, timeout=10).siblings or ()]
-    except Exception as error:  # of any kind: what is wrong is said where the model is loaded
+    except Exception as error:  # of any kind: loading the model says what is wrong
         return _is_unreachable(error)
     if index.name in files:
         check_parts(path, {name.partition("/")[0] for name in files})
@@ -107,7 +107,7 @@ def _is_offline(path: str) -> bool:
 
 @contextmanager
 def loading(source: str) -> Iterator[None]:
-    """Whatever is raised within is a sentence about ``source``."""
+    """Turn whatever is raised inside into a ``SettingError`` about ``source``."""
     try:
         yield
     except (SettingError, torch.OutOfMemoryError):
@@ -128,7 +128,7 @@ def _single_file_kind(source: str) -> str:
 
 
 def read_single_file(source: str) -> Mapping[str, torch.Tensor]:
-    """The tensors of a single file by name; those of a .safetensors are read from the disk when they are looked at."""
+    """The tensors of a single file by name; a .safetensors file is memory-mapped."""
     with loading(source):
         tensors: dict[str, torch.Tensor] = single_file_utils.load_single_file_checkpoint(local_path(source))
     return tensors
@@ -143,7 +143,7 @@ def kind_of(source: str, tensors: Mapping[str, torch.Tensor]) -> str:
     kind: str = single_file_utils.infer_diffusers_model_type(tensors)
     if kind in _PIPELINES and all(key in tensors for key in _A_PIPELINE_HAS):
         return kind
-    if kind in _PIPELINES:  # also what diffusers says of anything that it does not know
+    if kind in _PIPELINES:  # diffusers also says "v1" of anything unknown
         problem = "holds no whole pipeline (a LoRA, a VAE or a UNet alone?)"
     elif kind in ("inpainting", "inpainting_v2", "xl_inpaint", "xl_refiner", "upscale", "instruct-pix2pix"):
         problem = f"is of the kind {kind}, which does not make images from text alone"
@@ -153,7 +153,7 @@ def kind_of(source: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def published_source(kind: str) -> str:
-    """The Hub id that diffusers reads the configuration of a single file of this kind from."""
+    """The Hub id from which diffusers reads the configuration of a single file of this kind."""
     return single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
 
 
@@ -163,15 +163,15 @@ def _single_file_refusal(source: str, error: Exception) -> SettingError:
         return UnreachableError(
             "model",
             f"{source!r} is a single file, which holds no configuration: that of {hub_id!r} is not in the local cache, "
-            "and the Hub cannot be reached. Give compare the folder of a like model as --config, or make a "
-            f"folder of the file where there is a network: diffusers.{_PIPELINES[_single_file_kind(source)]}"
+            "and the Hub cannot be reached. Give compare the folder of a model of the same kind as --config, or make a "
+            f"folder of the file on a machine with a network: diffusers.{_PIPELINES[_single_file_kind(source)]}"
             ".from_single_file(FILE).save_pretrained(FOLDER)",
         )
     return SettingError("model", f"{source!r} cannot be loaded: {one_line(error)}")
 
 
 def _only_variant(folder: Path) -> str | None:
-    """The variant of the UNet's weights in a folder that has them in just one, and not without; else None."""
+    """The variant of the UNet's weights if the folder has just one variant and no plain files; else None."""
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     names = [p.name for p in unet.glob("diffusion_pytorch_model*") if p.suffix in (".safetensors", ".bin")]
     variants = {name.split(".")[1].split("-")[0] if name.count(".") > 1 else None for name in names}
@@ -179,7 +179,7 @@ def _only_variant(folder: Path) -> str | None:
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether ``error`` comes from a network that is not there."""
+    """Whether ``error`` comes from a missing network."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (ConnectionError, TimeoutError, socket.gaierror, LocalEntryNotFoundError)):
@@ -191,5 +191,5 @@ def _is_unreachable(error: BaseException) -> bool:
 def _hint(error: Exception) -> str:
     text = str(error)
     if "no file named" in text or "variant=" in text:
-        return " (weights in files such as NAME.fp16.safetensors are of a variant: --variant fp16)"
+        return " (for weights in files such as NAME.fp16.safetensors, give --variant fp16)"
     return ""

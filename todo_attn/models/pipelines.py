@@ -1,4 +1,4 @@
-"""Loading the pipeline that ``compare`` runs, and asking it for its sizes."""
+"""Loads the pipeline that ``compare`` runs, and fills in its image size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_pipeline(settings: CompareSettings) -> Any:
 
 
 def check_pipeline(pipe: Any, source: str) -> None:
-    """Refuse what cannot be compared.
+    """Refuse a pipeline that cannot be compared.
 
     Raises:
         SettingError: ``pipe`` does not make images from text alone at a given size, or has no self-attention over
@@ -47,7 +47,7 @@ def check_pipeline(pipe: Any, source: str) -> None:
 
 
 def sized(settings: CompareSettings, pipe: Any) -> CompareSettings:
-    """The settings with height and width filled in, in pixels: twice the model's normal size where none was given.
+    """The settings with height and width filled in, in pixels: twice the model's normal size if none was given.
 
     Raises:
         SettingError: a size that is no multiple of the pipeline's own, or a model that does not say its normal size.

@@ -37,11 +37,11 @@ def with_random_weights(
 ) -> UNet2DConditionModel:
     """The UNet of ``config`` with weights drawn so that every layer keeps its input's scale (about 1).
 
-    Attention logits then spread by about 1, and nothing overflows in fp16. Seconds, not minutes: each weight is drawn
-    once, where it stays.
+    Attention logits then spread by about 1, and nothing overflows in fp16. Takes seconds, not minutes: each weight is
+    drawn once, in place.
     """
     unet = on_meta(config)
-    torch.nn.Module.to(unet, dtype)  # diffusers' own warns of weights that must stay in float32, though there are none
+    torch.nn.Module.to(unet, dtype)  # diffusers' own would warn of float32 weights, though there are none
     unet.to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for key, parameter in unet.named_parameters():
@@ -53,7 +53,7 @@ def with_random_weights(
 
 
 def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Another module tree over the same weights, so that what is done to one (processors, hooks) leaves the other."""
+    """A second module tree over the same weights: processors and hooks set on one do not affect the other."""
     shared = {id(tensor): tensor for tensors in (unet.parameters(), unet.buffers()) for tensor in tensors}
     return copy.deepcopy(unet, shared)
 

@@ -1,1 +1,1 @@
-"""What the commands are asked: validated plain data. No diffusers."""
+"""The options of the commands, as validated plain data. No diffusers."""

@@ -1,4 +1,4 @@
-"""The methods that a comparison holds against each other and their options, as validated plain data."""
+"""The methods of a comparison and their options, as validated plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..config.schedule import load as load_schedule
 from ..config.schedule import names as published
 from ..config.todo import FINEST, Factor, ToDoConfig
 
-# Each kind of method, and what a variant of it (after a colon) gives; None where it has none.
+# Each kind of method, and what its variant (after a colon) sets; None if it has no variants.
 KINDS = {
     "dense": None,
     "todo": "FACTOR",
@@ -25,7 +25,7 @@ KINDS = {
 METHODS_TEXT = ", ".join(kind if variant is None else f"{kind}, {kind}:{variant}" for kind, variant in KINDS.items())
 NO_SCHEDULE = "none"
 MAX_RATIO = 0.75  # tomesd and DaTo's default patch leave one token of each 2 x 2
-_ANY_SIZE = (512, 512)  # whether a factor can be read does not hang on the image's size
+_ANY_SIZE = (512, 512)  # whether a factor is valid does not depend on the image size
 
 
 class SettingError(ArgumentError):
@@ -42,7 +42,7 @@ class UnreachableError(SettingError):
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make the image: its kind, one of ``KINDS``, and its variant as written (None: the options hold)."""
+    """One way to make an image: its kind, one of ``KINDS``, and its variant as written (None: the options apply)."""
 
     kind: str
     variant: str | None = None
@@ -57,7 +57,7 @@ class MethodOptions:
     """Which methods, and what each does; an option of ``todo-attn compare`` for each argument.
 
     Args:
-        methods: names with commas between, among them "dense"; a name with a colon is a variant: "todo:FACTOR",
+        methods: comma-separated names, "dense" among them; a name with a colon is a variant: "todo:FACTOR",
             "tome:RATIO", "dato:SCHEDULE", "todo+dato:SCHEDULE" and "deepcache:INTERVAL".
         factor, max_kv_tokens, mode: of :class:`~todo_attn.ToDoConfig`, for "todo" and "todo+dato"; see
             :func:`parse_factor`.
@@ -65,7 +65,7 @@ class MethodOptions:
         schedule: of "dato" and "todo+dato": a name in :func:`todo_attn.config.schedule.names`, a JSON file, or "none"
             to prune alone. A variant is such a name, or "none".
         prune_ratio: the share of tokens that "dato" and "todo+dato" prune, from 0 to 0.75.
-        cache_interval: "deepcache" computes every so many-th call of the UNet in full; at least 1.
+        cache_interval: "deepcache" computes every n-th call of the UNet in full; n, at least 1.
 
     Raises:
         SettingError: the first argument that does not fit.
@@ -95,7 +95,7 @@ class MethodOptions:
         for text in self.methods.split(","):
             kind, colon, variant = text.strip().partition(":")
             if kind not in KINDS or (colon and KINDS[kind] is None):
-                problem = f"must be some of {METHODS_TEXT}, with commas between, got {text.strip()!r}"
+                problem = f"must be a comma-separated list of {METHODS_TEXT}, got {text.strip()!r}"
                 raise SettingError("methods", problem)
             method = Method(kind, variant if colon else None)
             if method in methods:
@@ -103,7 +103,7 @@ class MethodOptions:
             self._check(method)
             methods.append(method)
         if Method("dense") not in methods:
-            raise SettingError("methods", f"must have 'dense', which the others are held against, got {self.methods!r}")
+            raise SettingError("methods", f"must have 'dense', to compare the others with, got {self.methods!r}")
         return methods
 
     def _check(self, method: Method) -> None:
@@ -129,7 +129,7 @@ class MethodOptions:
         """The configuration of "dato" or "todo+dato", with or without a schedule's name.
 
         Args:
-            calls: how often one image calls the UNet, at least 1. The schedule is resampled to that.
+            calls: of the UNet for one image, at least 1; the schedule is resampled to them.
             height, width: of the image, in pixels.
         """
         if not 0 <= self.prune_ratio <= MAX_RATIO:
@@ -141,7 +141,7 @@ class MethodOptions:
         return replace(config, cache_schedule=config.schedule_for(calls) or None)  # one call has nothing to reuse
 
     def _digits_of(self, method: Method) -> str | None:
-        """Of the schedule, before it is resampled; None without one."""
+        """The digits of the schedule before resampling; None without one."""
         if (method.variant or self.schedule) == NO_SCHEDULE:
             return None
         if method.variant is not None and method.variant not in published():
@@ -174,17 +174,17 @@ class MethodOptions:
 
 
 def refusal(method: Method, option: str, problem: str) -> SettingError:
-    """What to raise about the variant of ``method``, or about ``option`` where that holds."""
+    """The error about the variant of ``method``, or about ``option`` if it has none."""
     if method.variant is None:
         return SettingError(option, problem)
     return SettingError("methods", f"has {method.label!r}, whose {str(KINDS[method.kind]).lower()} {problem}")
 
 
 def parse_factor(text: str, height: int, width: int) -> Factor:
-    """ToDoConfig's factor from how it is written on the command line.
+    """ToDoConfig's factor, from its form on the command line.
 
-    "auto"; "paper" (the published factor for ``height`` x ``width`` pixels); an integer for every level; or pairs
-    LEVEL=FACTOR with "+" between, such as "1=4+2=2" or "finest=2".
+    "auto"; "paper" (the published factor for ``height`` x ``width`` pixels); an integer for every level; or
+    LEVEL=FACTOR pairs joined by "+", such as "1=4+2=2" or "finest=2".
 
     Raises:
         ArgumentError: anything else.
@@ -202,7 +202,7 @@ def parse_factor(text: str, height: int, width: int) -> Factor:
         if not (known and factor.isdecimal() and int(factor) >= 1):
             raise ArgumentError(
                 "factor",
-                "must be auto, paper, an integer of at least 1, or LEVEL=FACTOR pairs with + between "
+                "must be auto, paper, an integer of at least 1, or LEVEL=FACTOR pairs joined by + "
                 f"such as 1=4+2=2, got {text!r}",
             )
         key: int | str = level if level == FINEST else int(level)

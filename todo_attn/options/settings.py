@@ -1,4 +1,4 @@
-"""What a comparison is asked to do, as validated plain data: all that can be refused before a model is loaded."""
+"""The settings of a comparison, as validated plain data: all that can be checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from ..example import example_pipeline
 from .methods import MethodOptions, SettingError
 
-SIZE_MULTIPLE = 8  # what diffusers' own pipelines ask for, whatever their VAE
+SIZE_MULTIPLE = 8  # required by diffusers' own pipelines, whatever their VAE
 MOST_STEPS = 1000  # the timesteps that models are trained on
 MIN_SIZE = 16  # SSIM's window is 11 pixels wide
-MAX_SIDE = 16384  # of a square: larger ones are beyond any machine, and what is predicted of them beyond its model
+MAX_SIDE = 16384  # of a square: no machine has the memory for more, and the model of time does not hold there
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SHORT_DTYPES.values()}
-# Short name: diffusers' class and what its configuration gets on top of the pipeline's own.
+# Short name: diffusers' class, and what is added to the pipeline's own scheduler configuration.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -36,12 +36,12 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 SINGLE_FILES = (".safetensors", ".ckpt")
-# Architectures by a short name, which other commands take, and where there are weights of each.
+# Architectures by a short name, which other commands take, and a Hub id with weights of each.
 ARCHITECTURES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-CANNOT_USE_DITS = "DiTs (SD 3, Flux), which have a transformer in a UNet's place, are not supported"
+CANNOT_USE_DITS = "DiTs (SD 3, Flux), which have a transformer instead of a UNet, are not supported"
 _HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # owner/name
 
 SHIPPED_PROMPTS = (
@@ -63,18 +63,18 @@ class CompareSettings(MethodOptions):
 
     Args:
         model: a folder in diffusers' format, a .safetensors or .ckpt file, or a Hub id; None is the shipped pipeline.
-        prompts: the captions; none at all takes two that suit the model.
+        prompts: the captions; if empty, two that suit the model.
         seeds: one image per prompt and seed, the starting noise drawn on the CPU.
         height, width: in pixels; None is twice the model's normal size.
         steps: of the scheduler; None is 10 for the shipped pipeline and 30 for others.
         guidance: the guidance scale; None is the pipeline's own.
         scheduler: a name in ``SCHEDULERS``; None is the pipeline's own.
-        device: "auto" (CUDA where there is one, else the CPU) or a torch device.
+        device: "auto" (CUDA if there is one, else the CPU) or a torch device.
         dtype: "auto" (float16 on CUDA, else float32), or a name in ``DTYPES``, or fp32, fp16, bf16.
-        warmup_steps: steps of the one uncounted pass of each method.
-        variant: of the weights' files, such as "fp16"; None takes the only one that a folder has.
-        config: for a single file, the folder or Hub id of a like model, whose configuration it gets; None is the
-            published model's.
+        warmup_steps: steps of each method's warm-up, which is not counted.
+        variant: of the weight files, such as "fp16"; None takes the only one in the folder.
+        config: for a single file, the folder or Hub id of a model of the same kind, whose configuration it gets; None
+            is the published model's.
 
     Raises:
         SettingError: the first argument that does not fit.
@@ -135,13 +135,13 @@ class CompareSettings(MethodOptions):
 
 
 def check_steps(name: str, steps: int) -> None:
-    """Refuse what no scheduler has, before a schedule of as many digits is made."""
+    """Refuse a number of steps that no scheduler has, before a schedule of that length is made."""
     if not 1 <= steps <= MOST_STEPS:
         raise SettingError(name, f"must be from 1 to {MOST_STEPS}, got {steps}")
 
 
 def _check_model(source: str) -> None:
-    """Refuse what is no pipeline with a UNet; leave what may be a Hub id to the loader."""
+    """Refuse anything but a pipeline with a UNet; what may be a Hub id is left to the loader."""
     shipped = source == str(example_pipeline())
     path = Path(source).expanduser()
     if source in ARCHITECTURES and not path.exists():
@@ -175,7 +175,7 @@ def _check_model(source: str) -> None:
 
 
 def _may_be_hub_id(source: str) -> bool:
-    """Whether it is owner/name. "examples/x" may be a path as well; it is one where there is a folder "examples"."""
+    """Whether it has the form owner/name. "examples/x" is taken for a path if there is a folder "examples"."""
     return _HUB_ID.match(source) is not None and not Path(source).expanduser().parent.is_dir()
 
 
@@ -187,7 +187,7 @@ def check_parts(source: str, parts: Collection[str]) -> None:
 
 
 def _check_config(config: str, source: str) -> None:
-    """Refuse a configuration for what is no single file, and a folder that is none."""
+    """Refuse ``config`` if the model is not a single file, or if ``config`` is not a pipeline."""
     if not Path(source).expanduser().is_file():
         raise SettingError("config", f"is for a model in a single file, and {source!r} is none")
     folder = Path(config).expanduser()
@@ -196,23 +196,23 @@ def _check_config(config: str, source: str) -> None:
 
 
 def check_size(name: str, size: int | None, multiple: int) -> None:
-    """Refuse a height or width, in pixels, that is given and does not fit."""
+    """Refuse a given height or width, in pixels, that does not fit."""
     if size is not None and (size < MIN_SIZE or size % multiple):
         raise SettingError(name, f"must be a multiple of {multiple} and at least {MIN_SIZE}, got {size}")
 
 
 def check_area(height: int, width: int) -> None:
-    """Refuse an image of more pixels than make sense, which a panorama may have in any proportion."""
+    """Refuse an image with more pixels than a square of ``MAX_SIDE``, whatever its proportions."""
     if height * width > MAX_SIDE**2:
         most = f"as many pixels as {MAX_SIDE} x {MAX_SIDE}"
         raise SettingError("height", f"times the width must be at most {most}, got {height} x {width}")
 
 
 def resolved_device(device: str, mps: bool = True) -> str:
-    """The torch device that ``device`` names: "auto" is CUDA where there is one, else the CPU.
+    """The torch device that ``device`` names: "auto" is CUDA if there is one, else the CPU.
 
     Raises:
-        SettingError: it names none that is present, or mps without ``mps``.
+        SettingError: there is no such device here, or it is mps and ``mps`` is false.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

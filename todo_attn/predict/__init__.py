@@ -1,1 +1,1 @@
-"""What ToDo and DaTo would gain: operations counted, over what the machine does in a second, or timed."""
+"""What ToDo and DaTo would gain: predicted from counted operations and the machine's rates, or timed."""

@@ -105,7 +105,7 @@ def count_self_attention(
     batch: int = 2,
     pixels_per_latent: int = PIXELS_PER_LATENT,
 ) -> Work:
-    """Of all self-attentions over the image in a dense call, projections included; arguments as :func:`count_work`."""
+    """The work of all self-attentions in a dense call, projections included; arguments as :func:`count_work`."""
     total, before = Work(), Work()
     with torch.device("meta"), torch.no_grad():
         model = on_meta(unet if isinstance(unet, Mapping) else unet.config)

@@ -1,4 +1,4 @@
-"""What ToDo and DaTo would gain on this machine, for a UNet and a size: predicted, and on request measured."""
+"""What ToDo and DaTo would gain on this machine, for a UNet and an image size: predicted, and on request measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .timing import time_calls
 from .verdict import Verdict, compare_runs, kinds_of
 
 # From benchmarks/results/compare-tiny-sd-dato.json.
-_PICTURES = (
+_IMAGES = (
     "DaTo's schedules change the image visibly, fast ones most. On the shipped pipeline (512 x 512, 50 steps) coco's "
     "images have a PSNR of 23.5 dB to the dense ones and an SSIM of 0.921, those of ToDo with 1024 keys 39.4 dB and "
     "0.996. See it on your model: todo-attn compare MODEL --methods dense,todo,dato,todo+dato"
@@ -42,16 +42,15 @@ def build_advice(
 ) -> dict[str, Any]:
     """Every method of ``settings`` on ``architecture``, at its size, on its device; ``json.dumps`` takes it.
 
-    Predicted: the operations counted while the UNet runs on shapes, over what the machine does of each kind in a
-    second, which is found by running some. Measured: calls of the UNet, in turns with dense ones. DaTo's gain is that
-    of a run, over all its calls.
+    Predicted: the operations counted while the UNet runs on shapes, over the machine's measured rates. Measured: calls
+    of the UNet, which take turns with dense ones. DaTo's gain is that of a whole run.
 
     Args:
         architecture: the UNet.
         settings: its methods "todo", "dato", "todo+dato", their options, the size (None: the model's normal one),
             device and dtype, and steps: of the scheduler, one fewer than the calls of the UNet, as with PNDM.
         measured: whether to time the UNet too; a name alone gets random weights, on which time does not depend.
-        watch: called with what is being done.
+        watch: called with the current step, in words.
 
     Raises:
         SettingError: a size that does not fit, or a UNet that cannot be counted, loaded or called.
@@ -68,7 +67,7 @@ def build_advice(
         elif method.kind in ("dato", "todo+dato"):
             configs[method.label] = settings.dato_config(method, calls, height, width)
 
-    # Of both together it is also said what each adds to the other.
+    # If a method combines both, the advice also says what each adds to the other.
     both = [(c, c.todo) for c in configs.values() if isinstance(c, DaToConfig) and c.todo is not None]
     alone = [part for config, todo in both for part in (replace(config, todo=None), todo)]
     different = list(dict.fromkeys((*configs.values(), *alone)))
@@ -93,7 +92,7 @@ def build_advice(
     labels = {config: label for label, config in configs.items()}
 
     def calls_of(config: ToDoConfig | DaToConfig, times: int = 1) -> tuple[list[Work], list[float] | None]:
-        """Of so many runs under ``config``: the work of each call, and its seconds where they were measured."""
+        """The work of each call of ``times`` runs under ``config``, and its seconds if they were measured."""
         kinds, timed = kinds_of(config) * times, found.get(labels.get(config, ""))
         return [works[config].of(kind) for kind in kinds], None if timed is None else [timed[kind] for kind in kinds]
 
@@ -150,8 +149,8 @@ def advice_lines(found: dict[str, Any]) -> list[str]:
         f"{dense['self_attention_share']:.0%} of the time",
         *(f"{_name(row)}: {row['verdict']}" for row in found["methods"]),
         *(f"note: {note}" for note in found["notes"]),
-        f"predicted: operations counted on this UNet, over what this machine just did in a second: "
-        f"{rates['attention'] / 1e9:,.1f}e9 of attention, {rates['other'] / 1e9:,.1f}e9 of all else, and "
+        f"predicted: operations counted on this UNet, over the rates of this machine, just measured: "
+        f"{rates['attention'] / 1e9:,.1f}e9 a second of attention, {rates['other'] / 1e9:,.1f}e9 of all else, and "
         f"{rates['launch'] * 1e6:.3g} microseconds to start an operation",
     ]
     if dense["measured_seconds"] is None:
@@ -160,33 +159,30 @@ def advice_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _name(row: dict[str, Any]) -> str:
-    """Of a method, and whether DaTo has a schedule."""
+    """The method's name, and whether DaTo has no schedule."""
     without = "cache_schedule" in row["config"] and row["config"]["cache_schedule"] is None
     return f"{row['method']} without a schedule" if without else row["method"]
 
 
 def _notes(calls: int, configs: list[ToDoConfig | DaToConfig]) -> list[str]:
-    """What a gain in seconds does not tell of DaTo: the image, and how many calls a schedule needs."""
+    """What seconds do not show of DaTo: how the image changes, and how many calls a schedule needs."""
     datos = [config for config in configs if isinstance(config, DaToConfig)]
     cached = any(config.cache_schedule is not None for config in datos)
-    notes = [_PICTURES] if cached else []
-    if datos and calls < FEWEST_CALLS:
-        here = (
-            "--schedule none, which only prunes, suits them" if cached else "DaTo is without one here and only prunes"
-        )
-        notes.append(
-            f"A schedule pays from about {FEWEST_CALLS} calls of the UNet on. {_FEW_STEPS}. With {calls} calls {here}"
-        )
-    elif cached:
-        notes.append(
-            f"A schedule pays from about {FEWEST_CALLS} calls of the UNet on. {_FEW_STEPS}. For them use ToDo, or DaTo "
-            "with --schedule none, which only prunes"
-        )
+    notes = [_IMAGES] if cached else []
+    few = calls < FEWEST_CALLS
+    if cached or (datos and few):
+        if not few:
+            advice = "For them use ToDo, or DaTo with --schedule none, which only prunes"
+        elif cached:
+            advice = f"With {calls} calls --schedule none, which only prunes, suits them"
+        else:
+            advice = f"With {calls} calls DaTo is without one here and only prunes"
+        notes.append(f"A schedule pays from about {FEWEST_CALLS} calls of the UNet on. {_FEW_STEPS}. {advice}")
     return notes
 
 
 def _row(label: str, verdict: Verdict, predicted: float, clock: list[float] | None) -> dict[str, Any]:
-    """One method: seconds are of one call, on average over a run."""
+    """One method as plain data; seconds are per call, averaged over a run."""
     return {
         "method": label,
         "config": verdict.config.to_dict(),

@@ -1,7 +1,7 @@
-"""How long a call takes, predicted: operations counted, and what a machine does of them in a second. Plain arithmetic.
+"""The model of time: the seconds of a call, from its counted operations and the machine's rates. Plain arithmetic.
 
-Attention and everything else run at rates of their own, often several times apart, so they are kept apart; and nothing
-ends before its operations have been started one by one, which is what limits a small model on a fast GPU.
+Attention and all other operations run at different rates, often several times apart, so they are counted apart. A call
+also takes the time to launch its operations one by one, which is what limits a small model on a fast GPU.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-WORTH = 1.05  # a smaller gain is no reason to change anything
+WORTH = 1.05  # a smaller gain is not worth a change
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call computes. Operations are two for a multiplication with its addition.
+    """What one call computes. A multiplication with its addition counts as two operations.
 
     Args:
         attention: operations of attention's two products, queries with keys and scores with values.
         other: operations of all other products: convolutions, linear layers (attention's own projections too), the
             search for similar tokens.
-        launches: how many operations on tensors are started, of any kind but views.
+        launches: operations on tensors that are launched, all but views.
     """
 
     attention: int = 0
@@ -29,7 +29,7 @@ class Work:
 
     @property
     def operations(self) -> int:
-        """Of both kinds."""
+        """Of both kinds together."""
         return self.attention + self.other
 
     def __add__(self, more: Work) -> Work:
@@ -44,13 +44,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does, as found by running it.
+    """How fast a machine is, as measured.
 
     Args:
-        attention, other: operations a second in each part of :class:`Work`. What is done once per element (norms,
-            activations) is not counted as work: it makes ``other`` smaller than the machine's peak.
-        launch: seconds that starting one operation takes.
-        overlaps: whether the next operations are started while the device works, as on a GPU.
+        attention, other: operations per second of each part of :class:`Work`. Elementwise operations (norms,
+            activations) are not counted, so ``other`` is below the machine's peak.
+        launch: seconds to launch one operation.
+        overlaps: whether operations are launched while the device computes, as on a GPU.
     """
 
     attention: float
@@ -66,15 +66,15 @@ class Rates:
             raise ValueError(f"launch must be at least 0 seconds, got {self.launch!r}")
 
     def computing(self, work: Work) -> float:
-        """Seconds of the operations themselves."""
+        """Seconds to compute the operations."""
         return work.attention / self.attention + work.other / self.other
 
     def starting(self, work: Work) -> float:
-        """Seconds of starting them."""
+        """Seconds to launch them."""
         return work.launches * self.launch
 
     def seconds(self, work: Work) -> float:
-        """Of one call."""
+        """Seconds of one call."""
         parts = self.computing(work), self.starting(work)
         return max(parts) if self.overlaps else sum(parts)
 
@@ -84,7 +84,7 @@ class Rates:
 
 
 def gain(dense: Sequence[float], other: Sequence[float]) -> float:
-    """How many times shorter (or fewer) ``other`` is than ``dense``, each summed over the calls of a run.
+    """The ratio of ``dense`` to ``other``, each summed over the calls of a run.
 
     Raises:
         ValueError: one of them sums to 0.
@@ -95,7 +95,7 @@ def gain(dense: Sequence[float], other: Sequence[float]) -> float:
 
 
 def rates_from_share(work: Work, self_attention: Work, seconds: float, share: float) -> Rates:
-    """The two rates that explain a measured call of which self-attention took ``share``.
+    """The two rates that explain a measured call in which self-attention took ``share`` of the time.
 
     Args:
         work: of the whole call.
@@ -104,7 +104,7 @@ def rates_from_share(work: Work, self_attention: Work, seconds: float, share: fl
         share: of ``seconds`` that was self-attention, projections included.
 
     Raises:
-        ValueError: no positive rates do so.
+        ValueError: there are no such positive rates.
     """
     # share * seconds = sa.attention / A + sa.other / O; the rest likewise: two linear equations in 1/A and 1/O.
     rest = work - self_attention

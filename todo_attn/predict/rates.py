@@ -1,4 +1,4 @@
-"""What this machine does in a second, by running for one what a UNet is made of: the rates of the model of time."""
+"""Measures the rates of the model of time on this machine, in about a second, with the layers of a UNet."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .model import Rates
 
 _SECONDS = 0.8  # of all rounds
 _MIN_ROUNDS = 3
-# Tokens along each side of the image that attention and convolution work on: on a GPU enough to fill it.
+# Side, in tokens, of the image for attention and convolution; on a GPU large enough to fill it.
 _CPU_SIDE, _SIDE = 64, 128
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, batch: int) -> Rates:
     """The rates of ``device``, in about a second.
 
-    Attention: torch's own, dense, on tokens of ``heads`` heads of ``head_dim``, the model's finest level. The
-    rest: the two layers that most of a UNet is, each with the norm and activation that go with it: a 3 x 3 convolution
-    and a gated feed-forward, of as many channels. The parts take turns and the fastest of each counts, so that a
-    machine busy with something else does not bend their proportion.
+    Attention: torch's own, dense, with ``heads`` heads of ``head_dim``, those of the model's finest level. The rest:
+    the two layers that most of a UNet consists of, a 3 x 3 convolution and a gated feed-forward of the same width, each
+    with its norm and activation. They take turns, and the fastest run of each counts, so that other load on the machine
+    does not change their proportion.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -50,36 +50,33 @@ def measure_rates(device: torch.device, dtype: torch.dtype, heads: int, head_dim
         F.linear(values * F.gelu(gate), narrow)
 
     with torch.random.fork_rng(devices=[]):
-        # All starting and no computing.
+        # So small that a call is all launches.
         unet: Any = UNet2DConditionModel(**SMALLEST)
-    torch.nn.Module.to(
-        unet.eval(), device, dtype
-    )  # diffusers' own warns of weights that must stay in float32: it has none
+    torch.nn.Module.to(unet.eval(), device, dtype)  # diffusers' own would warn of float32 weights, though it has none
     inputs = noise(1, 4, 8, 8), 1, noise(1, 2, 8)
     launches = count_work(unet, 64, 64, [], batch=1)[0].full.launches
 
     with torch.inference_mode():
         fastest = _fastest([attention, layers, lambda: unet(*inputs)], device)
     per_position = 2 * batch * count * channels**2
-    rates = Rates(
+    return Rates(
         attention=4 * batch * count**2 * channels / fastest[0],
         other=per_position * (9 + 12) / fastest[1],
         launch=fastest[2] / launches,
         overlaps=device.type != "cpu",
     )
-    return rates
 
 
 def now(device: torch.device) -> Any:
-    """A stamp of the harness, also where the device has no events and so must be waited for."""
+    """A time stamp of the harness; MPS has no events, so it is waited for."""
     if device.type == "mps":
         torch.mps.synchronize()
     return stamp(device)
 
 
 def _fastest(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Seconds of the fastest run of each, in turns."""
-    for call in calls:  # compiles, picks algorithms, fills caches
+    """Seconds of the fastest run of each; they take turns."""
+    for call in calls:  # compiles, chooses algorithms, fills caches
         call()
     seconds: list[list[float]] = []
     end = time.perf_counter() + _SECONDS

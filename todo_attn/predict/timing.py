@@ -1,4 +1,4 @@
-"""Calls of a UNet timed in turns, dense and under ToDo and DaTo: what the predictions of :mod:`.gains` are held to."""
+"""Times calls of a UNet, dense and under ToDo and DaTo, in turns, to check the predictions of :mod:`.gains`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..peak_memory import is_out_of_memory
 from .count import in_one_run
 from .rates import now
 
-_LONG = 5.0  # seconds of a dense call, from which on it is timed once
+_LONG = 5.0  # seconds; a longer dense call is timed only once
 
 
 def time_calls(
@@ -36,19 +36,19 @@ def time_calls(
     configs: dict[str, ToDoConfig | DaToConfig],
     expected: float,
 ) -> dict[str, dict[str, float]]:
-    """Median seconds of a call of each kind, by the names of ``configs`` and "dense", which has full ones only.
+    """Median seconds of a call of each kind, by the names of ``configs`` and "dense", which has full calls only.
 
     Args:
-        architecture: a pipeline's has its weights; a name alone random ones, on which time does not depend.
+        architecture: of a pipeline, with its weights; a name alone gets random ones, on which time does not depend.
         latents: height and width of the UNet's input.
         batch: of a call.
         configs: each on a UNet of its own, over the same weights.
-        expected: seconds of a dense call, about. A long one is timed once, after a call so small that it takes no
-            time; on a CPU others 5 times, on a GPU 10 times.
+        expected: seconds of a dense call, roughly. A call of more than 5 s is timed once, after a tiny call; others
+            are timed 5 times on a CPU, 10 times on a GPU.
 
     Raises:
         SettingError: the model cannot be loaded, or a call of it failed.
-        MemoryError: a call found no memory.
+        MemoryError: a call ran out of memory.
     """
     unet = _load(architecture, device, dtype)
     calls = [
@@ -72,7 +72,7 @@ def time_calls(
 
 
 class _Calls:
-    """One call of a UNet of each kind that a method has, each timed, over the weights of ``unet``."""
+    """Times one call of each kind that a method has, on a twin of ``unet``."""
 
     def __init__(
         self, name: str, unet: UNet2DConditionModel, config: ToDoConfig | DaToConfig | None, inputs: dict[str, Any]
@@ -91,7 +91,7 @@ class _Calls:
         return self
 
     def warm_up(self) -> None:
-        """One call so small that it takes no time, which brings the weights into memory."""
+        """One call on a tiny image, to bring the weights into memory."""
         small = self.inputs | {"sample": self.inputs["sample"][..., :16, :16]}
         with torch.inference_mode(), logs.silent():
             self.model(timestep=1, **small)
@@ -115,7 +115,7 @@ class _Calls:
 
 
 def _load(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    """With its weights; a name or a single file, of which the shapes alone are known, with random ones."""
+    """With its weights; random ones for a name or a single file, of which only shapes are known."""
     if architecture.name in CONFIGS or is_single_file(architecture.name):
         return with_random_weights(architecture.config, device, dtype)
     return load_weights(UNet2DConditionModel, architecture.name, dtype).to(device).eval()

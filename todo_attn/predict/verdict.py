@@ -15,12 +15,12 @@ NO = "this will not help here"
 
 @dataclass(frozen=True)
 class Gains:
-    """How many times less a run takes than another.
+    """How many times less one run takes than another.
 
     Args:
         counted: fewer operations.
-        predicted: fewer seconds, by the machine's rates; None where these are not known.
-        measured: fewer seconds, by the clock; None where nothing was timed.
+        predicted: fewer seconds, by the machine's rates; None if these are unknown.
+        measured: fewer seconds, by the clock; None if nothing was timed.
     """
 
     counted: float
@@ -29,18 +29,18 @@ class Gains:
 
     @property
     def best(self) -> float:
-        """By the best of what is known."""
+        """Measured if it was timed, else predicted, else counted."""
         known = (self.measured, self.predicted, self.counted)
         return next(value for value in known if value is not None)
 
     @property
     def helps(self) -> bool:
-        """Whether that is worth anything. A clock is noisy, a count is not."""
+        """Whether that is worth a change. A clock is noisy, so the count must agree."""
         return self.best >= WORTH and self.counted > 1
 
     @property
     def times(self) -> str:
-        """What is known of the seconds, such as "1.61x predicted, 1.58x measured"; empty where nothing is."""
+        """The known gains in seconds, such as "1.61x predicted, 1.58x measured"; empty if nothing is."""
         known = ((self.predicted, "predicted"), (self.measured, "measured"))
         return ", ".join(f"{value:.2f}x {how}" for value, how in known if value is not None)
 
@@ -57,8 +57,8 @@ def compare_runs(
     """What ``after`` gains over ``before``.
 
     Args:
-        before, after: the work of each call of a run, and the seconds of each where they were measured.
-        rates: of the machine, where they are known.
+        before, after: the work of each call of a run, and the seconds of each if they were measured.
+        rates: of the machine, if known.
     """
     (work_before, clock_before), (work_after, clock_after) = before, after
     predicted, measured = None, None
@@ -72,16 +72,16 @@ def compare_runs(
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one configuration, on one model at one size.
+    """Whether one configuration is worth it on one model at one size, and why not.
 
     Args:
-        config: what it is about.
+        config: the configuration.
         gains: of a run over a dense one.
-        downsamples: whether ToDo, alone or as ``config.todo``, leaves any key out at that size.
-        share: of a dense call that is self-attention: of its time where ``gains`` has seconds, else of its operations.
-        beside_dato: what ``config.todo`` gains over the same DaTo without it; None where the configuration is not both.
+        downsamples: whether ToDo, alone or as ``config.todo``, drops any key at that size.
+        share: of self-attention in a dense call: of its time if ``gains`` has seconds, else of its operations.
+        beside_dato: what ``config.todo`` gains over the same DaTo without it; None unless the configuration is both.
         beside_todo: what DaTo gains over ``config.todo`` alone; None likewise.
-        starts_slowly: whether a dense call's operations take longer to start than to compute, on a machine that does
+        starts_slowly: whether a dense call's operations take longer to launch than to compute, on a machine that does
             both at once.
     """
 
@@ -95,18 +95,18 @@ class Verdict:
 
     @property
     def todo_helps(self) -> bool | None:
-        """Whether ToDo adds something to DaTo; None where the configuration is not both."""
+        """Whether ToDo adds something to DaTo; None unless the configuration is both."""
         if self.beside_dato is None:
             return None
         return self.downsamples and self.beside_dato.helps
 
     @property
     def dato_helps(self) -> bool | None:
-        """Whether DaTo adds something to ToDo; None where the configuration is not both."""
+        """Whether DaTo adds something to ToDo; None unless the configuration is both."""
         return None if self.beside_todo is None else self.beside_todo.helps
 
     def __str__(self) -> str:
-        """For a person: the gain, or that this will not help here, and why."""
+        """In words: the gain, or that this will not help here, and why."""
         if not self.gains.helps:
             return f"{NO}: {self._reason()} ({self.gains.times or self.gains})"
         if self.downsamples and self.beside_todo is not None and not self.beside_todo.helps:
@@ -120,7 +120,7 @@ class Verdict:
         return f"{self.gains}, to which ToDo adds only {max(0, self.beside_dato.best - 1):.1%}"
 
     def _reason(self) -> str:
-        """Why there is next to nothing to gain."""
+        """Why there is hardly anything to gain."""
         if why_idle := self._why_idle():
             return why_idle
         if self.gains.measured is not None and (self.gains.predicted or 0) >= WORTH:
@@ -137,7 +137,7 @@ class Verdict:
         return f"what it leaves out is only {1 - 1 / self.gains.counted:.0%} of the operations"
 
     def _why_idle(self) -> str | None:
-        """Why the configuration changes nothing at this size; None where it does change something."""
+        """Why the configuration changes nothing at this size; None if it changes something."""
         if self.downsamples:
             return None
         if isinstance(self.config, ToDoConfig):
@@ -149,12 +149,12 @@ class Verdict:
 
 
 def kinds_of(config: ToDoConfig | DaToConfig) -> str:
-    """What each call of a run is, as a schedule writes it, the first one included; ToDo has one kind."""
+    """The kind of each call of a run, the first included, as a schedule's digits; ToDo has one kind."""
     return FULL + (config.cache_schedule or "") if isinstance(config, DaToConfig) else FULL
 
 
 def _why_dense(config: ToDoConfig) -> str:
-    """Why ToDo leaves no key out."""
+    """Why ToDo drops no key."""
     if config.factor != "auto":
         return "the factor is 1 at every level, so nothing is downsampled"
     most = f"max_kv_tokens={config.max_kv_tokens}"
