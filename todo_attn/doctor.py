@@ -1,4 +1,4 @@
-"""What can run here and what not, and why; found by running each op against its oracle."""
+"""What can run on this machine, what cannot, and why; each op is run against its oracle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def examine() -> dict[str, Any]:
     Returns:
         ``ok``, whether what is installed works; ``problems``, one line for each thing that does not; ``versions``;
         ``machine``; ``cuda``; ``ops``, a row per op, device and dtype; ``diffusers``, whether ToDo works in it. What
-        is not installed is no problem: rows say so.
+        is not installed is no problem; the rows say so.
     """
     rows = [row for device in _devices() for row in (*_op_rows(device), *_token_rows(device))]
     diffusers = _check_diffusers()
@@ -58,7 +58,7 @@ def _devices() -> list[torch.device]:
 
 
 def _cuda() -> dict[str, Any]:
-    """torch's CUDA build, the driver, the GPUs; ``why_not`` says why torch has none, or is None."""
+    """torch's CUDA build, the driver, the GPUs; ``why_not`` says why torch has no GPU, or is None."""
     gpus = []
     why_not = None
     if torch.cuda.is_available():
@@ -74,7 +74,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _op_rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per op and dtype: the backend that "auto" takes, why not Triton, and a check of each that can run."""
+    """A row per op and dtype: the backend of "auto", why it is not Triton, and a check of each backend that can run."""
     rows = []
     for dtype in _TOLERANCE:
         where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
@@ -98,7 +98,7 @@ def _op_rows(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _token_rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per op that moves tokens, which is the same for all dtypes: by the compiled library or by torch."""
+    """A row per op that moves tokens, for all dtypes at once: by the compiled library or by torch."""
     why_not = libraries.unavailable_reason(device.type)
     backend = {"cpu": "C++", "cuda": "CUDA"}[device.type] if why_not is None else "torch"
     where = {"device": str(device), "dtype": "any", "backend": backend, "why_not_compiled": why_not}
@@ -109,18 +109,18 @@ def _token_rows(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _check(backend: str, dtype: torch.dtype, error_of: Callable[[], float]) -> dict[str, Any]:
-    """Run one op; ``problem`` is None where it is right."""
+    """Run one op; ``problem`` is None if the result is right."""
     try:
         error = error_of()
-    except Exception as raised:  # of any kind: a doctor names what it finds and goes on
+    except Exception as raised:  # of any kind: it is reported, and the examination goes on
         return {"backend": backend, "max_error": None, "problem": one_line(raised)}
-    right = error <= _TOLERANCE[dtype]  # not so for NaN
+    right = error <= _TOLERANCE[dtype]  # False for NaN
     problem = None if right else f"wrong by {error:.3g}, where {_TOLERANCE[dtype]:.3g} would be rounding"
     return {"backend": backend, "max_error": error if error == error else None, "problem": problem}
 
 
 def _tokens(dtype: torch.dtype, count: int) -> list[torch.Tensor]:
-    """On the CPU, where the oracle runs: some devices have no float64."""
+    """Random tokens on the CPU, where the oracle runs: some devices have no float64."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, _GRID[0] * _GRID[1], _HEADS, _HEAD_DIM)
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
@@ -155,7 +155,7 @@ def _match_error(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _move_error(device: torch.device, op: str) -> float:
-    """0 or infinity: moving is right to the last bit, and adding a residual is one rounding."""
+    """0 or infinity: moved values must be right to the last bit, and so must the one sum with a residual."""
     for dtype in _TOLERANCE:
         x = _tokens(dtype, 1)[0].flatten(2)
         index = torch.arange(x.shape[1]).unsqueeze(0).flip(1)[:, ::3]
@@ -185,7 +185,7 @@ def _check_diffusers() -> dict[str, Any]:
 
 
 def _try_processor() -> str | None:
-    """Put ToDo on a tiny UNet and take it off again; what is wrong, or None."""
+    """Put ToDo on a tiny UNet and take it off again; returns what is wrong, or None."""
     from diffusers import UNet2DConditionModel
 
     from . import ToDoConfig, apply_todo, remove_todo

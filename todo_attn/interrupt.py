@@ -1,4 +1,4 @@
-"""Ctrl-C in the command's process: one line and exit code 130, whatever the process is doing then."""
+"""Ctrl-C in the command's process: one line and exit code 130, at any moment."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ EXIT_CODE = 130
 
 
 def leave_on_interrupt() -> None:
-    """End the process on Ctrl-C, if it is the command's: the command cannot catch it before torch is imported.
+    """End the command's process on Ctrl-C while torch is imported, which takes seconds and leaves nothing to clean up.
 
-    That takes seconds, in which there is nothing to tidy up. In any other process, and where Ctrl-C has been given
-    another meaning, nothing is changed.
+    Changes nothing in any other process, or if Ctrl-C has another handler.
     """
     words = list(getattr(sys, "orig_argv", ()))
     as_script = bool(sys.argv) and Path(sys.argv[0]).stem == "todo-attn"
@@ -30,10 +29,10 @@ def leave_on_interrupt() -> None:
 
 @contextmanager
 def noticing_interrupts() -> Iterator[list[int]]:
-    """Within, Ctrl-C raises ``KeyboardInterrupt``, and the list is no longer empty from then on.
+    """Inside the block, Ctrl-C raises ``KeyboardInterrupt`` and is noted in the list.
 
-    Libraries may turn that into an error of their own. A second Ctrl-C ends the process at once. Outside of the main
-    thread, and where Ctrl-C is ignored, nothing is changed.
+    The list tells an interrupt that a library has turned into an error of its own. A second Ctrl-C ends the process at
+    once. Changes nothing outside of the main thread, or if Ctrl-C is ignored.
     """
     seen: list[int] = []
 
@@ -46,7 +45,7 @@ def noticing_interrupts() -> Iterator[list[int]]:
     try:
         if before in (signal.default_int_handler, _leave):
             signal.signal(signal.SIGINT, notice)
-    except ValueError:  # another thread than the main one
+    except ValueError:  # not the main thread
         before = None
     try:
         yield seen

@@ -1,4 +1,4 @@
-"""What is installed and what it runs on: a figure or a bug report without them cannot be compared with another."""
+"""Versions and hardware, without which no figure and no bug report can be compared with another."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ PACKAGES = (
     "tomesd",
     "DeepCache",
 )
-# Of a measurement's row.
+# In the row of a measurement.
 _MEASURED = ("torch", "triton", "diffusers", "todo_attn", "tomesd", "DeepCache", "sageattention")
 _ROOT = Path(__file__).resolve().parents[1]
-_CPU_CACHE = 32 * 2**20  # taken for a processor's last cache, which no portable call names
+_CPU_CACHE = 32 * 2**20  # assumed size of a processor's last cache, which no portable call tells
 _CLOCK_TICKS = 20_000_000  # about 10 ms of a GPU's clock
 
 
 def versions() -> dict[str, str | None]:
-    """Python's version and each package's; None where one is not installed."""
+    """The versions of Python and of each package; None if it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {name: _version(name) for name in PACKAGES}
-    found["torch"] = torch.__version__  # with the build, which the metadata may lack
+    found["torch"] = torch.__version__  # with the build, which metadata may lack
     return found
 
 
 def device_name(device: torch.device) -> str:
-    """What the hardware calls itself, such as "NVIDIA H100 80GB HBM3" or the processor's name."""
+    """The hardware's own name, such as "NVIDIA H100 80GB HBM3" or the processor's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -55,7 +55,7 @@ def device_name(device: torch.device) -> str:
 
 
 def machine() -> dict[str, str | int | None]:
-    """System, processor and the threads torch uses on it."""
+    """System, processor, and the threads that torch uses."""
     return {
         "platform": platform.platform(),
         "cpu": device_name(torch.device("cpu")),
@@ -65,7 +65,7 @@ def machine() -> dict[str, str | int | None]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, driver, processor, versions and commit, as plain data; None for what is not there."""
+    """Device, driver, processor, versions and commit, as plain data; None for what is missing."""
     info: dict[str, Any] = {"device": device_name(device), "driver": None, "cuda": None}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -87,10 +87,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, as torch's tuning guide advises for CPUs; whether it could.
+    """Make this process keep freed memory, as torch's tuning guide advises for CPUs; returns whether it could.
 
-    glibc gives each large buffer back to the kernel and takes a new one, page by page, for the next layer: 1.6 s of one
-    forward of Stable Diffusion 1.5's UNet at 1024 px, whatever its attention does. By ``mallopt``, so on Linux only.
+    Otherwise glibc gives each large buffer back to the kernel and takes a new one, page by page, for the next layer,
+    which costs 1.6 s of one forward of Stable Diffusion 1.5's UNet at 1024 px. By ``mallopt``, so on Linux only.
     """
     mmap_max, top_pad, trim_threshold = -4, -2, -1
     try:
@@ -101,12 +101,12 @@ def keep_freed_memory() -> bool:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the cache that all of ``device`` shares: a GPU's L2."""
+    """The size of the cache that all of ``device`` shares, such as a GPU's L2."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE
 
 
 def sm_mhz(device: torch.device, load: Callable[[], Any]) -> float | None:
-    """The clock of a GPU's multiprocessors while ``load`` runs, again and again; None elsewhere.
+    """The clock of a GPU's multiprocessors, in MHz, while ``load`` runs repeatedly; None on other devices.
 
     One thread on a stream of its own counts ticks, between two events, for about 10 ms.
     """
@@ -126,17 +126,17 @@ def sm_mhz(device: torch.device, load: Callable[[], Any]) -> float | None:
 
 
 def slug(device: torch.device) -> str:
-    """:func:`device_name` as part of a file's name: "nvidia-h200", "cpu-amd-epyc-7763"."""
+    """:func:`device_name` as a part of file names: "nvidia-h200", "cpu-amd-epyc-7763"."""
     name = device_name(device) if device.type == "cuda" else f"{device.type} {device_name(device)}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where it has changes; a copy without git names it in $GIT_COMMIT."""
+    """The checkout's commit, with "-dirty" if it has changes; a copy without git names it in $GIT_COMMIT."""
     if named := os.environ.get("GIT_COMMIT"):
         return named
     if not (_ROOT / ".git").exists():
-        return None  # installed, maybe inside somebody's repository
+        return None  # installed, perhaps inside another repository
     return _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12")
 
 

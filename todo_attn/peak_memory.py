@@ -1,4 +1,4 @@
-"""The most memory that a stretch of a program holds."""
+"""The peak memory of a part of a program."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 _PROCESS = Path("/proc/self")
 OUT_OF_MEMORY = "out of memory"
-MAY_FIT = "a smaller --height and --width, or --dtype float16, may fit"  # what a command says then
+MAY_FIT = "a smaller --height and --width, or --dtype float16, may fit"  # a command's advice
 # What torch says on a CPU and on MPS, in a plain RuntimeError.
 _MESSAGES = "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", OUT_OF_MEMORY
 
 
 def watch_peak(device: torch.device) -> Callable[[], int | None]:
-    """Start watching; what is returned gives the bytes of the peak since, or None where that cannot be told.
+    """Start watching; the returned function gives the peak since then, in bytes, or None if it is not known.
 
-    On CUDA it is the most that torch held there. On the CPU, under Linux, it is the most resident memory of the process
-    above what was resident at the start: the kernel's high-water mark, set back at the start. What was freed before is
-    given back to the kernel first, so that it is not taken for held, and whoever ran before makes no difference.
+    On CUDA: the most that torch held there. On the CPU, under Linux: the most resident memory of the process above what
+    was resident at the start, by the kernel's high-water mark, which is reset. Freed memory is given back to the kernel
+    first, so that what ran before makes no difference.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -30,7 +30,7 @@ def watch_peak(device: torch.device) -> Callable[[], int | None]:
         return lambda: None
     _give_back_freed_memory()
     try:
-        # "5" sets the mark back to what is resident now (proc_pid_clear_refs(5)); not every sandbox lets a process.
+        # "5" resets the mark to what is resident now (proc_pid_clear_refs(5)); some sandboxes do not allow it.
         (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
         before = _status_bytes("VmRSS")
     except (OSError, LookupError):
@@ -39,7 +39,7 @@ def watch_peak(device: torch.device) -> Callable[[], int | None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory, of a GPU or of the machine, did not suffice."""
+    """Whether ``error`` says that memory, of a GPU or of the machine, ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)

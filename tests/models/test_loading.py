@@ -310,7 +310,7 @@ def test_the_folder_of_a_dit_is_refused(run, tmp_path, command):
     (tmp_path / "model_index.json").write_text(json.dumps(parts), encoding="utf-8")
     ran = run(*command, tmp_path)
     assert (ran.code, ran.out) == (2, "")
-    assert "DiTs (SD 3, Flux), which have a transformer in a UNet's place, are not supported" in ran.err
+    assert "DiTs (SD 3, Flux), which have a transformer instead of a UNet, are not supported" in ran.err
 
 
 @pytest.mark.parametrize("command", [["compare"], ["doctor", "--model"]])

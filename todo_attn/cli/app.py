@@ -1,4 +1,4 @@
-"""What the commands share: the app that they are registered on, and how they refuse."""
+"""Shared by the commands: the app that they are registered on, and their errors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ app = typer.Typer(
 
 
 class UserError(Exception):
-    """What the user should read instead of a traceback, and the exit code."""
+    """A message for the user instead of a traceback, and the exit code."""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
     def format_message(self) -> str:
-        """As the parser's own complaints have it."""
+        """Named as in the parser's own errors."""
         return str(self)
 
 
@@ -61,7 +61,7 @@ def _common(
 
 
 def hush_loading() -> None:
-    """Without the libraries' own bars and advice on loading, unless asked for by their environment variables."""
+    """Silence the libraries' own progress bars and advice on loading, unless their environment variables ask for it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import logging as hub_logging

@@ -1,4 +1,4 @@
-"""What ``todo-attn bench`` does: the kernel benchmark's short form for the machine at hand."""
+"""What ``todo-attn bench`` does: a short kernel benchmark of this machine."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def bench(
     """Time an image's self-attentions under ToDo, and DaTo's ops at its finest level, against their peers.
 
     Args:
-        device: "auto" (a GPU where torch sees one), "cpu", "cuda" or "cuda:N".
+        device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (fp16 on CUDA, else fp32), fp32, fp16, bf16, or torch's name of one of these.
-        model: "sd15" or "sdxl", or what the rows call ``architecture``.
-        height, width: in pixels; with one of them a square, with none 2048 on a GPU and 768 on a CPU.
-        show: is given the rows of each case as soon as they are measured.
-        architecture: the UNet; None where ``model`` says it.
+        model: "sd15" or "sdxl", or the name of ``architecture`` in the rows.
+        height, width: in pixels; a square if only one is given; if none, 2048 on a GPU and 768 on a CPU.
+        show: called with the rows of each case as soon as they are measured.
+        architecture: the UNet; None for "sd15" and "sdxl".
 
     Returns:
-        ``rows``, as :func:`todo_attn.bench.harness.compare` makes them, and ``notes``, sentences: where ToDo does
-        nothing, where it is not the faster one, and whether the machine is too busy to tell.
+        ``rows``, as :func:`todo_attn.bench.harness.compare` makes them, and ``notes``, sentences: if
+        ToDo does nothing, if it is not the faster one, and if the machine is too busy to tell.
 
     Raises:
-        ValueError: an argument that does not fit, naming it; nothing has been timed then.
+        ArgumentError: an argument that does not fit; nothing has been timed then.
     """
     where = torch.device(resolved_device(device, mps=False))
     gpu = where.type == "cuda"
@@ -72,7 +72,7 @@ def bench(
 
 
 def _heads(architecture: Architecture) -> dict[int, tuple[int, int]]:
-    """(heads, head dim) of each level's self-attention."""
+    """(heads, head_dim) of each level's self-attention."""
     from ..diffusers.levels import heads_by_level
     from ..models.unets import on_meta
 

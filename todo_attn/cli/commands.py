@@ -23,9 +23,9 @@ from .printing import DIGITS_NOTE, print_examination, schedule_lines, schedules_
 if TYPE_CHECKING:
     from ..models.architectures import Architecture
 
-# The methods whose gain doctor tells.
+# The methods whose gain doctor predicts.
 _ADVISED = "dense,todo,dato,todo+dato"
-_PRESET = "coco"  # the schedule that it takes by itself
+_PRESET = "coco"  # its default schedule
 # Options that doctor and schedules share.
 _Architecture = Annotated[
     str | None,
@@ -38,10 +38,10 @@ _Side = Annotated[int | None, typer.Option(help="In pixels.", show_default="the 
 
 _DOCTOR_HELP = """Say what is installed, run each op against its oracle, and exit with 1 if something is broken.
 
-What is not installed (a GPU, Triton, diffusers) is said and is no error: the rest works without it.
+What is missing (a GPU, Triton, diffusers) is listed and is no error: the rest works without it.
 
-With `--model`, a size or another of its options, say instead what ToDo and DaTo would gain there on this machine:
-predicted from the operations that they leave out, and with `--measure` timed; or that they will not help, and why.
+With `--model`, a size or another of its options, say instead what ToDo and DaTo would gain there on this machine,
+predicted from the operations that they save, and timed with `--measure`; or that they will not help, and why.
 
 **Examples**
 
@@ -58,7 +58,7 @@ def doctor_command(
     model: _Architecture = None,
     height: _Side = None,
     width: _Side = None,
-    max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto leaves.")] = 4096,
+    max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto keeps.")] = 4096,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +68,10 @@ def doctor_command(
     ] = None,
     prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
     steps: Annotated[
-        int, typer.Option(help="DaTo: of the scheduler, one fewer than calls of the UNet; schedules are resampled.")
+        int,
+        typer.Option(
+            help="DaTo: steps of the scheduler, one fewer than calls of the UNet; schedules are resampled to them."
+        ),
     ] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[
@@ -99,7 +102,7 @@ def doctor_command(
 
 
 def _tell(lines: list[str], *, stderr: bool = False) -> None:
-    """A line each, which a terminal gets broken between words and all else whole."""
+    """Print ``lines``; a terminal gets them wrapped between words, a file or pipe whole."""
     console = Console(stderr=stderr)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
@@ -119,12 +122,12 @@ def _examine(as_json: bool) -> None:
 
 
 def _read_architecture(model: str) -> Architecture:
-    """The UNet that ``--model`` names; a path where nothing is does not make it to the Hub."""
+    """The UNet that ``--model`` names; a path that does not exist is not looked up on the Hub."""
     from ..models.architectures import CONFIGS, read_architecture
 
     if model not in CONFIGS and not Path(model).expanduser().exists():
         try:
-            CompareSettings(model=model)  # knows what may be a Hub id
+            CompareSettings(model=model)  # checks what may be a Hub id
         except SettingError as error:
             known = ", ".join(CONFIGS)
             raise SettingError(
@@ -162,8 +165,8 @@ def bench_command(
 ) -> None:
     """Time the kernels on this machine, at the shapes of one image, against what they replace; about a minute.
 
-    Each result is checked against an oracle before it is timed; exits with 1 where one of ours was wrong. Says where
-    ToDo is not the faster one.
+    Each result is checked against an oracle before it is timed; exits with 1 if one of ours was wrong. Says if ToDo is
+    not the faster one.
 
     **Example:** `todo-attn bench --height 1024 --width 1536`
     """
@@ -190,7 +193,7 @@ def _bench(
         with naming_options(ArgumentError):
             if out is not None:
                 harness.check_appendable(out)
-            architecture = None if model in cases.MODELS else _read_architecture(model)  # their shapes are known
+            architecture = None if model in cases.MODELS else _read_architecture(model)  # whose shapes are known
 
             def show(rows: list[dict[str, Any]]) -> None:
                 if out is not None:
@@ -212,7 +215,7 @@ def schedules_command(
         typer.Option(
             help="A published schedule, or a JSON file: this one alone, with its digits and source.",
             autocompletion=schedule.names,
-            show_default="those with a name of their own",
+            show_default="those without a number",
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="All published schedules.")] = False,
@@ -220,7 +223,7 @@ def schedules_command(
         bool, typer.Option("--json", help="Print all of them, or the one, as JSON, digits and sources included.")
     ] = False,
 ) -> None:
-    """List DaTo's published cache schedules, and the operations that each saves of a model.
+    """List DaTo's published cache schedules, and the operations that each saves on a model.
 
     Only the configuration of the model is read: no weights, no GPU.
 
@@ -257,7 +260,7 @@ def schedules_command(
             notes.append(f"{hidden} more, which have only a number: --all. Digits and source of one: --name NAME")
     else:
         for line in schedule_lines(listing):
-            whole = line.startswith("digits:")  # to be copied
+            whole = line.startswith("digits:")  # so that it can be copied
             console.print(line, highlight=False, soft_wrap=whole, markup=False)
         notes = ["", DIGITS_NOTE, *schedules_notes(listing)[1:]]
     for note in notes:

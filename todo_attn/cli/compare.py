@@ -24,7 +24,7 @@ from .printing import compare_table
 if TYPE_CHECKING:
     from ..compare import run as comparing
 
-_COMPARE_HELP = """Make the same images by each method, taking turns; write them, a contact sheet and report.json.
+_COMPARE_HELP = """Make the same images by each method, in turns; write them, a contact sheet and report.json.
 
 **Examples**
 
@@ -71,39 +71,41 @@ def compare_command(
     dtype: Annotated[
         str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
     ] = "auto",
-    methods: Annotated[str, typer.Option(help=f"With commas between: {METHODS_TEXT}.")] = "dense,todo",
+    methods: Annotated[str, typer.Option(help=f"Comma-separated: {METHODS_TEXT}.")] = "dense,todo",
     factor: Annotated[
         str,
-        typer.Option(help="ToDo: auto, paper, an integer, or LEVEL=FACTOR pairs with + between, such as 1=4+2=2."),
+        typer.Option(help="ToDo: auto, paper, an integer, or LEVEL=FACTOR pairs joined by +, such as 1=4+2=2."),
     ] = "auto",
-    max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto leaves.")] = 4096,
+    max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto keeps.")] = 4096,
     mode: Annotated[str, typer.Option(help=f"ToDo: how keys are taken, {', '.join(MODES)}.")] = "nearest",
     tome_ratio: Annotated[float, typer.Option(help="ToMe: the share of tokens merged, at most 0.75.")] = 0.5,
     schedule: Annotated[
         str, typer.Option(help="DaTo: the name of a published schedule, a JSON file, or none.")
     ] = "coco",
     prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
-    cache_interval: Annotated[int, typer.Option(help="DeepCache: each so many-th call of the UNet is full.")] = 3,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of each method's one uncounted pass.")] = 2,
-    variant: Annotated[str | None, typer.Option(help="Of the weights' files, such as fp16.")] = None,
+    cache_interval: Annotated[int, typer.Option(help="DeepCache: every n-th call of the UNet is full.")] = 3,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of each method's warm-up, which is not counted.")] = 2,
+    variant: Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")] = None,
     config: Annotated[
         str | None,
         typer.Option(
-            help="For a single file: the folder or Hub id of a like model, which has the configuration.",
+            help="For a single file: the folder or Hub id of a model of the same kind, for the configuration.",
             show_default="the published model's, from the Hub",
         ),
     ] = None,
     out: Annotated[
         str | None,
         typer.Option(
-            help="Folder for what is written, new or empty.",
+            help="The output folder, new or empty.",
             show_default="compare, or compare-2 and so on if that is taken",
         ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the files of an older comparison that is in the folder.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report on stdout, all else on stderr.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report on stdout, everything else on stderr.")
+    ] = False,
 ) -> None:
     with naming_options(model="MODEL", prompts="--prompt", seeds="--seed"):
         settings = CompareSettings(
@@ -136,7 +138,7 @@ def compare_command(
 
 
 def _as_typed(argument: str) -> str:
-    """Python reads the bytes of an argument by the locale: what is beyond ASCII is lost on the C locale's."""
+    """``argument`` in UTF-8: Python decodes arguments by the locale, and the C locale loses what is not ASCII."""
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -147,7 +149,7 @@ def _as_typed(argument: str) -> str:
 def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
     """Load, compare, show and write."""
     notes = Console(stderr=True)
-    # A download draws bars of its own.
+    # A download has a progress bar of its own.
     with notes.status("loading the pipeline") if Path(settings.source).exists() else nullcontext():
         hush_loading()
         from ..compare.output import Output
@@ -160,10 +162,10 @@ def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
     try:
         with _bar(notes) as watch:
             comparison = compare(pipe, settings, watch, output.add)
-        with notes.status("measuring how like the images are"):
+        with notes.status("measuring how similar the images are"):
             report = build_report(comparison)
         console = notes if as_json else Console()
-        console.print(compare_table(report))  # before anything can fail to be written
+        console.print(compare_table(report))  # first, in case writing fails
         for note in report["notes"]:
             console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
         if as_json:
@@ -171,7 +173,7 @@ def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
         output.finish(comparison, report)
     except KeyboardInterrupt:
         raise UserError(f"interrupted: {output.stop()}", 130) from None
-    except Exception:  # a fault of ours or of a library: what was made is kept
+    except Exception:  # of any kind: keep what was made
         output.stop()
         raise
     if problem := output.problem():
@@ -188,7 +190,7 @@ def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
 
 @contextmanager
 def _bar(console: Console) -> Iterator[Callable[[comparing.Progress], None]]:
-    """A progress bar on ``console``, and what moves it; where that is no terminal, a line at each beginning."""
+    """A progress bar on ``console``, and the function that moves it; without a terminal, a line per image."""
     said = ""
     if not console.is_terminal:
 

@@ -1,4 +1,4 @@
-"""Tables on the terminal, by rich."""
+"""Tables for the terminal, by rich."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _cells(method: dict[str, Any]) -> list[str]:
 
 
 def schedules_table(listing: dict[str, Any]) -> Table:
-    """One row per schedule, of :func:`todo_attn.cli.schedules.build_listing`, as wide as 80 columns at most."""
+    """One row per schedule of :func:`todo_attn.cli.schedules.build_listing`; at most 80 columns wide."""
     table = Table(title=_run_text(listing), title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("name", "full", "shallow", "reuse", "published", "here", "saved"):
         table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
@@ -62,7 +62,7 @@ def schedules_table(listing: dict[str, Any]) -> Table:
 
 
 def schedule_lines(listing: dict[str, Any]) -> list[str]:
-    """The only schedule of ``listing``, whole."""
+    """The only schedule of ``listing``, in full."""
     (row,) = listing["schedules"]
     published = row["published"]
     made_for = [f"{published['steps']} steps"] if published["steps"] is not None else []

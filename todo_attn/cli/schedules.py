@@ -1,4 +1,4 @@
-"""What ``todo-attn schedules`` tells, as plain data: schedules and what they save of a given UNet."""
+"""What ``todo-attn schedules`` prints, as plain data: schedules and what they save on a UNet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_listing(
         height, width: in pixels; None is what the UNet was trained for.
         steps: of the scheduler, one fewer than the calls of the UNet, as with PNDM.
         schedules: resampled to ``steps``.
-        watch: called with how many of how many calls have been counted.
+        watch: called with the number of calls counted so far, and of all.
 
     Raises:
         SettingError: a size or number of steps that does not fit, or a UNet that cannot be counted.

@@ -1,4 +1,4 @@
-"""The ways to make an image that ``compare`` holds against each other: what each puts on a pipeline and takes off."""
+"""The methods of ``compare``: what each puts on a pipeline and takes off."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BoundMethod:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """On the pipeline within, off it after, whatever is raised."""
+        """On the pipeline inside the block, off it afterwards, whatever is raised."""
         try:
             self.apply()
             yield
@@ -50,11 +50,11 @@ class BoundMethod:
 
 
 def bind(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
-    """``method`` for ``pipe`` at the size and steps of ``settings``, which must be filled in; tried on once.
+    """``method`` for ``pipe`` at the size and steps of ``settings``, which must be filled in; tried once.
 
     Raises:
-        SettingError: the pipeline cannot take it: it lacks a level that a factor names, or is not built as DaTo needs.
-        ValueError: one of the methods is on the pipeline already, which would be taken off.
+        SettingError: the pipeline cannot take it: it lacks a level of the factor, or is not built as DaTo needs.
+        ArgumentError: one of the methods is on the pipeline already, and would be taken off.
     """
     _check_untouched(pipe.unet)
     bound = _BINDERS[method.kind](method, pipe, settings)
@@ -65,7 +65,7 @@ def bind(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
             pass
     except ValueError as error:
         if isinstance(error, ArgumentError) and error.argument == "factor":
-            option = Method("todo") if method.kind == "todo+dato" else method  # whose variant is no factor
+            option = Method("todo") if method.kind == "todo+dato" else method  # the variant of todo+dato is no factor
             raise refusal(option, "factor", error.problem) from error
         raise SettingError("methods", f"has {method.label!r}, which the pipeline cannot take: {error}") from error
     return bound
@@ -83,14 +83,14 @@ def _bind_todo(method: Method, pipe: Any, settings: CompareSettings) -> BoundMet
 
 
 def _bind_dato(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
-    """DaTo with its schedule made for just the calls of an image, so that it has no reason to resample it."""
+    """DaTo with its schedule resampled here to the calls of an image, so that it need not be at the call."""
     assert settings.steps is not None
     calls = calls_of(pipe.scheduler, settings.steps)
     config = settings.dato_config(method, calls, *_size(settings))
     options = {"schedule": settings.schedule if method.variant is None else method.variant, **config.to_dict()}
 
     def remove() -> None:
-        reset_dato(pipe)  # its tensors go now, not when Python next collects: the next image's memory is measured
+        reset_dato(pipe)  # frees its tensors now, before the next image's memory is measured
         remove_dato(pipe)
 
     return BoundMethod(method.label, options, apply=lambda: apply_dato(pipe, config), remove=remove)
@@ -108,14 +108,14 @@ def _bind_tome(method: Method, pipe: Any, settings: CompareSettings) -> BoundMet
 
     def remove() -> None:
         tomesd.remove_patch(unet)
-        for module in unet.modules():  # what remove_patch forgets
+        for module in unet.modules():  # remove_patch leaves a mark on each
             module.__dict__.pop("_tome_info", None)
 
     return BoundMethod(method.label, options, apply=lambda: tomesd.apply_patch(unet, **options), remove=remove)
 
 
 def _bind_deepcache(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
-    """DeepCache (arXiv 2312.00858) by its authors' package: only the outermost skip connection is computed between."""
+    """DeepCache (arXiv 2312.00858) by its authors' package: cached calls compute only the outermost skip connection."""
     options = {"cache_interval": settings.cache_interval_of(method), "cache_branch_id": 0}
     if importlib.util.find_spec("DeepCache") is None:
         return BoundMethod(method.label, options, unavailable="DeepCache is not installed: pip install DeepCache")
@@ -123,14 +123,14 @@ def _bind_deepcache(method: Method, pipe: Any, settings: CompareSettings) -> Bou
 
     helper = DeepCacheSDHelper(pipe)
     helper.set_params(**options)
-    forwards: dict[nn.Module, Any] = {}  # those set on a module itself, as offloading does
+    forwards: dict[nn.Module, Any] = {}  # set on the module itself, as offloading does
 
     def apply() -> None:
         forwards.update((m, m.__dict__["forward"]) for m in pipe.unet.modules() if "forward" in m.__dict__)
         helper.enable()
 
     def remove() -> None:
-        # Not disable(), which leaves a forward on every module, and stumbles over an enable() that did not get through.
+        # Not disable(), which leaves a forward on every module and fails after an enable() that did not complete.
         for module in pipe.unet.modules():
             module.__dict__.pop("forward", None)
         for module, forward in forwards.items():
@@ -152,7 +152,7 @@ _BINDERS: dict[str, Callable[[Method, Any, CompareSettings], BoundMethod]] = {
 
 
 def calls_of(scheduler: Any, steps: int) -> int:
-    """How often an image of ``steps`` steps of ``scheduler`` calls the UNet: twice a step with Heun, for one."""
+    """Calls of the UNet for an image of ``steps`` steps of ``scheduler``; Heun, for one, calls it twice a step."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)

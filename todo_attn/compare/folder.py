@@ -1,4 +1,4 @@
-"""The folder that a comparison is written into: whether it may be, and what an older comparison left there."""
+"""The folder of a comparison: whether it may be written, and what an older comparison left there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def choose_folder(out: str | None, overwrite: bool) -> Path:
     """The folder that ``out`` names; for None "compare", or without ``overwrite`` the first free of "compare-2", ...
 
     Raises:
-        SettingError: it cannot be written, or holds files already; with ``overwrite`` an older comparison may be there.
+        SettingError: it cannot be written, or has files already; with ``overwrite`` it may have an older comparison.
     """
     if out is not None and not out.strip():
         raise SettingError("out", f"must name a folder, got {out!r}")
@@ -36,7 +36,7 @@ def choose_folder(out: str | None, overwrite: bool) -> Path:
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written, without leaving anything behind."""
+    """Refuse a folder that cannot be created or written; leaves nothing behind."""
     nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest):
@@ -60,12 +60,12 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 
 def _entries(folder: Path) -> set[str]:
-    """The names of what lies in a folder, without hidden files."""
+    """The names in a folder, without hidden files."""
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
 
 
 def _files_of_comparison(folder: Path) -> list[Path] | None:
-    """Every file that the report in ``folder`` names, itself the last; None if there is no report of a comparison."""
+    """Every file that the report in ``folder`` names, the report last; None if there is no such report."""
     try:
         report: Any = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         files = [image["file"] for method in report["methods"] for image in method["images"]]
@@ -78,7 +78,7 @@ def _files_of_comparison(folder: Path) -> list[Path] | None:
 
 
 def remove_comparison(folder: Path) -> None:
-    """Remove the files of the comparison in ``folder``, if there is one, and nothing else.
+    """Remove the files of the comparison in ``folder``, if any, and nothing else.
 
     Raises:
         OSError: one cannot be removed.

@@ -1,4 +1,4 @@
-"""Words in any script that a font is found for: Pillow's own, matplotlib's, and those of the machine."""
+"""Text in any script for which there is a font: Pillow's own, matplotlib's, or one of the machine's."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _FOLDERS = (
 )  # fmt: skip
 _SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
 _SELECTORS = "\ufe0e\ufe0f"  # of text or colour emoji
-_NOWHERE = "\U0010ffff"  # is no character: what a font draws for one that it lacks
+_NOWHERE = "\U0010ffff"  # not a character: fonts draw their "missing" glyph for it
 
 
 @dataclass(frozen=True)
 class _Face:
-    """A file, and which of its fonts."""
+    """A font file, and the index of the font in it."""
 
     file: str
     index: int = 0
 
 
-_OWN = _Face("")  # comes with Pillow: the sheet looks the same everywhere
+_OWN = _Face("")  # comes with Pillow, so that the sheet looks the same everywhere
 
 
 @lru_cache
@@ -51,7 +51,7 @@ def _has(face: _Face, character: str) -> bool:
         mask, none = font.getmask(character), font.getmask(_NOWHERE)
     except OSError:  # no font, or one of colour bitmaps in a single size
         return False
-    if mask.getbbox() is None:  # nothing to see
+    if mask.getbbox() is None:  # blank
         return character.isspace()
     return mask.size != none.size or bytes(mask) != bytes(none)
 
@@ -62,7 +62,7 @@ def _covers(face: _Face, cluster: str) -> bool:
 
 
 def _matplotlib_face() -> Iterator[_Face]:
-    """DejaVu Sans, which comes with matplotlib; found without importing that."""
+    """DejaVu Sans, which comes with matplotlib; found without importing it."""
     spec = importlib.util.find_spec("matplotlib")
     for folder in (spec.submodule_search_locations if spec else None) or ():
         file = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -71,14 +71,14 @@ def _matplotlib_face() -> Iterator[_Face]:
 
 
 def _installed_faces(cluster: str) -> Iterator[_Face]:
-    """Those of the machine that may have ``cluster``, as fontconfig sorts them; all where there is no fontconfig."""
+    """The machine's fonts that may have ``cluster``, as fontconfig sorts them; all without fontconfig."""
     if program := shutil.which("fc-match"):
         wanted = " ".join(f"{ord(character):x}" for character in cluster)
         command = [program, "--sort", "--format=%{index} %{file}\n", f"sans:charset={wanted}"]
         try:
             said = subprocess.run(command, capture_output=True, encoding="utf-8", errors="surrogateescape", timeout=10)
             found = [line.partition(" ") for line in said.stdout.splitlines()]
-            # The index's high bits name an instance of a variable font.
+            # The high bits of the index name an instance of a variable font.
             faces = [_Face(file, int(index) & 0xFFFF) for index, _, file in found]
         except (OSError, ValueError, subprocess.TimeoutExpired):
             faces = []
@@ -98,14 +98,14 @@ def _face_of(cluster: str) -> _Face | None:
     """The first font that has ``cluster``."""
     for faces in ((_OWN,), _matplotlib_face(), _installed_faces(cluster)):
         for face in faces:
-            # A last-resort font has a box of its own for everything.
+            # A last-resort font has a placeholder for every character.
             if "LastResort" not in face.file and _covers(face, cluster):
                 return face
     return None
 
 
 def _clusters(text: str) -> list[str]:
-    """``text`` in characters, each with what is drawn onto it: accents, joiners, variation selectors."""
+    """``text`` split into characters, each with its accents, joiners and variation selectors."""
     clusters: list[str] = []
     for character in text:
         if clusters and unicodedata.category(character) in ("Mn", "Me", "Mc", "Cf"):
@@ -116,20 +116,20 @@ def _clusters(text: str) -> list[str]:
 
 
 def one_line(text: str) -> str:
-    """``text`` without line breaks and what else is no part of a line; letters and accents in one character."""
+    """``text`` without line breaks and control characters, accents composed (NFC)."""
     kinds = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd"}
     text = "".join(kinds.get(unicodedata.category(character), character) for character in text)
     return unicodedata.normalize("NFC", text)
 
 
 def without_font(text: str) -> list[str]:
-    """The characters of ``text`` that no font is found for, each once, in order."""
+    """The characters of ``text`` without a font, each once, in order."""
     return [cluster for cluster in dict.fromkeys(_clusters(one_line(text))) if _face_of(cluster) is None]
 
 
 @lru_cache(maxsize=1024)
 def _runs(text: str) -> tuple[tuple[str, _Face], ...]:
-    """``text`` in pieces of one font each; in one piece if a font has all of it, so that words do not mix fonts."""
+    """``text`` in pieces of one font each; a single piece if one font has all of it."""
     pairs = [(cluster, _face_of(cluster) or _OWN) for cluster in _clusters(text)]
     for face in dict.fromkeys(face for _, face in pairs):
         if all(_covers(face, cluster) for cluster, _ in pairs):
@@ -139,12 +139,12 @@ def _runs(text: str) -> tuple[tuple[str, _Face], ...]:
 
 
 def length(text: str, size: int) -> float:
-    """How wide ``text`` is, in pixels."""
+    """The width of ``text``, in pixels."""
     return sum(_load(face, size).getlength(piece) for piece, face in _runs(text))
 
 
 def draw_text(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, ink: str) -> None:
-    """``text`` in one line, all its fonts on one baseline; ``y`` is where tall letters of Pillow's own font begin."""
+    """``text`` in one line, all its fonts on one baseline; ``y`` is the top of Pillow's own font."""
     own = _load(_OWN, size)
     baseline = y + (own.getmetrics()[0] if isinstance(own, ImageFont.FreeTypeFont) else size)
     for piece, face in _runs(text):

@@ -1,4 +1,4 @@
-"""How far one image is from another: PSNR and SSIM by scikit-image."""
+"""PSNR and SSIM of one image against another, by scikit-image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def psnr(reference: np.ndarray, image: np.ndarray) -> float:
         reference, image: (height, width, 3) uint8.
 
     Raises:
-        ValueError: another dtype or shape, or two shapes.
+        ArgumentError: another dtype or shape, or different shapes.
     """
     _check(reference, image)
     if np.array_equal(reference, image):
@@ -42,7 +42,7 @@ def ssim(reference: np.ndarray, image: np.ndarray) -> float:
         reference, image: (height, width, 3) uint8, at least 11 pixels a side.
 
     Raises:
-        ValueError: another dtype or shape, two shapes, or a side below 11 pixels.
+        ValueError: another dtype or shape, different shapes, or a side below 11 pixels.
     """
     _check(reference, image)
     return float(

@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder: the images, the contact sheet and report.json."""
+"""Writes the files of a comparison: images, contact sheet and report.json."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 class Output:
     """Fills the folder of one comparison, each image as soon as it is made.
 
-    With the first image goes a report that names all that are to come, so that the folder is known for a
-    comparison's, however that ends. Whatever an older one left there goes just before. A file that cannot be written is
-    no reason to stop: it is in ``failures``.
+    With the first image it writes a report that names all images to come, so that the folder is known to hold a
+    comparison, however that ends. The files of an older comparison are removed just before. A file that cannot be
+    written does not stop the comparison: it is listed in ``failures``.
 
     Args:
-        folder: as :func:`~todo_attn.compare.folder.choose_folder` gives it; it is made with the first image.
+        folder: as :func:`~todo_attn.compare.folder.choose_folder` gives it; it is created with the first image.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.failures: list[OSError] = []
         self._comparison: Comparison | None = None  # the latest
-        self._seen = 0  # of the shots, those that were given to be written
+        self._seen = 0  # shots handed over for writing
         self._usable = True
 
     def add(self, comparison: Comparison) -> None:
-        """Write those images of ``comparison`` that are new."""
+        """Write the new images of ``comparison``."""
         if not comparison.shots:
             return
         if self._comparison is None:
@@ -52,13 +52,13 @@ class Output:
             self._save(file_name(shot.number, shot.seed, shot.label), Image.fromarray(shot.pixels))
 
     def finish(self, comparison: Comparison, report: dict[str, Any]) -> None:
-        """Write the report, which is small, and then the contact sheet."""
+        """Write the report, and then the contact sheet, which is large."""
         self.add(comparison)
         self._save_report(report)
         self._save(SHEET, sheet_of(comparison, report), replace=True)
 
     def stop(self) -> str:
-        """Write what there is of a comparison that ended early, a sheet if two methods made some, and say where."""
+        """Write a comparison that ended early, with a sheet if two methods made images; returns what is where."""
         if self._comparison is None:
             return NOTHING_MADE
         self.add(self._comparison)
@@ -73,7 +73,7 @@ class Output:
         return f"{done} of {total} images are in {self.folder / IMAGES}, with a partial report, {self.folder / REPORT}"
 
     def problem(self) -> str | None:
-        """One sentence on the files that could not be written."""
+        """One sentence about the files that could not be written; None if there are none."""
         if not self.failures:
             return None
         first, more = self.failures[0], len(self.failures) - 1
@@ -99,7 +99,7 @@ class Output:
         self._write(name, png.getvalue(), replace)
 
     def _write(self, name: str, content: bytes, replace: bool) -> None:
-        """All of a file or nothing; without ``replace`` no file that is there already is touched."""
+        """Write the whole file or nothing; without ``replace`` an existing file is not touched."""
         if not self._usable:
             return
         file = self.folder / name

@@ -1,4 +1,4 @@
-"""A comparison as numbers: seconds with their spread, speed-up, PSNR, SSIM and memory, as plain data."""
+"""A comparison as plain data: seconds with their spread, speed-up, PSNR, SSIM and memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 _ABOUT = (
     "seconds: from prompt to pixels, text encoder and VAE included; the warm-up passes are not counted.",
     "speedup: dense's median seconds over the method's.",
-    "psnr (dB) and ssim: the 8-bit image against dense's of the same prompt and seed; psnr is null where they are "
+    "psnr (dB) and ssim: the 8-bit image against dense's of the same prompt and seed; psnr is null if they are "
     "equal, and such images are not in its mean.",
     "peak_memory_bytes: on a CUDA device the most that torch held there, weights included; on a CPU under Linux the "
     "most resident memory of the process above what was resident before the image, so without the weights; null "
-    "where neither can be told. A method's is the most of its images.",
+    "if neither is known. A method's is the most of its images.",
 )
 
 
@@ -34,11 +34,11 @@ def file_name(number: int, seed: int, label: str) -> str:
 
 
 def build_report(comparison: Comparison) -> dict[str, Any]:
-    """Everything that is worth keeping of ``comparison`` but the pixels, ready for ``json.dumps``.
+    """All of ``comparison`` but the pixels, ready for ``json.dumps``.
 
-    Keys: ``settings``, ``versions``, ``machine``, ``methods`` (in the order asked for, each with its ``images``),
-    ``complete``, whether all images are there, ``missing``, the files of those that are not, ``notes``, what went
-    otherwise than asked for, and ``about``, what the numbers are.
+    Keys: ``settings``, ``versions``, ``machine``, ``methods`` (in the given order, each with its ``images``),
+    ``complete`` (whether all images are there), ``missing`` (the files of those that are not), ``notes`` (what did not
+    go as asked) and ``about`` (what the numbers mean).
     """
     dense = {s.number: s for s in comparison.shots if s.label == "dense"}
     dense_median = statistics.median(s.seconds for s in dense.values()) if dense else None
@@ -120,13 +120,13 @@ def _image_report(shot: Shot, dense: Shot | None) -> dict[str, Any]:
 
 
 def spread(seconds: list[float]) -> dict[str, float | int]:
-    """Median, quartiles, ends and count of at least one time."""
+    """Median, quartiles, extremes and count of at least one time."""
     q1, median, q3 = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "min": min(seconds), "q1": q1, "q3": q3, "max": max(seconds), "count": len(seconds)}
 
 
 def _missing(comparison: Comparison) -> list[str]:
-    """The files of the images that were still to be made."""
+    """The files of the images that were not made."""
     there = {(shot.number, shot.label) for shot in comparison.shots}
     return [
         file_name(number, seed, method.label)

@@ -1,4 +1,4 @@
-"""The same images by each method, taking turns, with the time each took."""
+"""Makes the same images by each method, in turns, and times each."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Shot:
         number: of the image, among the pairs of prompt and seed, from 0.
         pixels: (height, width, 3) uint8.
         seconds: from the call of the pipeline to the pixels on the CPU, text encoder and VAE included.
-        peak_bytes: the most memory held meanwhile, as :func:`~todo_attn.peak_memory.watch_peak` has it; None where
-            that cannot be told.
-        finite: False where the pipeline gave NaN or infinity.
-        blacked_out: whether its safety checker did away with it.
+        peak_bytes: peak memory, as :func:`~todo_attn.peak_memory.watch_peak` measures it; None if that is not
+            known.
+        finite: False if the pipeline gave NaN or infinity.
+        blacked_out: whether its safety checker blacked it out.
     """
 
     label: str
@@ -47,9 +47,9 @@ class Shot:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found: ``settings`` with nothing left open, and every shot in the order it was taken.
+    """The result of :func:`compare`: ``settings`` with everything filled in, and every shot in order.
 
-    A method that ran out of memory is ``unavailable`` from there on; what it made before is among the shots.
+    A method that ran out of memory is ``unavailable`` from then on; its earlier images are among the shots.
     """
 
     settings: CompareSettings
@@ -78,21 +78,21 @@ def compare(
 ) -> Comparison:
     """Make every prompt and seed of ``settings`` by each of its methods.
 
-    One uncounted and shorter pass of each method goes first. Then the methods take turns at each image, in turned
-    order from one image to the next, so that a machine that slows down or speeds up does so for all of them. Starting
-    noise comes from the CPU, seeded per image, and is the same for every method. A method is put on the pipeline for
-    one image and taken off again, also when something raises: the pipeline is left as found.
+    Each method first has a short warm-up, which is not counted. Then the methods take turns at each image, in reverse
+    order at every second image, so that a drift of the machine's speed affects all alike. Starting noise is drawn on
+    the CPU, seeded per image, and is the same for every method. A method is put on the pipeline for one image and taken
+    off again, even if something raises: the pipeline is left as it was found.
 
     Args:
         pipe: a text-to-image pipeline with a UNet, as :func:`~todo_attn.models.pipelines.load_pipeline` gives.
-            Device, dtype and scheduler are its own, and those of ``settings`` are not looked at.
+            Its own device, dtype and scheduler are used, not those of ``settings``.
         watch: called after every scheduler step.
         keep: called after every image with the comparison so far.
 
     Raises:
         SettingError: a setting that does not fit the pipeline.
         ValueError: one of the methods is on the pipeline already.
-        torch.OutOfMemoryError: memory does not suffice for an image by any method.
+        torch.OutOfMemoryError: there is not enough memory for an image by any method.
     """
     check_pipeline(pipe, settings.source)
     settings = sized(settings, pipe)
@@ -100,7 +100,7 @@ def compare(
     warmup_steps = min(settings.warmup_steps, settings.steps)
     methods = [bind(method, pipe, settings) for method in settings.parsed_methods()]
     able = [m for m in methods if m.unavailable is None]
-    # A schedule is made for a number of steps, and so the method with it.
+    # Bound for its own number of steps, because a schedule is made for one.
     short = replace(settings, steps=warmup_steps)
     warm_ups = [b for b in (bind(method, pipe, short) for method in short.parsed_methods()) if b.unavailable is None]
     images = settings.images
@@ -115,7 +115,7 @@ def compare(
         return Comparison(settings, *names, pipe.unet.device, pipe.unet.dtype, now, list(shots))
 
     def take(method: BoundMethod, number: int, steps: int, what: str) -> Shot | None:
-        """The image, or None if memory does not suffice: the method is left out from then on."""
+        """The image, or None if memory runs out: the method is left out from then on."""
         nonlocal done
         if method.label in out_of_memory:
             return None
@@ -123,7 +123,7 @@ def compare(
 
         def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             if watch is not None:
-                # Some schedulers call the UNet more than once a step, so that there are more timesteps than steps.
+                # A scheduler that calls the UNet more than once a step has more timesteps than steps.
                 watch(Progress(done + steps * min(1.0, (step + 1) / pipe.num_timesteps), total, what))
             return values
 
@@ -137,7 +137,7 @@ def compare(
         else:
             done += steps
             return shot
-        gc.collect()  # what the pipeline held where it broke off
+        gc.collect()  # frees what the pipeline held when it failed
         if pipe.unet.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
@@ -155,13 +155,13 @@ def compare(
                 if keep is not None:
                     keep(so_far())
     if not shots:
-        raise torch.OutOfMemoryError("memory does not suffice for an image by any method")
+        raise torch.OutOfMemoryError("not enough memory for an image by any method")
     return so_far()
 
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bar."""
+    """Switch the pipeline's own progress bar off."""
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -175,7 +175,7 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _told_once() -> Iterator[None]:
-    """Each of this package's warnings once, not at every image that a method is put on for."""
+    """Log each of this package's warnings once, not for every image."""
     told: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:

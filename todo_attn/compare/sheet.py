@@ -16,15 +16,15 @@ from .fonts import draw_text, length, one_line
 _PAPER, _INK, _FAINT, _RULE, _ACCENT = "#ffffff", "#181a1f", "#6c727d", "#dee1e6", "#0b7a4b"
 _MARGIN, _GAP = 32, 20
 _MAX_CELL = 512  # pixels along an image's longer side
-_MIN_PITCH = 320  # words need some room also under tiny images
+_MIN_PITCH = 320  # room for the words under tiny images
 
-_BIG, _HEADING, _NORMAL, _SMALL = 26, 22, 18, 15  # sizes of words
+_BIG, _HEADING, _NORMAL, _SMALL = 26, 22, 18, 15  # font sizes
 _LINE = 22  # from one small line to the next
 
 
 @dataclass(frozen=True)
 class Column:
-    """The words above a column; ``badge`` is large and at the right, coloured if ``good``."""
+    """The text above a column; ``badge`` is large and at the right, coloured if ``good``."""
 
     heading: str
     badge: str
@@ -34,7 +34,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """What the row shows, and per column an image ((height, width, 3) uint8, None where there is none) and words."""
+    """The title of a row, and per column an image ((height, width, 3) uint8, or None) and its caption."""
 
     title: str
     cells: Sequence[tuple[np.ndarray | None, str]]
@@ -100,7 +100,7 @@ def draw_sheet(title: str, subtitle: str, columns: Sequence[Column], rows: Seque
 
 
 def _cut(text: str, size: int, room: int) -> str:
-    """``text``, its end cut off and marked where it is wider than ``room`` pixels."""
+    """``text``, cut off with "..." if it is wider than ``room`` pixels."""
     if length(text, size) <= room:
         return text
     ends = range(len(text) + 1)

@@ -1,10 +1,10 @@
-"""Numbers as a person reads them, in a table and on a sheet alike."""
+"""Numbers as text, for the table and the contact sheet."""
 
 from __future__ import annotations
 
 
 def seconds_text(seconds: float) -> str:
-    """Three digits, as seconds need: "0.123 s", "4.56 s", "78.9 s", "123 s"."""
+    """With three digits: "0.123 s", "4.56 s", "78.9 s", "123 s"."""
     digits = 3 if seconds < 1 else 2 if seconds < 10 else 1 if seconds < 100 else 0
     return f"{seconds:.{digits}f} s"
 
