@@ -147,9 +147,10 @@ def chosen_size(architecture: Architecture, height: int | None, width: int | Non
     sides = architecture.size or (None, None)
     sizes = []
     for name, given, trained in zip(("height", "width"), (height, width), sides, strict=True):
-        if given is None and trained is None:
+        normal = None if trained is None else times * trained
+        size = normal if given is None else given
+        if size is None:
             raise SettingError(name, "must be given: the model does not say its normal size")
-        size = times * trained if given is None else given
         check_size(name, size, math.lcm(SIZE_MULTIPLE, architecture.pixels_per_latent))
         sizes.append(size)
     height, width = sizes

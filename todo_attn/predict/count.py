@@ -138,7 +138,7 @@ def in_one_run(config: ToDoConfig | DaToConfig) -> ToDoConfig | DaToConfig:
         return replace(config, timestep_range=ToDoConfig.timestep_range)
     if isinstance(config.prune_ratio, tuple):
         raise ArgumentError("config", f"must have one prune_ratio for all calls, got {len(config.prune_ratio)}")
-    todo = None if config.todo is None else in_one_run(config.todo)
+    todo = None if config.todo is None else replace(config.todo, timestep_range=ToDoConfig.timestep_range)
     return replace(config, cache_schedule=_EACH_KIND, todo=todo)
 
 
