@@ -91,7 +91,7 @@ def compare(
 
     Raises:
         SettingError: a setting that does not fit the pipeline.
-        ValueError: one of the methods is on the pipeline already.
+        ArgumentError: one of the methods is on the pipeline already.
         torch.OutOfMemoryError: there is not enough memory for an image by any method.
     """
     check_pipeline(pipe, settings.source)

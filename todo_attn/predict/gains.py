@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def build_advice(
         "calls": calls,
         "device": device_name(device),
         "dtype": settings.dtype,
-        "rates": rates.to_dict(),
+        "rates": asdict(rates),
         "dense": {
             "operations": dense.operations,
             "launches": dense.launches,

@@ -7,7 +7,7 @@ also takes the time to launch its operations one by one, which is what limits a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 WORTH = 1.05  # a smaller gain is not worth a change
 
@@ -37,9 +37,6 @@ class Work:
 
     def __sub__(self, less: Work) -> Work:
         return Work(self.attention - less.attention, self.other - less.other, self.launches - less.launches)
-
-    def __mul__(self, times: int) -> Work:
-        return Work(self.attention * times, self.other * times, self.launches * times)
 
 
 @dataclass(frozen=True)
@@ -77,10 +74,6 @@ class Rates:
         """Seconds of one call."""
         parts = self.computing(work), self.starting(work)
         return max(parts) if self.overlaps else sum(parts)
-
-    def to_dict(self) -> dict[str, float | bool]:
-        """Plain data."""
-        return asdict(self)
 
 
 def gain(dense: Sequence[float], other: Sequence[float]) -> float:
