@@ -4,13 +4,13 @@ python -m benchmarks.unet --device cpu
 python -m benchmarks.unet --device cuda --model sdxl --size 2048 --size 1920x1080 --methods todo,tome
 python -m benchmarks.unet --device cuda --methods dato,todo+dato,deepcache --schedule coco --schedule search --compile
 
-One sample is one call of the UNet, or, as soon as a method is asked for that reuses what an earlier call has left
-(DaTo, DeepCache), a whole run of calls: 50 on a GPU, 10 on a CPU, or ``--calls``, on all sides alike. Schedules are
-resampled to that. Time does not depend on what the weights are.
+One sample is one call of the UNet. If any method reuses results of an earlier call (DaTo, DeepCache), one sample is a
+whole run for all candidates: 50 calls on a GPU, 10 on a CPU, or ``--calls``. Schedules are resampled to that number.
+Time does not depend on the values of the weights.
 
-Before that each self-attention under ToDo is held against the reference, at that size. Warm-up runs are of the first
-few calls only, so with ``--rounds 1`` there is one whole run of each side. Rows are added after each size; an
-interruption leaves those of what was timed by then.
+First, each self-attention under ToDo is compared with the reference at that size. Warm-up runs have only the first few
+calls, so ``--rounds 1`` takes one whole run of each candidate. Rows are written after each size; after an interruption
+the file has the rows of what was timed by then.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from diffusers.models import UNet2DConditionModel
 
 from benchmarks import RESULTS, models
 from benchmarks.kernels import check_among, checked_out, chosen_device
+from benchmarks.unet_candidates import Candidates, check_exact, check_output, checked
 from benchmarks.unet_plan import (
     PEERS,
     Choice,
@@ -39,7 +40,6 @@ from benchmarks.unet_plan import (
     parse_size,
     plan,
 )
-from benchmarks.unet_sides import Sides, check_exact, check_output, checked
 from benchmarks.unet_stop import Stoppable, as_far_as_it_got, pairs
 from todo_attn import machine
 from todo_attn.bench import harness
@@ -66,26 +66,26 @@ def rows_at(
     """
     height, width = size
     about = machine.describe(unet.device)
-    make = Sides(unet, height, width, batch, calls, warmup=rounds.warmup, compiled=compiled)
-    sides = [make.dense(), *map(make.of, contenders)]
-    with room_to_compile(len(sides)), meter.listening():
-        measured = harness.measure(sides, meter, rounds, check=check_output, label=f"{width}x{height}")
+    make = Candidates(unet, height, width, batch, calls, warmup=rounds.warmup, compiled=compiled)
+    candidates = [make.dense(), *map(make.of, contenders)]
+    with room_to_compile(len(candidates)), meter.listening():
+        measured = harness.measure(candidates, meter, rounds, check=check_output, label=f"{width}x{height}")
         measured = [as_far_as_it_got(result) for result in measured]
-        for side, result in zip(sides, measured, strict=True):
+        for candidate, result in zip(candidates, measured, strict=True):
             if calls > 1 and result.error is None and result.seconds:
-                side.info["by_kind"] = side.times.by_kind()
+                candidate.info["by_kind"] = candidate.times.by_kind()
     where = {"height": height, "width": width, "batch": batch, "calls": calls, "compile": compiled}
     return [row for pair in pairs(measured) for row in harness.compare("unet", case | where, about, pair)]
 
 
 @contextmanager
-def room_to_compile(sides: int) -> Iterator[None]:
-    """As if each side were alone in the process: torch counts the graphs of a function, whoever's UNet it is in.
+def room_to_compile(candidates: int) -> Iterator[None]:
+    """As if each candidate were alone in the process: torch counts the graphs of a function, whoever's UNet it is in.
 
     Where one has more than torch's limit all the same, that is an error, and not a measurement of what is uncompiled.
     """
     torch.compiler.reset()  # each size compiles anew, as its user would
-    limit = torch._dynamo.config.recompile_limit * sides
+    limit = torch._dynamo.config.recompile_limit * candidates
     with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
         yield
 
@@ -98,11 +98,11 @@ def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     if (share := dense.get("self_attention_share")) is not None:
         lines.append(f"self-attention takes {share:.0%} of dense, projections included")
-    for side in (dense, *(row["contender"] for row in rows)):
-        kinds = side.get("by_kind", {}).items()
+    for candidate in (dense, *(row["contender"] for row in rows)):
+        kinds = candidate.get("by_kind", {}).items()
         if kinds:
             told = ", ".join(f"{kind} {of['seconds']:.3g} s ({of['calls']} times)" for kind, of in kinds)
-            lines.append(f"a call of {side['name']}: {told}")
+            lines.append(f"a call of {candidate['name']}: {told}")
     return lines
 
 
@@ -144,7 +144,7 @@ def main(
     cache_interval: Annotated[
         list[int] | None, typer.Option(help="DeepCache: each so many-th call is full; repeatable. 3 and 5.")
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="All sides through torch.compile.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="All candidates through torch.compile.")] = False,
     warmup: Annotated[
         int | None,
         typer.Option(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers.models import UNet2DConditionModel
 
-from todo_attn.bench.harness import between, stamp
+from todo_attn.bench.harness import elapsed, stamp
 from todo_attn.config.schedule import FULL, REUSE, SHALLOW
 from todo_attn.peak_memory import watch_peak
 
@@ -36,7 +36,7 @@ class CallTimes:
 
     def seconds(self) -> list[float]:
         """Of each call; waits for a device."""
-        return [between(*span) for span in pairwise(self.marks)]
+        return [elapsed(*span) for span in pairwise(self.marks)]
 
     def by_kind(self) -> dict[str, dict[str, float]]:
         """For each kind that there is, how many calls, and the median of their seconds."""
@@ -67,7 +67,7 @@ class Run:
         call: what is called: ``model``, or that compiled.
         inputs: of each call but for the timestep (:func:`benchmarks.models.inputs`).
         timesteps: (calls,), those of the run in order.
-        after: frees what the run leaves on the model, so that it does not count as another side's memory.
+        after: frees what the run leaves on the model, so that it does not count as another candidate's memory.
         times: takes the times of each run's calls.
         info: takes what the last warm-up run is found to need: the share of a run's time that self-attention takes, and
             on a CPU its memory ("peak_gib", above what was resident before).
@@ -123,7 +123,7 @@ class Run:
             with self_attention(self.model) as spans:
                 ends = [0]
                 output = self._run(self.call, self.times.first, lambda: ends.append(len(spans)))
-            attention = [sum(between(*span) for span in spans[slice(*call)]) for call in pairwise(ends)]
+            attention = [sum(elapsed(*span) for span in spans[slice(*call)]) for call in pairwise(ends)]
             self.info["self_attention_share"] = self.times.whole(attention) / self.times.whole(self.times.seconds())
         else:
             output = self._run(self.call, self.times.first)

@@ -14,11 +14,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptError(Exception):
-    """Ends each side in turn; unlike KeyboardInterrupt it does not take the samples with it."""
+    """Ends each candidate in turn; unlike KeyboardInterrupt it does not take the samples with it."""
 
 
 class Stoppable:
-    """A meter that a signal stops: from then on no side gets another sample.
+    """A meter that a signal stops: from then on no candidate gets another sample.
 
     Args:
         meter: takes a sample, as :class:`todo_attn.bench.harness.Meter` does.

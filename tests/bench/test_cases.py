@@ -59,7 +59,7 @@ def test_grids(height, width, level, grid, factor, coarse):
 
 def test_at_factor_1_what_says_nothing_is_left_out():
     case = Case("attention", "sd15", 512, 512, 1, 2, "fp16")
-    peers, forms = case.sides
+    peers, forms = case.candidates
     assert (peers, forms) == ((*cases.SDPA, "flex", "sage"), ("todo-packed",))
     assert replace(case, max_kv_tokens=1024).rows == case.rows + 3
 

@@ -1,4 +1,4 @@
-"""The harness's order, arithmetic and rows, with a clock that runs only when a side is called."""
+"""The harness's order, arithmetic and rows, with a clock that runs only when a candidate is called."""
 
 import json
 
@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from todo_attn.bench import harness
-from todo_attn.bench.harness import Meter, Rounds, Sample, Side
+from todo_attn.bench.harness import Candidate, Meter, Rounds, Sample
 
 ROW_KEYS = {"benchmark", "case", "baseline", "contender", "speedup", "measured", "machine"}
-SIDE_KEYS = {"name", "seconds", "samples", "peak_gib", "error"}
+CANDIDATE_KEYS = {"name", "seconds", "samples", "peak_gib", "error"}
 
 
 class Bench:
-    """Sides that take given seconds a call, on a clock of their own, and the order in which they were called."""
+    """Candidates that take given seconds a call, on a clock of their own, and the order in which they were called."""
 
     def __init__(self):
         self.now, self.order = 0.0, []
 
-    def side(self, name, seconds, output=0, **info):
+    def candidate(self, name, seconds, output=0, **info):
         times = iter(seconds)
 
         def call():
@@ -26,15 +26,15 @@ class Bench:
             self.now += next(times)
             return output
 
-        return Side(name, lambda: call, info)
+        return Candidate(name, lambda: call, info)
 
     def meter(self, call):
         start = self.now
         output = call()
         return Sample(output, self.now - start, len(self.order) * 2**30)
 
-    def measure(self, sides, rounds, check=None):
-        return harness.measure(sides, self.meter, rounds, check=check, clock=lambda: self.now)
+    def measure(self, candidates, rounds, check=None):
+        return harness.measure(candidates, self.meter, rounds, check=check, clock=lambda: self.now)
 
 
 def rows(results):
@@ -47,15 +47,15 @@ def failing(message="no such peer"):
 
 def test_rounds_alternate_in_mirrored_order():
     bench = Bench()
-    sides = [bench.side(name, [1.0] * 5) for name in "abc"]
-    bench.measure(sides, Rounds(warmup=2, rounds=3))
+    candidates = [bench.candidate(name, [1.0] * 5) for name in "abc"]
+    bench.measure(candidates, Rounds(warmup=2, rounds=3))
     assert "".join(bench.order) == "abcabcabccbaabc"
 
 
 def test_warm_up_is_not_timed():
     bench = Bench()
     baseline, contender = bench.measure(
-        [bench.side("a", [100.0, 4.0, 6.0]), bench.side("b", [100.0, 2.0, 2.0])], Rounds(warmup=1, rounds=2)
+        [bench.candidate("a", [100.0, 4.0, 6.0]), bench.candidate("b", [100.0, 2.0, 2.0])], Rounds(warmup=1, rounds=2)
     )
     assert baseline.seconds == [4.0, 6.0]
     assert contender.seconds == [2.0, 2.0]
@@ -63,8 +63,12 @@ def test_warm_up_is_not_timed():
 
 def test_speedup_is_the_ratio_within_each_round():
     bench = Bench()
-    sides = [bench.side("dense", [0, 2, 40, 6], kind="d"), bench.side("todo", [0, 1, 10, 2]), bench.side("x", [1] * 4)]
-    first, second = rows(bench.measure(sides, Rounds(warmup=1, rounds=3)))
+    candidates = [
+        bench.candidate("dense", [0, 2, 40, 6], kind="d"),
+        bench.candidate("todo", [0, 1, 10, 2]),
+        bench.candidate("x", [1] * 4),
+    ]
+    first, second = rows(bench.measure(candidates, Rounds(warmup=1, rounds=3)))
     assert (first["baseline"]["name"], first["contender"]["name"]) == ("dense", "todo")
     assert second["contender"]["name"] == "x"
     assert first["speedup"] == harness.quantiles([2, 4, 3])
@@ -82,23 +86,23 @@ def test_quantiles_are_interpolated():
 @pytest.mark.parametrize(("budget", "expected"), [(0, 2), (7, 2), (9, 3), (float("inf"), 5)])
 def test_the_budget_ends_the_rounds_but_leaves_two(budget, expected):
     bench = Bench()
-    results = bench.measure([bench.side(name, [2.0] * 6) for name in "ab"], Rounds(1, 5, budget))
+    results = bench.measure([bench.candidate(name, [2.0] * 6) for name in "ab"], Rounds(1, 5, budget))
     assert [len(result.seconds) for result in results] == [expected, expected]
 
 
 def test_peak_memory_is_the_largest_of_the_timed_samples():
     bench = Bench()
-    baseline, contender = bench.measure([bench.side(name, [1.0] * 3) for name in "ab"], Rounds(warmup=1, rounds=2))
+    baseline, contender = bench.measure([bench.candidate(name, [1.0] * 3) for name in "ab"], Rounds(warmup=1, rounds=2))
     assert (baseline.row()["peak_gib"], contender.row()["peak_gib"]) == (6.0, 5.0)  # of the order ab ab ba
 
 
 def test_a_row_is_json_and_names_everything(tmp_path):
     bench = Bench()
-    sides = [bench.side("a", [1.0] * 3), bench.side("b", [1.0] * 3, factor=2)]
-    (row,) = rows(bench.measure(sides, Rounds(warmup=1, rounds=2)))
+    candidates = [bench.candidate("a", [1.0] * 3), bench.candidate("b", [1.0] * 3, factor=2)]
+    (row,) = rows(bench.measure(candidates, Rounds(warmup=1, rounds=2)))
     assert set(row) == ROW_KEYS
-    assert set(row["baseline"]) == SIDE_KEYS
-    assert set(row["contender"]) == SIDE_KEYS | {"factor"}
+    assert set(row["baseline"]) == CANDIDATE_KEYS
+    assert set(row["contender"]) == CANDIDATE_KEYS | {"factor"}
     path = tmp_path / "deep" / "rows.jsonl"
     harness.append(path, [row])
     harness.append(path, [row, row])
@@ -163,8 +167,8 @@ def test_where_rows_cannot_be_added_to(tmp_path):
 
 def test_a_side_that_cannot_be_built_ends_only_its_row():
     bench = Bench()
-    sides = [bench.side("a", [2.0] * 3), Side("absent", failing), bench.side("b", [1.0] * 3)]
-    absent, row = rows(bench.measure(sides, Rounds(warmup=1, rounds=2)))
+    candidates = [bench.candidate("a", [2.0] * 3), Candidate("absent", failing), bench.candidate("b", [1.0] * 3)]
+    absent, row = rows(bench.measure(candidates, Rounds(warmup=1, rounds=2)))
     assert absent["contender"]["error"] == "ModuleNotFoundError: no such peer"
     assert absent["contender"]["seconds"] is None
     assert absent["speedup"] is None
@@ -175,8 +179,8 @@ def test_a_side_that_cannot_be_built_ends_only_its_row():
 
 def test_a_side_that_fails_midway_keeps_what_it_measured():
     bench = Bench()
-    sides = [bench.side("a", [2.0] * 4), bench.side("b", [1.0] * 2), bench.side("c", [1.0] * 4)]
-    broken, whole = rows(bench.measure(sides, Rounds(warmup=1, rounds=3)))
+    candidates = [bench.candidate("a", [2.0] * 4), bench.candidate("b", [1.0] * 2), bench.candidate("c", [1.0] * 4)]
+    broken, whole = rows(bench.measure(candidates, Rounds(warmup=1, rounds=3)))
     assert broken["contender"]["samples"] == [1.0]
     assert broken["contender"]["error"] == "StopIteration"
     assert broken["speedup"] is None
@@ -185,8 +189,11 @@ def test_a_side_that_fails_midway_keeps_what_it_measured():
 
 def test_a_failing_baseline_leaves_rows_that_say_so():
     bench = Bench()
-    sides = [Side("a", lambda: lambda: failing("out of memory\nTried to allocate")), bench.side("b", [1.0] * 3)]
-    (row,) = rows(bench.measure(sides, Rounds(warmup=1, rounds=2), check=pytest.fail))
+    candidates = [
+        Candidate("a", lambda: lambda: failing("out of memory\nTried to allocate")),
+        bench.candidate("b", [1.0] * 3),
+    ]
+    (row,) = rows(bench.measure(candidates, Rounds(warmup=1, rounds=2), check=pytest.fail))
     assert row["baseline"]["error"] == "ModuleNotFoundError: out of memory"
     assert row["contender"]["samples"] == [1.0, 1.0]
     assert row["speedup"] is None
@@ -200,8 +207,12 @@ def test_outputs_are_checked_before_anything_is_timed():
             raise ValueError(f"{output} is not {expected}")
 
     seen, bench = [], Bench()
-    sides = [bench.side("a", [1.0] * 4, 7), bench.side("wrong", [1.0] * 4, 8), bench.side("b", [1.0] * 4, 7)]
-    wrong, right = rows(bench.measure(sides, Rounds(warmup=2, rounds=2), check))
+    candidates = [
+        bench.candidate("a", [1.0] * 4, 7),
+        bench.candidate("wrong", [1.0] * 4, 8),
+        bench.candidate("b", [1.0] * 4, 7),
+    ]
+    wrong, right = rows(bench.measure(candidates, Rounds(warmup=2, rounds=2), check))
     assert seen == [(7, 7), (7, 8), (7, 7)]
     assert wrong["contender"]["error"] == "ValueError: 8 is not 7"
     assert wrong["contender"]["samples"] == []
@@ -211,10 +222,10 @@ def test_outputs_are_checked_before_anything_is_timed():
 
 def test_what_cannot_be_compared_is_refused():
     bench = Bench()
-    with pytest.raises(ValueError, match="sides must be a baseline and at least one contender"):
-        bench.measure([bench.side("alone", [1.0])], Rounds())
+    with pytest.raises(ValueError, match="candidates must be a baseline and at least one contender"):
+        bench.measure([bench.candidate("alone", [1.0])], Rounds())
     with pytest.raises(ValueError, match="warmup must be at least 1"):
-        bench.measure([bench.side(name, [1.0]) for name in "ab"], Rounds(warmup=0), check=print)
+        bench.measure([bench.candidate(name, [1.0]) for name in "ab"], Rounds(warmup=0), check=print)
 
 
 def test_an_interrupt_is_not_a_failing_side():
@@ -222,7 +233,7 @@ def test_an_interrupt_is_not_a_failing_side():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Bench().measure([Side("a", lambda: interrupt), Side("b", lambda: interrupt)], Rounds())
+        Bench().measure([Candidate("a", lambda: interrupt), Candidate("b", lambda: interrupt)], Rounds())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -285,12 +296,16 @@ def test_a_side_checks_itself_before_it_is_timed():
             raise ValueError(f"{output} is not 7")
 
     seen, bench = [], Bench()
-    sides = [bench.side("a", [1.0] * 4, 7), bench.side("wrong", [1.0] * 4, 8), bench.side("b", [1.0] * 4, 9)]
-    sides[0].check = sides[1].check = check
-    wrong, right = rows(bench.measure(sides, Rounds(warmup=2, rounds=2)))
+    candidates = [
+        bench.candidate("a", [1.0] * 4, 7),
+        bench.candidate("wrong", [1.0] * 4, 8),
+        bench.candidate("b", [1.0] * 4, 9),
+    ]
+    candidates[0].check = candidates[1].check = check
+    wrong, right = rows(bench.measure(candidates, Rounds(warmup=2, rounds=2)))
     assert seen == [7, 8]
     assert wrong["contender"]["error"] == "ValueError: 8 is not 7"
     assert wrong["contender"]["samples"] == []
     assert right["speedup"] is not None
     with pytest.raises(ValueError, match="warmup must be at least 1"):
-        bench.measure(sides, Rounds(warmup=0))
+        bench.measure(candidates, Rounds(warmup=0))

@@ -1,4 +1,4 @@
-"""Every side of every benchmark on tiny shapes: right against its oracle, and never timed where it is not."""
+"""Every candidate of every benchmark on tiny shapes: right against its oracle, and never timed where it is not."""
 
 import json
 import sys
@@ -48,8 +48,8 @@ def run(case, device=CPU):
     return rows
 
 
-def sides(rows):
-    """Each side of the rows once, by name."""
+def candidates(rows):
+    """Each candidate of the rows once, by name."""
     return {row[role]["name"]: row[role] for row in rows for role in ("baseline", "contender")}
 
 
@@ -60,23 +60,23 @@ def test_every_side_is_right_and_every_pair_a_row(case, device):
     rows = run(case, torch.device(device))
     assert len(rows) == case.rows
     assert {row["benchmark"] for row in rows} == {case.benchmark}
-    for name, side in sides(rows).items():
+    for name, candidate in candidates(rows).items():
         if case.best_only and case.benchmark != "attention":
-            assert None not in side.get("best_of", {}).values()  # those without a row too
-        if side["error"] is None:
-            assert len(side["samples"]) == 2
-            assert side["gb_per_s"] == pytest.approx(side["bytes"] / side["seconds"]["p50"] / 1e9)
+            assert None not in candidate.get("best_of", {}).values()  # those without a row too
+        if candidate["error"] is None:
+            assert len(candidate["samples"]) == 2
+            assert candidate["gb_per_s"] == pytest.approx(candidate["bytes"] / candidate["seconds"]["p50"] / 1e9)
         else:
             # What a GPU lacks (SageAttention, a backend's head dim) is a peer's to say.
-            assert side["error"] == "RuntimeError: needs a CUDA GPU" if device == "cpu" else "todo" not in name
+            assert candidate["error"] == "RuntimeError: needs a CUDA GPU" if device == "cpu" else "todo" not in name
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
 
 
 def test_the_fastest_rival_says_so_and_other_forms_are_set_against_it(monkeypatch):
     monkeypatch.setattr(attention, "SDPA", ("dense", "published", "sdpa-cudnn"))  # of which two run here
     rows = run(ATTENTION)
-    named = sides(rows)
-    (best,) = (name for name, side in named.items() if "best_of" in side)
+    named = candidates(rows)
+    (best,) = (name for name, candidate in named.items() if "best_of" in candidate)
     medians = named[best]["best_of"]
     assert set(medians) == {"dense", "published", "sdpa-cudnn"}
     assert medians["sdpa-cudnn"] is None
@@ -97,11 +97,11 @@ def test_the_fastest_rival_says_so_and_other_forms_are_set_against_it(monkeypatc
 )
 def test_every_way_to_do_it_in_torch_is_a_rival(case, rivals):
     baselines = [row["baseline"] for row in run(case)]
-    (best,) = (side for side in baselines if "best_of" in side)
+    (best,) = (candidate for candidate in baselines if "best_of" in candidate)
     assert set(best["best_of"]) == rivals
     assert best["best_of"][best["name"]] == min(best["best_of"].values())
     told = {best["name"], "copy"} if case.best_only else rivals
-    assert len(baselines) == 2 and {side["name"] for side in baselines} == told
+    assert len(baselines) == 2 and {candidate["name"] for candidate in baselines} == told
 
 
 def test_where_no_rival_runs_each_says_why(monkeypatch):
@@ -203,13 +203,13 @@ def test_a_result_that_is_wrong_where_nothing_is_sampled_is_never_timed(monkeypa
 def test_a_wrong_tile_is_found_and_named(first):
     """Of one head, by the loose bound; the last tile is not whole."""
     made = attention.trial(MANY, CPU)
-    side, x = made.ours[0], made.inputs[-1]
-    right = side.build()(x)
-    side.check(right)
+    candidate, x = made.ours[0], made.inputs[-1]
+    right = candidate.build()(x)
+    candidate.check(right)
     wrong = right.clone()
     wrong[1, first : first + 128, 3] *= 1.001
     with pytest.raises(ValueError, match=rf"off by 0.001 of their norm in the 128 queries from {first} on"):
-        side.check(wrong)
+        candidate.check(wrong)
 
 
 def test_tiles_are_compared_a_few_at_a_time(monkeypatch):
@@ -344,11 +344,11 @@ def test_the_kernel_alone_packs_each_set_once(monkeypatch):
     monkeypatch.setattr(launch, "pack", lambda *arguments: packed.append(1) or pack(*arguments))
     monkeypatch.setattr(attention, "_packed", PACKED)
     made = attention.trial(replace(ATTENTION, batch=1), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    side = next(side for side in made.ours if side.name == "todo-packed")
-    call = side.build()
+    candidate = next(candidate for candidate in made.ours if candidate.name == "todo-packed")
+    call = candidate.build()
     for x in made.inputs:
         call(x)
-    side.check(call(made.inputs[-1]))
+    candidate.check(call(made.inputs[-1]))
     assert len(packed) == len(made.inputs)
 
 
@@ -364,11 +364,11 @@ def test_sets_of_inputs_differ_and_exceed_the_cache(monkeypatch):
 
 def test_ours_is_called_slower_where_it_is():
     def row(name, ratio, **info):
-        sides = [
-            harness.Measured(harness.Side(side, print, dict(more)), [seconds])
-            for side, seconds, more in ((name, ratio, info), ("todo", 1.0, {}))
+        candidates = [
+            harness.Measured(harness.Candidate(candidate, print, dict(more)), [seconds])
+            for candidate, seconds, more in ((name, ratio, info), ("todo", 1.0, {}))
         ]
-        return harness.compare("attention", ATTENTION.describe(), ABOUT, sides)[0]
+        return harness.compare("attention", ATTENTION.describe(), ABOUT, candidates)[0]
 
     rows = [row("sdpa-flash", 0.5, best_of={}), row("dense", 0.8), row("sdpa-cudnn", 0.9), row("dense", 1.5)]
     flash, dense = report.slower(rows)
@@ -378,8 +378,8 @@ def test_ours_is_called_slower_where_it_is():
 
 
 def row_of(baseline, contender):
-    """A row with these two sides, each a name and an error."""
-    made = [harness.Measured(harness.Side(name, print), error=error) for name, error in (baseline, contender)]
+    """A row with these two candidates, each a name and an error."""
+    made = [harness.Measured(harness.Candidate(name, print), error=error) for name, error in (baseline, contender)]
     return harness.compare("attention", ATTENTION.describe(), ABOUT, made)[0]
 
 

@@ -182,7 +182,7 @@ def test_wheels_go_into_a_folder_of_their_own(tmp_path):
 
 
 def test_all_of_it_with_steps_that_do_little(tmp_path, monkeypatch, capsys):
-    sides = [harness.Measured(harness.Side(name, print), [1.0]) for name in ("torch", "todo")]
+    sides = [harness.Measured(harness.Candidate(name, print), [1.0]) for name in ("torch", "todo")]
     (row,) = harness.compare("gather", CASE.describe(), {"device": "none"}, sides)
     write = f"open('kernels.jsonl', 'a').write({json.dumps(row)!r} + chr(10))"
     out = tmp_path / "deep" / "out"

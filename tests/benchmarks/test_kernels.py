@@ -34,7 +34,7 @@ def test_rows_of_a_run(cli):
     assert [row["benchmark"] for row in rows] == ["gather"] * 2 + ["match_tokens"] * 2
     best, *others = (row["baseline"] for row in rows)
     assert best["name"] in best["best_of"] and set(best["best_of"]) == {"torch", "index_select"}
-    assert [side["name"] for side in others] == ["copy", "published", "torch-pairs"]
+    assert [candidate["name"] for candidate in others] == ["copy", "published", "torch-pairs"]
     assert all(row["speedup"] and row["contender"]["name"] == "todo" for row in rows)
     assert all(len(row["contender"]["samples"]) == 2 for row in rows)
     assert rows[0]["case"] == TINY.describe()

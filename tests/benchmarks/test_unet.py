@@ -55,19 +55,19 @@ def test_rows_of_whole_runs(cli, tmp_path):
     result = cli("--size", "64", "--calls", "5", *methods, "--cache-interval", "2", "--out", str(path))
     assert result.exit_code == 0, result.output
     rows = harness.read(path)
-    sides = {row["contender"]["name"]: row["contender"] for row in rows}
-    assert list(sides) == ["tome", "dato-coco", "dato-v0", "todo-2+dato-coco", "todo-2+dato-v0", "deepcache-2"]
+    candidates = {row["contender"]["name"]: row["contender"] for row in rows}
+    assert list(candidates) == ["tome", "dato-coco", "dato-v0", "todo-2+dato-coco", "todo-2+dato-v0", "deepcache-2"]
     assert all(row["case"]["calls"] == 5 and row["speedup"] is not None for row in rows)
-    for side in (rows[0]["baseline"], *sides.values()):
-        assert side["error"] is None
-        assert sum(kind["calls"] for kind in side["by_kind"].values()) == 5
-        assert all(kind["seconds"] > 0 for kind in side["by_kind"].values())
-        assert 0 < side["self_attention_share"] < 1
-    both = sides["todo-2+dato-coco"]
+    for candidate in (rows[0]["baseline"], *candidates.values()):
+        assert candidate["error"] is None
+        assert sum(kind["calls"] for kind in candidate["by_kind"].values()) == 5
+        assert all(kind["seconds"] > 0 for kind in candidate["by_kind"].values())
+        assert 0 < candidate["self_attention_share"] < 1
+    both = candidates["todo-2+dato-coco"]
     config = DaToConfig.from_dict(both["config"])
     assert (both["schedule"], config.todo) == ("coco", ToDoConfig(factor=2))
     assert config.cache_schedule == DaToConfig.preset("coco", steps=4).cache_schedule
-    assert [sides["deepcache-2"]["by_kind"][kind]["calls"] for kind in ("full", "shallow")] == [3, 2]
+    assert [candidates["deepcache-2"]["by_kind"][kind]["calls"] for kind in ("full", "shallow")] == [3, 2]
     assert "a call of deepcache-2: full" in result.stderr
 
 
@@ -82,10 +82,10 @@ def test_rows_of_a_run_on_a_gpu(cli, tmp_path, methods, compiled):
     for row in harness.read(path):
         assert (row["case"]["dtype"], row["case"]["batch"]) == ("fp16", 2)
         assert row["case"]["calls"] == (1 if "tome" in methods else 50)
-        for side in (row["baseline"], row["contender"]):
-            assert side["error"] is None
-            assert side["peak_gib"] > 0
-            assert compiled or 0 < side["self_attention_share"] < 1
+        for candidate in (row["baseline"], row["contender"]):
+            assert candidate["error"] is None
+            assert candidate["peak_gib"] > 0
+            assert compiled or 0 < candidate["self_attention_share"] < 1
 
 
 def test_json_goes_to_standard_output(cli, tmp_path):
@@ -168,7 +168,7 @@ def test_an_interruption_leaves_the_rows_of_what_was_timed(cli, tmp_path, monkey
         assert row["baseline"]["error"] is None and row["contender"]["error"] is None
         assert len(row["baseline"]["samples"]) == len(row["contender"]["samples"])
         assert row["speedup"]["p50"] > 0
-        assert [side["by_kind"]["full"]["calls"] for side in (row["baseline"], row["contender"])] == [2, 2]
+        assert [candidate["by_kind"]["full"]["calls"] for candidate in (row["baseline"], row["contender"])] == [2, 2]
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
@@ -185,7 +185,7 @@ def test_an_interruption_between_samples_ends_at_the_next_one():
 
 def test_a_side_that_failed_before_an_interruption_still_says_so():
     def result(name, seconds, error=None):
-        return harness.Measured(harness.Side(name, list), seconds=seconds, error=error)
+        return harness.Measured(harness.Candidate(name, list), seconds=seconds, error=error)
 
     whole, failed = result("dense", [2.0, 2.0]), result("gone", [], "ImportError: no such package")
     stopped = as_far_as_it_got(result("todo", [1.0], "InterruptError"))
@@ -202,18 +202,18 @@ def test_one_round_of_many_calls_is_one_whole_run_of_each_side(cli, tmp_path, mo
     calls = dict.fromkeys(("dense", "todo"), 0)
 
     def build(self, name, *args, **kwargs):
-        side = made(self, name, *args, **kwargs)
+        candidate = made(self, name, *args, **kwargs)
 
         def counted():
             run = building()
             run.model.register_forward_pre_hook(lambda *_: calls.update({name: calls[name] + 1}))
             return run
 
-        building, side.build = side.build, counted
-        return side
+        building, candidate.build = candidate.build, counted
+        return candidate
 
-    made = unet.Sides._side
-    monkeypatch.setattr(unet.Sides, "_side", build)
+    made = unet.Candidates._candidate
+    monkeypatch.setattr(unet.Candidates, "_candidate", build)
     monkeypatch.setattr(unet, "check_exact", lambda *_: None)
     path = tmp_path / "rows.jsonl"
     result = cli("--size", "64", "--calls", "50", "--rounds", "1", "--methods", "todo", "--out", str(path))

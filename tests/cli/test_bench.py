@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 
 from todo_attn import machine, ops
 from todo_attn.bench import cases, harness, kernels
-from todo_attn.bench.harness import Measured, Rounds, Side
+from todo_attn.bench.harness import Candidate, Measured, Rounds
 from todo_attn.cli import bench as bench_command
 
 
@@ -96,7 +96,7 @@ def rows_of(monkeypatch, *speedups, error=None):
 
     def row(ratios):
         case = cases.Case("gather", "sd15", 64, 64, 1, 1, "fp32")
-        sides = [Measured(Side(name, lambda: lambda: None), error=error) for name in ("torch", "todo")]
+        sides = [Measured(Candidate(name, lambda: lambda: None), error=error) for name in ("torch", "todo")]
         for side, seconds in zip(sides, (ratios, [1.0] * len(ratios)), strict=True):
             side.seconds = [] if error else [0.004 * s for s in seconds]
         return harness.compare("gather", case.describe(), {}, sides)
@@ -107,7 +107,10 @@ def rows_of(monkeypatch, *speedups, error=None):
 def test_the_table_says_what_its_numbers_are(run, monkeypatch):
     rows_of(monkeypatch, [1.5, 1.5, 1.5])
     ran = run("bench", "--device", "cpu", "--height", 64)
-    assert "ms: the median of a side's rounds. speed-up: the median (20th to 80th percentile) of the ratios" in ran.out
+    assert (
+        "ms: the median of a candidate's rounds. speed-up: the median (20th to 80th percentile) of the ratios"
+        in ran.out
+    )
     assert "noisy" not in ran.out
 
 

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import ops
 from ..ops import backends, reference
 from .cases import DTYPES, SDPA, Case
-from .harness import Side
+from .harness import Candidate
 from .trial import Trial, ends, needs_cuda, once, rotation, spread, work, wrong
 
 _QUERIES = 512
@@ -53,7 +53,7 @@ Call = Callable[[Inputs], torch.Tensor]
 
 
 def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None = None) -> Trial:
-    """The sides that ``case.peers`` names; given ``variants`` of ours, each of those against ours as it is."""
+    """The candidates that ``case.peers`` names; given ``variants`` of ours, each of those against ours as it is."""
 
     def make(number: int, generator: torch.Generator) -> Inputs:
         shape = (case.batch, case.tokens, case.heads, case.head_dim)
@@ -64,7 +64,7 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
         return Inputs(number, query, key, value, *(t.contiguous() for t in coarse))
 
     inputs = rotation(make, device)
-    peers, forms = case.sides
+    peers, forms = case.candidates
     oracles = {dense: once(partial(_oracle, inputs[-1], case, dense)) for dense in (False, True)}
     build: dict[str, Callable[[], Call]] = {
         "dense": lambda: lambda x: _torch_attention(x.query, x.key, x.value),
@@ -78,15 +78,17 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
     build |= {name: partial(_sdpa, backend, device) for name, backend in _BACKENDS.items()}
     ours = {"todo", *forms, *(variants or {})}
 
-    def side(name: str, make: Callable[[], Call] | None = None) -> Side:
+    def candidate(name: str, make: Callable[[], Call] | None = None) -> Candidate:
         keys = case.tokens if name == "dense" else case.keys
         info = _work(case, keys)
         bound = _OURS if name in ours else _QUANTISED if name == "sage" else _PEERS
-        return Side(name, make or build[name], info, partial(_check, oracles[name == "dense"], bound, info))
+        return Candidate(name, make or build[name], info, partial(_check, oracles[name == "dense"], bound, info))
 
     if variants is not None:
-        return Trial(inputs, [side(n, partial(_as_it_is, v)) for n, v in variants.items()], [side("todo")], ("todo",))
-    return Trial(inputs, [side(name) for name in ("todo", *forms)], [side(name) for name in peers], SDPA)
+        return Trial(
+            inputs, [candidate(n, partial(_as_it_is, v)) for n, v in variants.items()], [candidate("todo")], ("todo",)
+        )
+    return Trial(inputs, [candidate(name) for name in ("todo", *forms)], [candidate(name) for name in peers], SDPA)
 
 
 def _as_it_is(call: Call) -> Call:
@@ -114,7 +116,7 @@ class _Oracle(NamedTuple):
     rows: torch.Tensor
     out: torch.Tensor
     error: float
-    plain: torch.Tensor | None  # None where the side is torch's own
+    plain: torch.Tensor | None  # None where the candidate is torch's own
     shape: tuple[int, ...]
 
 
@@ -175,7 +177,7 @@ def _check(oracle: Callable[[], _Oracle], bound: float, info: dict[str, Any], ou
             raise wrong(f"off by {worst:.2g} of their norm in the {_TILE} queries from {first} on")
 
 
-# The sides: each takes one set of inputs and returns (B, N, H, D).
+# The candidates: each takes one set of inputs and returns (B, N, H, D).
 
 
 def _torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

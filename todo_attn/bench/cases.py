@@ -122,7 +122,7 @@ class Case:
         return self.tokens - self.pruned
 
     @property
-    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def candidates(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Of an attention: the peers and the forms of ours that say something at this shape."""
         chosen = PEERS[self.peers]
         drop = _NEEDS_FACTOR if self.factor == (1, 1) else set()
@@ -138,7 +138,7 @@ class Case:
     def rows(self) -> int:
         """How many rows it gives."""
         if self.benchmark == "attention":
-            return 1 if self.best_only else sum(map(len, self.sides))
+            return 1 if self.best_only else sum(map(len, self.candidates))
         return 2  # the fastest rival and a copy, or what is published and the same on fewer pairs
 
     def describe(self) -> dict[str, Any]:

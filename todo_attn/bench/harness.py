@@ -1,9 +1,9 @@
 """Two or more ways to compute the same thing, timed fairly side by side, and the rows that say what came out.
 
-All sides are built and warmed, then run in turn, round after round, every other round in reverse, so that a steady
+All candidates are built and warmed, then run in turn, round after round, every other round in reverse, so that a steady
 drift of the machine's clocks cancels out. The ratio is taken within each round. A row holds one baseline, one contender
-and their ratio, never a side alone; a side that fails gives a row that says so and holds up no other. What a side
-returns can be checked, and a wrong result is never timed.
+and their ratio, never a candidate alone; a candidate that fails gives a row that says so and holds up no other. What a
+candidate returns can be checked, and a wrong result is never timed.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def _nothing() -> None:
 
 
 @dataclass
-class Side:
+class Candidate:
     """One way to compute it.
 
     Args:
         name: as it stands in the rows.
         build: makes the function to time. An import or an allocation that may fail belongs here.
-        info: what else the rows say of this side; may be filled until the rows are made.
-        check: sees the first warm-up's output and raises where it is wrong; the side is then not timed.
+        info: what else the rows say of this candidate; may be filled until the rows are made.
+        check: sees the first warm-up's output and raises where it is wrong; the candidate is then not timed.
     """
 
     name: str
@@ -77,9 +77,9 @@ class Sample(NamedTuple):
 
 @dataclass
 class Measured:
-    """What became of a side: its samples, one a round, or the error that ended it."""
+    """What became of a candidate: its samples, one a round, or the error that ended it."""
 
-    side: Side
+    candidate: Candidate
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     error: str | None = None
@@ -91,14 +91,14 @@ class Measured:
             self.peak_bytes = max(self.peak_bytes or 0, sample.peak_bytes)
 
     def row(self) -> dict[str, Any]:
-        """This side's part of a row."""
+        """This candidate's part of a row."""
         return {
-            "name": self.side.name,
+            "name": self.candidate.name,
             "seconds": quantiles(self.seconds) if self.seconds else None,
             "samples": self.seconds,
             "peak_gib": None if self.peak_bytes is None else round(self.peak_bytes / 2**30, 3),
             "error": self.error,
-            **self.side.info,
+            **self.candidate.info,
         }
 
 
@@ -111,7 +111,7 @@ def stamp(device: torch.device) -> Any:
     return event
 
 
-def between(start: Any, end: Any) -> float:
+def elapsed(start: Any, end: Any) -> float:
     """Seconds from one stamp to a later one; waits for a device to get there."""
     if isinstance(start, float):
         return end - start
@@ -159,12 +159,12 @@ class Meter:
                 output = None  # freed before the next one is made
                 output = call(*argument)
             spans.append((start, stamp(self.device)))
-        seconds = sum(between(*span) for span in spans) / len(turns)
+        seconds = sum(elapsed(*span) for span in spans) / len(turns)
         return Sample(output, seconds, torch.cuda.max_memory_allocated(self.device) - before if cuda else None)
 
 
 def measure(
-    sides: Sequence[Side],
+    candidates: Sequence[Candidate],
     meter: Callable[[Callable[..., Any]], Sample],
     rounds: Rounds,
     *,
@@ -172,30 +172,31 @@ def measure(
     label: str = "",
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Measured]:
-    """Build, warm, check and time all ``sides``; the first is the baseline. An exception ends its side only.
+    """Build, warm, check and time all ``candidates``; the first is the baseline. An exception ends its candidate only.
 
-    A side's own ``check`` sees its first warm-up output. ``check(baseline_output, output)`` sees it too, the baseline's
-    own as well, and raises where it is wrong; where the baseline failed there is nothing to check against.
+    Each candidate's own ``check`` gets its first warm-up output. ``check(baseline_output, output)`` gets it too, also
+    for the baseline, and raises if it is wrong. If the baseline failed, there is nothing to check against.
 
     Raises:
-        ValueError: fewer than two sides, or a check without a warm-up round.
+        ValueError: fewer than two candidates, or a check without a warm-up round.
     """
-    if len(sides) < 2:
-        raise ValueError(f"sides must be a baseline and at least one contender, got {[side.name for side in sides]}")
-    if (check or any(side.check for side in sides)) and rounds.warmup < 1:
+    if len(candidates) < 2:
+        names = [candidate.name for candidate in candidates]
+        raise ValueError(f"candidates must be a baseline and at least one contender, got {names}")
+    if (check or any(candidate.check for candidate in candidates)) and rounds.warmup < 1:
         raise ValueError(f"rounds.warmup must be at least 1 for the outputs to be checked, got {rounds.warmup}")
-    results = [Measured(side) for side in sides]
+    results = [Measured(candidate) for candidate in candidates]
     for result in results:
         with _ending(result):
-            result.call = result.side.build()
-    with tqdm(total=len(sides) * (rounds.warmup + rounds.rounds), desc=label, leave=False, disable=None) as bar:
+            result.call = result.candidate.build()
+    with tqdm(total=len(candidates) * (rounds.warmup + rounds.rounds), desc=label, leave=False, disable=None) as bar:
         reference = None
         for i in range(rounds.warmup):
             for result in _turns(results, bar):
                 with _ending(result):
                     output = meter(result.call).output
-                    if i == 0 and result.side.check:
-                        result.side.check(output)
+                    if i == 0 and result.candidate.check:
+                        result.candidate.check(output)
                     if i == 0 and check:
                         reference = output if result is results[0] else reference
                         if reference is not None:
@@ -309,7 +310,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
     def line(row: dict[str, Any]) -> dict[str, Any]:
         baseline, contender = row["baseline"], row["contender"]
-        errors = [f"{side['name']}: {side['error']}" for side in (baseline, contender) if side["error"]]
+        errors = [
+            f"{candidate['name']}: {candidate['error']}" for candidate in (baseline, contender) if candidate["error"]
+        ]
         return {
             **row["case"],
             "baseline": baseline["name"],
@@ -326,7 +329,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 @contextmanager
 def _ending(result: Measured) -> Iterator[None]:
-    """An exception ends this side, and nothing else."""
+    """An exception ends this candidate, and nothing else."""
     try:
         yield
     except Exception as error:
@@ -336,10 +339,10 @@ def _ending(result: Measured) -> Iterator[None]:
 
 
 def _turns(order: Sequence[Measured], bar: tqdm) -> Iterator[Measured]:
-    """The sides still running, in that order; what a failing one held is freed before the next one's turn."""
+    """The candidates still running, in that order; what a failing one held is freed before the next one's turn."""
     for result in order:
         if result.error is None:
-            bar.set_postfix_str(result.side.name)
+            bar.set_postfix_str(result.candidate.name)
             yield result
             if result.error:
                 _free()
@@ -349,5 +352,5 @@ def _turns(order: Sequence[Measured], bar: tqdm) -> Iterator[Measured]:
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
-        with suppress(RuntimeError):  # a device that a side has broken
+        with suppress(RuntimeError):  # a device that a candidate has broken
             torch.cuda.empty_cache()

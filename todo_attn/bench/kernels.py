@@ -1,10 +1,10 @@
-"""Runs the cases of :mod:`.cases`: each side checked, then timed alone on the device, then a row per pair.
+"""Runs the cases of :mod:`.cases`: each candidate checked, then timed alone on the device, then a row per pair.
 
 Every peer's row has ours (``contender``) against it (``baseline``). The rivals are the peers that do the same job on
 the same inputs; the fastest of them in this run has ``best_of`` in its part of the row, the median seconds of each, so
 the rows with ``best_of`` are what a claim may rest on. Where a case says so (:attr:`.Case.best_only`), it is the only
 rival with a row. Where ours has other forms (its kernel without the packing), they are set against that rival.
-``peak_gib`` is what a side's calls took beyond the inputs.
+``peak_gib`` is what a candidate's calls took beyond the inputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from .. import machine
 from . import attention, harness, matching, tokens
 from .cases import Case
-from .harness import Measured, Meter, Rounds, Side
+from .harness import Candidate, Measured, Meter, Rounds
 from .trial import Trial, rates
 
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ def run(
 ) -> Iterator[list[Row]]:
     """The rows of each case as soon as it is measured; what fails, memory included, fails alone.
 
-    ``trial`` makes a case's sides; None: ours and the peers, as the case names them.
+    ``trial`` makes a case's candidates; None: ours and the peers, as the case names them.
     """
     about = machine.describe(device)
     for case in cases:
@@ -68,7 +68,7 @@ def measure(
     with torch.no_grad():
         try:
             trial = make(case, device)
-        except Exception as error:  # most likely of memory: a side's own ends that side
+        except Exception as error:  # most likely of memory: a candidate's own ends that candidate
             return _no_inputs(case, about, error)
         calls = -(-_SAMPLE_CALLS // len(trial.inputs)) if device.type == "cuda" else 1
         meter = Meter(device, calls, trial.inputs, alone=True)
@@ -76,9 +76,9 @@ def measure(
         results = harness.measure([*trial.peers, *trial.ours], meter, rounds, label=label)
         for result in results:
             if result.error is None:
-                result.side.info.update(rates(result.side.info, _median(result)))
+                result.candidate.info.update(rates(result.candidate.info, _median(result)))
         if results[len(trial.peers)].error is None:
-            with suppress(RuntimeError):  # of a device that a later side has broken
+            with suppress(RuntimeError):  # of a device that a later candidate has broken
                 call = trial.ours[0].build()
                 trial.ours[0].info["sm_mhz"] = machine.sm_mhz(device, lambda: call(trial.inputs[0]))
     return _rows(case, trial, results, about)
@@ -86,11 +86,11 @@ def measure(
 
 def _rows(case: Case, trial: Trial, results: list[Measured], about: dict[str, Any]) -> list[Row]:
     peers, (main, *forms) = results[: len(trial.peers)], results[len(trial.peers) :]
-    rivals = [peer for peer in peers if peer.side.name in trial.rivals]
+    rivals = [peer for peer in peers if peer.candidate.name in trial.rivals]
     best = min(rivals, key=_median)
     if best.error is None:
-        medians = {rival.side.name: None if rival.error else _median(rival) for rival in rivals}
-        best.side.info["best_of"] = medians
+        medians = {rival.candidate.name: None if rival.error else _median(rival) for rival in rivals}
+        best.candidate.info["best_of"] = medians
         if case.best_only:
             peers = [best, *(peer for peer in peers if peer not in rivals)]
     pairs = [(peer, main) for peer in peers] + [(best, form) for form in forms]
@@ -104,5 +104,5 @@ def _median(result: Measured) -> float:
 
 def _no_inputs(case: Case, about: dict[str, Any], error: Exception) -> list[Row]:
     reason = f"no inputs: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    sides = [Measured(Side(name, lambda: lambda: None), error=reason) for name in ("any peer", "todo")]
-    return harness.compare(case.benchmark, case.describe(), about, sides)
+    candidates = [Measured(Candidate(name, lambda: lambda: None), error=reason) for name in ("any peer", "todo")]
+    return harness.compare(case.benchmark, case.describe(), about, candidates)

@@ -1,8 +1,8 @@
 """``match_tokens`` and ``plan_pruning`` against the published arithmetic, which holds all N x N similarities.
 
 The oracle is exact to float64 and judges choices by their similarity, since rounding alone sets near ties apart: a
-match may be worse than the best by a rounding of the side's own arithmetic (fp32 for ours, the tensors' dtype for the
-peers). Of ``match_tokens`` 512 queries are checked, spread from the first to the last, in the first and last of the
+match may be worse than the best by a rounding of the candidate's own arithmetic (fp32 for ours, the tensors' dtype for
+the peers). Of ``match_tokens`` 512 queries are checked, spread from the first to the last, in the first and last of the
 batch; of all others, that the position is one there is, and the similarity that of the token there. Of
 ``plan_pruning`` every pruned token, in the first and last of the batch.
 """
@@ -20,7 +20,7 @@ from .. import ops
 from ..ops import reference
 from ..ops.pruning import without
 from .cases import DTYPES, PATCH, PRUNE_RATIO, Case
-from .harness import Side
+from .harness import Candidate
 from .trial import Trial, ends, once, rotation, spread, work, wrong
 
 _QUERIES = 512
@@ -56,12 +56,12 @@ def trial(case: Case, device: torch.device) -> Trial:
     calls = _match_calls() if match else _plan_calls(case)
     check = _check_match if match else _check_plan
 
-    def side(name: str) -> Side:
+    def candidate(name: str) -> Candidate:
         allowed = _OURS if name == "todo" else max(_OURS, 4 * torch.finfo(DTYPES[case.dtype]).eps)
-        return Side(name, lambda: calls[name], _work(case), lambda out: check(oracle(), out, allowed))
+        return Candidate(name, lambda: calls[name], _work(case), lambda out: check(oracle(), out, allowed))
 
     peers = [name for name in calls if name != "todo"]
-    return Trial(inputs, [side("todo")], [side(name) for name in peers], peers)
+    return Trial(inputs, [candidate("todo")], [candidate(name) for name in peers], peers)
 
 
 def _work(case: Case) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _work(case: Case) -> dict[str, Any]:
     return work(case.batch * case.tokens * (size + 8), 2 * case.batch * pairs * case.channels)
 
 
-# The sides.
+# The candidates.
 
 
 def _match_calls() -> dict[str, Callable[[Inputs], Choice]]:

@@ -14,8 +14,8 @@ Row = dict[str, Any]
 _NOTE = 100  # characters of each error
 _NOISY = 1.25  # between the rounds' 20th and 80th percentile
 LEGEND = (
-    "ms: the median of a side's rounds. speed-up: the median (20th to 80th percentile) of the ratios within a round, "
-    "which is not the ratio of the two medians. *: the fastest rival"
+    "ms: the median of a candidate's rounds. speed-up: the median (20th to 80th percentile) of the ratios within a "
+    "round, which is not the ratio of the two medians. *: the fastest rival"
 )
 
 
@@ -81,27 +81,27 @@ def noisy(rows: Sequence[Row]) -> list[str]:
 
 def found_no_memory(rows: Sequence[Row]) -> bool:
     """Whether nothing could be timed, for lack of memory."""
-    errors = [side["error"] or "" for row in rows for side in (row["baseline"], row["contender"])]
+    errors = [candidate["error"] or "" for row in rows for candidate in (row["baseline"], row["contender"])]
     return not any(row["speedup"] for row in rows) and any(map(_is_of_memory, errors))
 
 
 def refused(rows: Iterable[Row]) -> list[str]:
     """A sentence for each of ours whose result was wrong, so that it was not timed: a failure, not a measurement."""
     sentences = (
-        f"{row['benchmark']}, {where(row)}: {side['name']} was refused: {side['error']}"
+        f"{row['benchmark']}, {where(row)}: {candidate['name']} was refused: {candidate['error']}"
         for row in rows
-        for side in (row["baseline"], row["contender"])
-        if side["name"].startswith("todo") and WRONG in (side["error"] or "")
+        for candidate in (row["baseline"], row["contender"])
+        if candidate["name"].startswith("todo") and WRONG in (candidate["error"] or "")
     )
     return list(dict.fromkeys(sentences))
 
 
-def _note(*sides: Row) -> str:
+def _note(*candidates: Row) -> str:
     """What ended which of them."""
     names: dict[str, list[str]] = {}
-    for side in sides:
-        if side["error"]:
-            names.setdefault(side["error"], []).append(side["name"])
+    for candidate in candidates:
+        if candidate["error"]:
+            names.setdefault(candidate["error"], []).append(candidate["name"])
     return "; ".join(f"{', '.join(failed)}: {_shortened(error)}" for error, failed in names.items())
 
 
@@ -115,13 +115,13 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _NOTE else f"{text[: _NOTE - 3]}..."
 
 
-def _milliseconds(side: Row) -> str:
-    return "-" if side["error"] or not side["seconds"] else f"{side['seconds']['p50'] * 1e3:.4g}"
+def _milliseconds(candidate: Row) -> str:
+    return "-" if candidate["error"] or not candidate["seconds"] else f"{candidate['seconds']['p50'] * 1e3:.4g}"
 
 
 def _rate(row: Row) -> str:
     """Ours, in the unit that its benchmark is about."""
-    side = row["contender"]
-    if "tflops" in side:
-        return f"{side['tflops']:.3g} TFLOP/s"
-    return f"{side['gb_per_s']:.4g} GB/s" if "gb_per_s" in side else ""
+    candidate = row["contender"]
+    if "tflops" in candidate:
+        return f"{candidate['tflops']:.3g} TFLOP/s"
+    return f"{candidate['gb_per_s']:.4g} GB/s" if "gb_per_s" in candidate else ""

@@ -1,6 +1,6 @@
 """``gather``, ``scatter`` and ``recover`` against the torch ops they replace and a copy of as many bytes.
 
-The oracle is :mod:`todo_attn.ops.reference` on the same tensors: every bit of every side must be the same.
+The oracle is :mod:`todo_attn.ops.reference` on the same tensors: every bit of every candidate must be the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from .. import ops
 from ..ops import reference
 from .cases import DTYPES, Case
-from .harness import Side
+from .harness import Candidate
 from .trial import Trial, once, rotation, work, wrong
 
 
@@ -34,22 +34,22 @@ class Inputs(NamedTuple):
 def trial(case: Case, device: torch.device) -> Trial:
     """Ours, torch's ops in the ways they can be called, for ``recover`` the published ones too, and the copy."""
     inputs = rotation(partial(_make, case, device), device)
-    ours, peers = _SIDES[case.benchmark]
+    ours, peers = _CANDIDATES[case.benchmark]
     moved = _bytes(case)
     right = once(lambda: _run_oracle(case, inputs[-1]))
     originals = [_random_bytes(moved // 2, device) for _ in inputs]
 
-    def side(name: str, call: Callable[[Inputs, bool], torch.Tensor]) -> Side:
-        return Side(name, lambda: lambda x: call(x, case.residual), work(moved), lambda out: _check(out, right()))
+    def candidate(name: str, call: Callable[[Inputs, bool], torch.Tensor]) -> Candidate:
+        return Candidate(name, lambda: lambda x: call(x, case.residual), work(moved), lambda out: _check(out, right()))
 
-    copy = Side(
+    copy = Candidate(
         "copy",
         lambda: lambda x: originals[x.number].clone(),
         work(moved),
         lambda out: _check(out, originals[-1]),
     )
-    named = [side(name, call) for name, call in peers.items()]
-    return Trial(inputs, [side("todo", ours)], [*named, copy], tuple(peers))
+    named = [candidate(name, call) for name, call in peers.items()]
+    return Trial(inputs, [candidate("todo", ours)], [*named, copy], tuple(peers))
 
 
 def _make(case: Case, device: torch.device, number: int, generator: torch.Generator) -> Inputs:
@@ -94,7 +94,7 @@ def _check(out: torch.Tensor, right: torch.Tensor) -> None:
         raise wrong("not the same to the last bit")
 
 
-# The sides: each takes one set of inputs, and whether the whole picture's tokens are to be added.
+# The candidates: each takes one set of inputs, and whether the whole picture's tokens are to be added.
 
 
 def _wide(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ def _published_recover(x: Inputs, residual: bool) -> torch.Tensor:
 
 
 _Call = Callable[[Inputs, bool], torch.Tensor]
-_SIDES: dict[str, tuple[_Call, dict[str, _Call]]] = {
+_CANDIDATES: dict[str, tuple[_Call, dict[str, _Call]]] = {
     "gather": (_gather, {"torch": _torch_gather, "index_select": _index_select}),
     "scatter": (_scatter, {"torch": _torch_scatter, "index_copy": _index_copy}),
     "recover": (

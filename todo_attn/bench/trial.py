@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import machine
-from .harness import Side
+from .harness import Candidate
 
 _CACHES = 3  # the sets of inputs together, in caches
 _MOST_SETS = 64
@@ -19,7 +19,7 @@ WRONG = "wrong result, not timed"  # how a row says so
 
 @dataclass(frozen=True)
 class Trial:
-    """The sides of one shape; every one is called with one set of inputs.
+    """The candidates of one shape; every one is called with one set of inputs.
 
     Args:
         inputs: the sets, taken in turn.
@@ -29,18 +29,18 @@ class Trial:
     """
 
     inputs: Sequence[Any]
-    ours: Sequence[Side]
-    peers: Sequence[Side]
+    ours: Sequence[Candidate]
+    peers: Sequence[Candidate]
     rivals: Sequence[str]
 
 
 def work(moved: int, flops: int = 0) -> dict[str, Any]:
-    """What a side's rows say of its work: at the least ``moved`` bytes read and written, and ``flops`` operations."""
+    """What a row says of a candidate's work: at least ``moved`` bytes read and written, and ``flops`` operations."""
     return {"bytes": moved} | ({"flops": flops} if flops else {})
 
 
 def rates(info: dict[str, Any], seconds: float) -> dict[str, float]:
-    """TFLOP/s and GB/s of a side with that ``work``."""
+    """TFLOP/s and GB/s of a candidate with that ``work``."""
     rates = {"gb_per_s": info["bytes"] / seconds / 1e9}
     return rates | ({"tflops": info["flops"] / seconds / 1e12} if "flops" in info else {})
 
@@ -68,12 +68,12 @@ def spread(count: int, most: int, device: torch.device) -> torch.Tensor:
 
 
 def once(compute: Callable[[], Any]) -> Callable[[], Any]:
-    """``compute``, done at the first call and kept: all sides share one oracle."""
+    """``compute``, done at the first call and kept: all candidates share one oracle."""
     return cache(compute)
 
 
 def needs_cuda(device: torch.device) -> None:
-    """For the build of a side that runs on NVIDIA GPUs only.
+    """For the build of a candidate that runs on NVIDIA GPUs only.
 
     Raises:
         RuntimeError: this is none.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-from ..bench.harness import between, stamp
+from ..bench.harness import elapsed, stamp
 from ..models.unets import SMALLEST
 from .count import count_work
 from .model import Rates
@@ -85,6 +85,6 @@ def _fastest(calls: list[Callable[[], Any]], device: torch.device) -> list[float
         for call in calls:
             start = now(device)
             call()
-            round_.append(between(start, now(device)))
+            round_.append(elapsed(start, now(device)))
         seconds.append(round_)
     return [min(times) for times in zip(*seconds, strict=True)]

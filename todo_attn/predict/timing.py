@@ -10,7 +10,7 @@ import torch
 from diffusers.models import UNet2DConditionModel
 
 from .. import logs
-from ..bench.harness import Meter, Rounds, Side, between, measure
+from ..bench.harness import Candidate, Meter, Rounds, elapsed, measure
 from ..config.dato import DaToConfig
 from ..config.schedule import FULL, REUSE, SHALLOW
 from ..config.todo import ToDoConfig
@@ -62,12 +62,12 @@ def time_calls(
     else:
         rounds = Rounds(warmup=1, rounds=5, seconds=30) if device.type == "cpu" else Rounds(warmup=3, rounds=10)
     with logs.silent():
-        results = measure([Side(each.name, each.ready) for each in calls], Meter(device), rounds)
+        results = measure([Candidate(each.name, each.ready) for each in calls], Meter(device), rounds)
     for result in results:
         if result.error is not None:
             if is_out_of_memory(RuntimeError(result.error)):
                 raise MemoryError(result.error)
-            raise SettingError("measure", f"was not possible: {result.side.name} ended with {result.error}")
+            raise SettingError("measure", f"was not possible: {result.candidate.name} ended with {result.error}")
     return {each.name: each.medians(rounds.warmup) for each in calls}
 
 
@@ -107,7 +107,7 @@ class _Calls:
             self.model(timestep=timestep, **self.inputs)
             spans.append((kind, start, now(device)))
         for kind, start, end in spans:
-            self.seconds[kind].append(between(start, end))
+            self.seconds[kind].append(elapsed(start, end))
 
     def medians(self, warmup: int) -> dict[str, float]:
         """Of each kind, without the first ``warmup`` calls."""

@@ -1,4 +1,4 @@
-"""Each side of the UNet benchmark computes what its row says, the same in every run, and leaves nothing behind."""
+"""Each candidate of the UNet benchmark computes what its row says, the same in every run, and leaves nothing behind."""
 
 import gc
 from dataclasses import replace
@@ -8,11 +8,11 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch._dynamo.testing import CompileCounter
 
-from benchmarks import models, unet_oracle, unet_sides
+from benchmarks import models, unet_candidates, unet_oracle
+from benchmarks.unet_candidates import Candidates, check_exact, check_output, checked
 from benchmarks.unet_oracle import against_oracle
 from benchmarks.unet_plan import Choice, kinds_of
 from benchmarks.unet_run import CallTimes, self_attention
-from benchmarks.unet_sides import Sides, check_exact, check_output, checked
 from todo_attn import DaToConfig, ToDoConfig, ops
 from todo_attn.bench import harness
 from todo_attn.config.schedule import FULL, SHALLOW
@@ -31,16 +31,16 @@ def model():
 
 
 def test_the_baseline_is_diffusers_own_processor_and_stays_so(model):
-    sides = Sides(model, **SIZE)
-    dense, todo = sides.dense().build(), sides.todo("todo", ToDoConfig(factor=2)).build()
+    candidates = Candidates(model, **SIZE)
+    dense, todo = candidates.dense().build(), candidates.todo("todo", ToDoConfig(factor=2)).build()
     assert not torch.equal(dense(), todo())
     assert {type(processor) for processor in dense.model.attn_processors.values()} == {AttnProcessor2_0}
     with torch.no_grad():
-        assert torch.equal(model(timestep=999, **sides.inputs).sample, dense())
+        assert torch.equal(model(timestep=999, **candidates.inputs).sample, dense())
 
 
 def test_a_run_goes_down_the_timesteps_with_latents_that_change(model):
-    run = Sides(model, **SIZE, calls=3).dense().build()
+    run = Candidates(model, **SIZE, calls=3).dense().build()
     seen = []
     run.model.register_forward_pre_hook(lambda module, args: seen.append(args))
     output = run()
@@ -54,8 +54,8 @@ def test_a_run_goes_down_the_timesteps_with_latents_that_change(model):
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_each_call_computes_what_its_kind_says(model, name):
-    side = Sides(model, **SIZE, calls=CALLS).of(CONTENDERS[name])
-    run = side.build()
+    candidate = Candidates(model, **SIZE, calls=CALLS).of(CONTENDERS[name])
+    run = candidate.build()
     ran = {"middle": 0, "last": 0}
 
     def count(part):
@@ -67,7 +67,7 @@ def test_each_call_computes_what_its_kind_says(model, name):
     run.model.mid_block.resnets[0].register_forward_pre_hook(count("middle"))
     run.model.up_blocks[-1].resnets[-1].register_forward_pre_hook(count("last"))
     run()
-    kinds = side.times.kinds
+    kinds = candidate.times.kinds
     assert len(kinds) == CALLS
     assert ran == {"middle": kinds.count(FULL), "last": kinds.count(FULL) + kinds.count(SHALLOW)}
     assert (len(set(kinds)) > 1) == ("dato" in name or "deepcache" in name)
@@ -81,7 +81,7 @@ def test_runs_end_the_same_and_leave_nothing_behind(model, name):
         tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]  # no fake ones of other tests
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    run = Sides(model, height=128, width=128, batch=1, calls=CALLS).of(CONTENDERS[name]).build()
+    run = Candidates(model, height=128, width=128, batch=1, calls=CALLS).of(CONTENDERS[name]).build()
     before = held()
     first = run()
     few = first.untyped_storage().nbytes() // 2
@@ -94,30 +94,30 @@ def test_a_short_warm_up_compiles_all_there_is_one_graph_per_kind_of_call(model,
     counter, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter, **options))
     torch.compiler.reset()
-    make = [Sides(model, **SIZE | {"batch": 1}, calls=6, warmup=1, compiled=c) for c in (False, True)]
-    side = make[1].of(CONTENDERS[name])
-    eager, compiled = make[0].of(CONTENDERS[name]).build(), side.build()
+    make = [Candidates(model, **SIZE | {"batch": 1}, calls=6, warmup=1, compiled=c) for c in (False, True)]
+    candidate = make[1].of(CONTENDERS[name])
+    eager, compiled = make[0].of(CONTENDERS[name]).build(), candidate.build()
     for _ in ("short", "whole"):
         assert torch.equal(compiled(), eager())
-        assert counter.frame_count == len(set(side.times.kinds))
+        assert counter.frame_count == len(set(candidate.times.kinds))
 
 
 def test_the_share_is_taken_once_and_leaves_no_hook(model):
     with self_attention(model) as spans, torch.no_grad():
         model(timestep=500, **models.inputs(model, **SIZE))
     assert len(spans) == sum(name.endswith("attn1") for name, _ in model.named_modules())
-    assert all(harness.between(*span) > 0 for span in spans)
+    assert all(harness.elapsed(*span) > 0 for span in spans)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_only_the_observed_run_is_looked_into(model):
-    side = Sides(model, **SIZE, warmup=2).dense()
-    run = side.build()
+    candidate = Candidates(model, **SIZE, warmup=2).dense()
+    run = candidate.build()
     run()
-    assert "self_attention_share" not in side.info
+    assert "self_attention_share" not in candidate.info
     run()
-    assert 0 < side.info["self_attention_share"] < 1
-    assert side.info.get("peak_gib", 0) >= 0  # not every system tells
+    assert 0 < candidate.info["self_attention_share"] < 1
+    assert candidate.info.get("peak_gib", 0) >= 0  # not every system tells
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_warm_up_runs_show_each_kind_and_a_second_full_call(kinds, first):
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_a_warm_up_run_is_short_and_those_after_are_whole(model, name):
     size = SIZE | {"batch": 1}  # of a pair ToMe draws other tokens in each run
-    side = Sides(model, **size, calls=CALLS, warmup=2).of(CONTENDERS[name])
-    run = side.build()
+    candidate = Candidates(model, **size, calls=CALLS, warmup=2).of(CONTENDERS[name])
+    run = candidate.build()
     output = [run() for _ in range(4)]
     assert torch.equal(output[0], output[1]) and torch.equal(output[2], output[3])
-    assert 0 < side.info["self_attention_share"] < 1
-    whole = Sides(model, **size, calls=CALLS).of(CONTENDERS[name]).build()
+    assert 0 < candidate.info["self_attention_share"] < 1
+    whole = Candidates(model, **size, calls=CALLS).of(CONTENDERS[name]).build()
     assert torch.equal(output[3], whole())
-    counts = {kind: told["calls"] for kind, told in side.times.by_kind().items()}
+    counts = {kind: told["calls"] for kind, told in candidate.times.by_kind().items()}
     assert sum(counts.values()) == CALLS
     assert output[0].shape == output[3].shape
     assert not torch.equal(output[0], output[3])
@@ -160,7 +160,7 @@ def test_a_whole_run_that_ends_in_nothing_is_not_timed():
 def test_the_oracle_knows_right_from_wrong(dtype, mode, height, width):
     model = models.build("tiny", CPU, dtype)
     right = ToDoConfig(factor={"finest": 3, 2: 2}, mode=mode)
-    run = Sides(model, height, width, batch=2).todo("todo", right).build()  # held against the oracle there
+    run = Candidates(model, height, width, batch=2).todo("todo", right).build()  # held against the oracle there
     other = {"nearest": "mean", "mean": "nearest", "nearest-exact": "nearest"}[mode]
     for wrong in (ToDoConfig(factor=2, mode=mode), ToDoConfig(factor=1), replace(right, mode=other)):
         with pytest.raises(ValueError, match="must be within"), against_oracle(run.model, wrong):
@@ -182,23 +182,23 @@ def test_the_oracle_sees_one_wrong_tile_of_one_head(model, monkeypatch, share, f
         return out
 
     monkeypatch.setattr(ops, "downsampled_attention", wrong)
-    side = Sides(model, 128, 128, batch=2).todo("todo", ToDoConfig(factor=2))
+    candidate = Candidates(model, 128, 128, batch=2).todo("todo", ToDoConfig(factor=2))
     with pytest.raises(ValueError, match="16 x 16 tokens"):
-        side.build()
+        candidate.build()
 
 
 def test_the_oracle_sees_answers_for_other_tokens_than_those_kept(model, monkeypatch):
-    sides = Sides(model, **SIZE, calls=2)
+    candidates = Candidates(model, **SIZE, calls=2)
     config = DaToConfig(cache_schedule="2", todo=ToDoConfig(factor=2))
-    sides.dato("todo+dato", config).build()
+    candidates.dato("todo+dato", config).build()
     gather = processor.ops.gather_tokens
     monkeypatch.setattr(processor.ops, "gather_tokens", lambda x, index: gather(x, index.flip(1)))
     with pytest.raises(ValueError, match="must be within"):
-        sides.dato("todo+dato", config).build()
+        candidates.dato("todo+dato", config).build()
 
 
 def test_the_oracle_leaves_no_hook(model):
-    run = Sides(model, **SIZE).todo("todo", ToDoConfig(factor=2)).build()
+    run = Candidates(model, **SIZE).todo("todo", ToDoConfig(factor=2)).build()
     layers = [module for name, module in run.model.named_modules() if name.endswith(("attn1", "to_out.0"))]
     assert not any(layer._forward_hooks for layer in layers)
     assert not any(layer._forward_pre_hooks for layer in layers if isinstance(layer, torch.nn.Linear))
@@ -231,12 +231,14 @@ def test_a_method_told_to_do_nothing_that_does_something_stops_the_run(model, mo
         return output + 1e-3
 
     check_exact(model, kinds_of(kind))
-    monkeypatch.setattr(unet_sides.todo_attn, apply, lambda model, config: model.conv_in.register_forward_hook(nudge))
+    monkeypatch.setattr(
+        unet_candidates.todo_attn, apply, lambda model, config: model.conv_in.register_forward_hook(nudge)
+    )
     with pytest.raises(RuntimeError, match=f"{name}.* differs from dense"):
         check_exact(model, kinds_of(kind))
 
 
 def test_pruning_alone_would_not_pass_for_dense(model):
-    sides = Sides(model, **SIZE, calls=3)
-    dense, pruned = (side.build()() for side in (sides.dense(), sides.dato("dato", DaToConfig())))
+    candidates = Candidates(model, **SIZE, calls=3)
+    dense, pruned = (candidate.build()() for candidate in (candidates.dense(), candidates.dato("dato", DaToConfig())))
     assert not torch.equal(dense, pruned)

@@ -1,4 +1,4 @@
-"""The sides of the UNet benchmark: each method on a module tree of its own over the same weights."""
+"""The candidates of the UNet benchmark: each method on a module tree of its own over the same weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.unet_peers import apply_deepcache, apply_tome
 from benchmarks.unet_plan import Contender
 from benchmarks.unet_run import CallTimes, Run
 from todo_attn import DaToConfig, ToDoConfig
-from todo_attn.bench.harness import Sample, Side
+from todo_attn.bench.harness import Candidate, Sample
 from todo_attn.config.schedule import FULL, SHALLOW
 from todo_attn.diffusers.levels import transformers_by_level
 from todo_attn.models.unets import twin
@@ -33,23 +33,23 @@ def _nothing(model: UNet2DConditionModel) -> None:
 
 
 @dataclass
-class UNetSide(Side):
-    """A side that also tells how long each kind of call took in its last run."""
+class UNetCandidate(Candidate):
+    """A candidate that also tells how long each kind of call took in its last run."""
 
     times: CallTimes = field(default_factory=lambda: CallTimes(FULL))
 
 
-class Sides:
-    """Makes sides over the same weights, inputs and timesteps.
+class Candidates:
+    """Makes candidates over the same weights, inputs and timesteps.
 
-    A side under ToDo is held against the oracle as it is built.
+    A candidate under ToDo is held against the oracle as it is built.
 
     Args:
         unet: stays as it is.
         height, width: of the picture, in pixels.
         batch: of each call.
         calls: in a run.
-        warmup: the first so many runs of each side are short, and in the last of them its self-attention is timed.
+        warmup: the first so many runs of each candidate are short, and in the last of them its self-attention is timed.
         compiled: through ``torch.compile``.
     """
 
@@ -68,12 +68,12 @@ class Sides:
         self.timesteps = models.timesteps(unet.device, calls)
         self.calls, self.warmup, self.compiled = calls, warmup, compiled
 
-    def dense(self) -> UNetSide:
+    def dense(self) -> UNetCandidate:
         """diffusers' own attention, and nothing left out."""
-        return self._side("dense", self._whole(_nothing), {"processor": AttnProcessor2_0.__name__})
+        return self._candidate("dense", self._whole(_nothing), {"processor": AttnProcessor2_0.__name__})
 
-    def of(self, contender: Contender) -> UNetSide:
-        """The side of any other method."""
+    def of(self, contender: Contender) -> UNetCandidate:
+        """The candidate of any other method."""
         name, method, options = contender.name, Method(contender.kind), contender.options
         if contender.kind == "todo":
             return self.todo(name, options.todo_config(method, self.height, self.width))
@@ -83,31 +83,31 @@ class Sides:
             return self._deepcache(name, options.cache_interval_of(method))
         return self.dato(name, options.dato_config(method, self.calls, self.height, self.width), options.schedule)
 
-    def todo(self, name: str, config: ToDoConfig) -> UNetSide:
+    def todo(self, name: str, config: ToDoConfig) -> UNetCandidate:
         """ToDo."""
         apply = self._whole(lambda model: todo_attn.apply_todo(model, config))
-        return self._side(name, apply, {"config": config.to_dict()}, todo=config)
+        return self._candidate(name, apply, {"config": config.to_dict()}, todo=config)
 
-    def dato(self, name: str, config: DaToConfig, schedule: str | None = None) -> UNetSide:
+    def dato(self, name: str, config: DaToConfig, schedule: str | None = None) -> UNetCandidate:
         """DaTo, and ToDo with it where ``config`` says so; its digits must be for just these calls."""
         apply = self._whole(lambda model: todo_attn.apply_dato(model, config), after=todo_attn.reset_dato)
         kinds = FULL + config.schedule_for(self.calls)
-        return self._side(name, apply, {"schedule": schedule, "config": config.to_dict()}, kinds, config.todo)
+        return self._candidate(name, apply, {"schedule": schedule, "config": config.to_dict()}, kinds, config.todo)
 
-    def _tome(self, name: str, ratio: float) -> UNetSide:
+    def _tome(self, name: str, ratio: float) -> UNetCandidate:
         # tomesd's own default is level 1, where SDXL has no attention.
         finest = min(level for level, _ in transformers_by_level(self.unet))
         options = {"ratio": ratio, "max_downsample": finest, "use_rand": not self.compiled}
-        return self._side(name, self._whole(lambda model: apply_tome(model, options)), options)
+        return self._candidate(name, self._whole(lambda model: apply_tome(model, options)), options)
 
-    def _deepcache(self, name: str, interval: int) -> UNetSide:
+    def _deepcache(self, name: str, interval: int) -> UNetCandidate:
         options = {"cache_interval": interval, "cache_branch_id": 0}
         kinds = "".join(SHALLOW if call % interval else FULL for call in range(self.calls))
 
         def apply(model: UNet2DConditionModel) -> tuple[Callable[..., Any], Callable[[], object]]:
             return model, apply_deepcache(model, self.timesteps, options, self.compiled)
 
-        return self._side(name, apply, options, kinds)
+        return self._candidate(name, apply, options, kinds)
 
     def _whole(self, patch: Callable[[Any], object], after: Callable[[Any], object] = _nothing) -> Apply:
         """``patch`` on the UNet, which is then called, or compiled, as a whole; ``after`` each run."""
@@ -118,9 +118,9 @@ class Sides:
 
         return apply
 
-    def _side(
+    def _candidate(
         self, name: str, apply: Apply, info: dict[str, Any], kinds: str | None = None, todo: ToDoConfig | None = None
-    ) -> UNetSide:
+    ) -> UNetCandidate:
         times = CallTimes(kinds or FULL * self.calls)
 
         def build() -> Run:
@@ -135,7 +135,7 @@ class Sides:
                     run.rehearse()
             return run
 
-        return UNetSide(name, build, info, times=times)
+        return UNetCandidate(name, build, info, times=times)
 
 
 def check_output(baseline: torch.Tensor, output: torch.Tensor) -> None:
@@ -167,19 +167,19 @@ def check_exact(unet: UNet2DConditionModel, kinds: Sequence[str]) -> None:
     Raises:
         RuntimeError: one of them is not.
     """
-    sides = Sides(unet, 128, 128, batch=2, calls=3)
+    candidates = Candidates(unet, 128, 128, batch=2, calls=3)
     idle = ToDoConfig(factor=1)
     exact = {
-        "todo": sides.todo("ToDo with factor 1", idle),
-        "dato": sides.dato("DaTo that prunes and caches nothing", DaToConfig(prune_ratio=0)),
-        "todo+dato": sides.dato("ToDo+DaTo that leaves nothing out", DaToConfig(prune_ratio=0, todo=idle)),
+        "todo": candidates.todo("ToDo with factor 1", idle),
+        "dato": candidates.dato("DaTo that prunes and caches nothing", DaToConfig(prune_ratio=0)),
+        "todo+dato": candidates.dato("ToDo+DaTo that leaves nothing out", DaToConfig(prune_ratio=0, todo=idle)),
     }
     log = logging.getLogger("todo_attn")
     level = log.level
     log.setLevel(logging.ERROR)  # that factor 1 changes nothing is the point here
     try:
-        dense = sides.dense().build()()
-        outputs = {side.name: side.build()() for kind, side in exact.items() if kind in kinds}
+        dense = candidates.dense().build()()
+        outputs = {candidate.name: candidate.build()() for kind, candidate in exact.items() if kind in kinds}
     finally:
         log.setLevel(level)
     for name, output in outputs.items():
