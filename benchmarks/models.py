@@ -9,6 +9,7 @@ from diffusers.models import UNet2DConditionModel
 
 from todo_attn.models import architectures, unets
 from todo_attn.models.architectures import PIXELS_PER_LATENT
+from todo_attn.models.unets import random_inputs
 
 TRAINING_STEPS = 1000
 _TINY = {
@@ -48,10 +49,8 @@ def _config(name: str) -> dict[str, Any]:
     return CONFIGS[name]
 
 
-def inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int, seed: int = 1) -> dict[str, Any]:
-    """Arguments of a denoising call, but for the timestep, for images of ``height`` x ``width`` pixels.
-
-    On the UNet's device and in its dtype.
+def inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int) -> dict[str, Any]:
+    """:func:`todo_attn.predict.timing.random_inputs` for images of ``height`` x ``width`` pixels.
 
     Raises:
         ValueError: a side that is not a positive multiple of 8.
@@ -59,19 +58,7 @@ def inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int, seed
     for name, value in (("height", height), ("width", width)):
         if value < 1 or value % PIXELS_PER_LATENT:
             raise ValueError(f"{name} must be a positive multiple of {PIXELS_PER_LATENT}, in pixels, got {value}")
-    generator = torch.Generator(unet.device).manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=unet.device, dtype=unet.dtype)
-
-    arguments: dict[str, Any] = {
-        "sample": noise(batch, unet.config["in_channels"], height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT),
-        "encoder_hidden_states": noise(batch, 77, unet.config["cross_attention_dim"]),
-    }
-    if unet.config["addition_embed_type"] == "text_time":
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=unet.device, dtype=unet.dtype)
-        arguments["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": sizes.expand(batch, -1)}
-    return arguments
+    return random_inputs(unet, batch, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
 
 
 def timesteps(device: torch.device, calls: int) -> torch.Tensor:

@@ -16,9 +16,9 @@ from benchmarks import models
 from benchmarks.unet_oracle import against_oracle
 from benchmarks.unet_peers import apply_deepcache, apply_tome
 from benchmarks.unet_plan import Contender
-from benchmarks.unet_run import CallTimes, Run
 from todo_attn import DaToConfig, ToDoConfig
-from todo_attn.bench.harness import Candidate, Sample
+from todo_attn.bench.harness import Candidate, Sample, nothing
+from todo_attn.bench.unet import CallTimes, Run
 from todo_attn.config.schedule import FULL, SHALLOW
 from todo_attn.diffusers.levels import transformers_by_level
 from todo_attn.models.unets import twin
@@ -26,10 +26,6 @@ from todo_attn.options.methods import Method
 
 # Puts a method on a UNet, and gives what is to be called and what frees memory after a run.
 Apply = Callable[[UNet2DConditionModel], tuple[Callable[..., Any], Callable[[], object]]]
-
-
-def _nothing(model: UNet2DConditionModel) -> None:
-    pass
 
 
 @dataclass
@@ -70,7 +66,7 @@ class Candidates:
 
     def dense(self) -> UNetCandidate:
         """diffusers' own attention, and nothing left out."""
-        return self._candidate("dense", self._whole(_nothing), {"processor": AttnProcessor2_0.__name__})
+        return self._candidate("dense", self._whole(nothing), {"processor": AttnProcessor2_0.__name__})
 
     def of(self, contender: Contender) -> UNetCandidate:
         """The candidate of any other method."""
@@ -109,7 +105,7 @@ class Candidates:
 
         return self._candidate(name, apply, options, kinds)
 
-    def _whole(self, patch: Callable[[Any], object], after: Callable[[Any], object] = _nothing) -> Apply:
+    def _whole(self, patch: Callable[[Any], object], after: Callable[[Any], object] = nothing) -> Apply:
         """``patch`` on the UNet, which is then called, or compiled, as a whole; ``after`` each run."""
 
         def apply(model: UNet2DConditionModel) -> tuple[Callable[..., Any], Callable[[], object]]:
@@ -127,9 +123,8 @@ class Candidates:
             model = twin(self.unet)
             model.set_attn_processor(AttnProcessor2_0())
             call, after = apply(model)
-            run = Run(
-                model, call, self.inputs, self.timesteps, after, times, info, self.warmup, share=not self.compiled
-            )
+            share = not self.compiled
+            run = Run(model, self.inputs, self.timesteps, times, call, after, info, self.warmup, share)
             if todo is not None:
                 with against_oracle(model, todo):  # a wrong attention is not timed
                     run.rehearse()

@@ -12,9 +12,9 @@ from benchmarks import models, unet_candidates, unet_oracle
 from benchmarks.unet_candidates import Candidates, check_exact, check_output, checked
 from benchmarks.unet_oracle import against_oracle
 from benchmarks.unet_plan import Choice, kinds_of
-from benchmarks.unet_run import CallTimes, self_attention
 from todo_attn import DaToConfig, ToDoConfig, ops
 from todo_attn.bench import harness
+from todo_attn.bench.unet import CallTimes, self_attention
 from todo_attn.config.schedule import FULL, SHALLOW
 from todo_attn.diffusers import processor
 from todo_attn.options.methods import KINDS
@@ -103,7 +103,7 @@ def test_a_short_warm_up_compiles_all_there_is_one_graph_per_kind_of_call(model,
 
 
 def test_the_share_is_taken_once_and_leaves_no_hook(model):
-    with self_attention(model) as spans, torch.no_grad():
+    with self_attention(model, CPU) as spans, torch.no_grad():
         model(timestep=500, **models.inputs(model, **SIZE))
     assert len(spans) == sum(name.endswith("attn1") for name, _ in model.named_modules())
     assert all(harness.elapsed(*span) > 0 for span in spans)
@@ -205,12 +205,14 @@ def test_the_oracle_leaves_no_hook(model):
 
 
 def test_the_time_of_a_kind_is_the_median_of_its_calls():
-    times = CallTimes("22101", [0.0, 4.0, 6.0, 7.0, 7.5, 8.0])
+    times = CallTimes("22101", [[0.0, 1.0, 2.0], [0.0, 4.0, 6.0, 7.0, 7.5, 8.0]])
     assert times.by_kind() == {
         "full": {"calls": 2, "seconds": 3.0},
         "shallow": {"calls": 2, "seconds": 0.75},
         "reuse": {"calls": 1, "seconds": 0.5},
     }
+    times.runs.append([0.0, 8.0, 16.0, 17.0, 17.5, 18.0])
+    assert times.medians(skip=1) == {"2": 6.0, "1": 0.75, "0": 0.5}
 
 
 def test_wrong_outputs_are_not_timed():

@@ -133,7 +133,7 @@ def test_a_call_that_finds_no_memory_is_no_fault_of_the_option(advise, unet, tmp
 
     unet.save_pretrained(tmp_path / "unet")
     model = Architecture(str(tmp_path), unet.config, pixels_per_latent=8)
-    monkeypatch.setattr(timing._Calls, "__call__", full)
+    monkeypatch.setattr(timing.Run, "__call__", full)
     with pytest.raises(MemoryError, match="DefaultCPUAllocator"):
         advise(model, measured=True, height=128, width=128)
 
@@ -164,17 +164,15 @@ def test_measured_once_where_it_takes_long(advise, unet, tmp_path, monkeypatch):
     unet.save_pretrained(tmp_path / "unet")
     model = Architecture(str(tmp_path), unet.config, pixels_per_latent=8)
     calls = []
-    medians = timing._Calls.medians
-    monkeypatch.setattr(
-        timing._Calls, "medians", lambda self, warmup: calls.append(self.seconds) or medians(self, warmup)
-    )
+    medians = timing.CallTimes.medians
+
+    def counted(self, skip):
+        calls.append((self.kinds, len(self.runs) - skip))
+        return medians(self, skip)
+
+    monkeypatch.setattr(timing.CallTimes, "medians", counted)
     _, rows = advise(model, measured=True, height=128, width=128)
-    assert [{kind: len(times) for kind, times in each.items()} for each in calls] == [
-        {"2": 1},
-        {"2": 1},
-        {"2": 1, "1": 1, "0": 1},
-        {"2": 1, "1": 1, "0": 1},
-    ]
+    assert calls == [("2", 1), ("2", 1), ("210", 1), ("210", 1)]
     assert rows["dato"]["measured_gain"] > 0
 
 

@@ -34,8 +34,8 @@ _HOLD_TICKS = 20_000_000  # of a GPU's clock: about 10 ms
 _HELD_CALLS = 4  # which the host queues meanwhile: a call may take it 2 ms, and a GPU takes 1024 launches in advance
 
 
-def _nothing() -> None:
-    """In place of a call that is no more."""
+def nothing(*_: Any) -> None:
+    """A call that does nothing."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     error: str | None = None
-    call: Callable[..., Any] = _nothing
+    call: Callable[..., Any] = nothing
 
     def add(self, sample: Sample) -> None:
         self.seconds.append(sample.seconds)
@@ -103,7 +103,9 @@ class Measured:
 
 
 def stamp(device: torch.device) -> Any:
-    """Now, on the device's own time line: a recorded event on CUDA, elsewhere the clock."""
+    """Now, on the device's own time line: a recorded event on CUDA, elsewhere the clock (MPS is waited for)."""
+    if device.type == "mps":
+        torch.mps.synchronize()
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -112,7 +114,7 @@ def stamp(device: torch.device) -> Any:
 
 
 def elapsed(start: Any, end: Any) -> float:
-    """Seconds from one stamp to a later one; waits for a device to get there."""
+    """Seconds from one stamp to a later one; waits until the device has reached it."""
     if isinstance(start, float):
         return end - start
     end.synchronize()
@@ -210,7 +212,7 @@ def measure(
                 with _ending(result):
                     result.add(meter(result.call))
     for result in results:
-        result.call = _nothing
+        result.call = nothing
     _free()
     return results
 
@@ -335,7 +337,7 @@ def _ending(result: Measured) -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines()
         result.error = ": ".join([type(error).__name__, *lines[:1]])
-        result.call = _nothing
+        result.call = nothing
 
 
 def _turns(order: Sequence[Measured], bar: tqdm) -> Iterator[Measured]:

@@ -93,13 +93,16 @@ def empty_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int
     return inputs
 
 
-def random_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> dict[str, Any]:
+def random_inputs(unet: UNet2DConditionModel, batch: int, height: int, width: int, seed: int = 1) -> dict[str, Any]:
     """:func:`empty_inputs` filled with normal noise, on the device of ``unet`` and in its dtype; class labels are 0."""
+    generator = torch.Generator(unet.device).manual_seed(seed)
 
     def filled(part: Any) -> Any:
         if isinstance(part, dict):
             return {name: filled(value) for name, value in part.items()}
-        return torch.randn_like(part, dtype=unet.dtype) if part.is_floating_point() else part
+        if not part.is_floating_point():
+            return part
+        return torch.randn(part.shape, generator=generator, device=unet.device, dtype=unet.dtype)
 
     with torch.device(unet.device):
         inputs: dict[str, Any] = filled(empty_inputs(unet, batch, height, width))

@@ -67,13 +67,6 @@ def measure_rates(device: torch.device, dtype: torch.dtype, heads: int, head_dim
     )
 
 
-def now(device: torch.device) -> Any:
-    """A time stamp of the harness; MPS has no events, so it is waited for."""
-    if device.type == "mps":
-        torch.mps.synchronize()
-    return stamp(device)
-
-
 def _fastest(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
     """Seconds of the fastest run of each; they take turns."""
     for call in calls:  # compiles, chooses algorithms, fills caches
@@ -83,8 +76,8 @@ def _fastest(calls: list[Callable[[], Any]], device: torch.device) -> list[float
     while len(seconds) < _MIN_ROUNDS or time.perf_counter() < end:
         round_ = []
         for call in calls:
-            start = now(device)
+            start = stamp(device)
             call()
-            round_.append(elapsed(start, now(device)))
+            round_.append(elapsed(start, stamp(device)))
         seconds.append(round_)
     return [min(times) for times in zip(*seconds, strict=True)]
