@@ -247,11 +247,11 @@ def cannot(device: str) -> str | None:
 
 def summary(outcomes: Sequence[Outcome], out: Path) -> str:
     """What became of the steps, and the rows as a short table."""
-    from todo_attn.bench import harness, report
+    from todo_attn.bench import jsonl, report
 
     lines = [f"{outcome.seconds:5.0f} s  {outcome.name}: {outcome.said}" for outcome in outcomes]
     files = [file for name in ("kernels", "unet", "tune") if (file := out / f"{name}.jsonl").exists()]
-    rows = [row for file in files for row in harness.read(file)]
+    rows = [row for file in files for row in jsonl.read(file)]
     if rows:
         about = rows[0]["machine"]
         names = ("device", "driver", "torch", "triton", "commit")

@@ -1,19 +1,20 @@
 """Every op against what it replaces, at the shapes of Stable Diffusion 1.5 and SDXL; checked first, then timed.
 
 python -m benchmarks.kernels                                at most 60 rows, those with a target first
-python -m benchmarks.kernels --only attention --full        every size, shape of picture, batch and dtype
+python -m benchmarks.kernels --only attention --full        every size, aspect ratio, batch and dtype
 python -m benchmarks.kernels --device cpu                   a few small shapes, about a minute
 python -m benchmarks.kernels --minutes 4 --out rows.jsonl   starts no case after four minutes
 
-Sides and oracles: todo_attn/bench/attention.py, tokens.py and matching.py. Times are those of the device alone. Each
-case's rows are added to the file as soon as they are measured. Exits with 1 where a result of ours was wrong.
+The candidates and oracles are in todo_attn/bench/attention.py, tokens.py and matching.py. Times are of the device
+alone. The rows of each case are added to the file as soon as they are measured. Exits with 1 if a result of ours was
+wrong.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,15 +22,15 @@ import torch
 import typer
 
 from benchmarks import RESULTS
+from benchmarks.options import DEFAULT_DEVICE, check_among, checked_out, chosen_device
 from todo_attn import machine
-from todo_attn.bench import cases, harness, kernels, report
+from todo_attn.bench import cases, jsonl, kernels, report
 from todo_attn.bench.cases import Case
 from todo_attn.bench.harness import Rounds
-from todo_attn.bench.kernels import Row
 
 
 def main(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULT_DEVICE,
     full: Annotated[bool, typer.Option("--full", help="Every shape against every peer, not the telling ones.")] = False,
     only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(cases.BENCHMARKS)}; repeatable.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds at most; 3 on a CPU, 20 on a GPU.")] = None,
@@ -44,66 +45,43 @@ def main(
     if where.type == "cpu":
         machine.keep_freed_memory()
     chosen = [c for c in (cases.full(where) if full else cases.plan(where)) if not only or c.benchmark in only]
-    often = kernels.rounds_for(where)
-    often = Rounds(often.warmup, rounds or often.rounds, often.seconds)
-    rows = collect(chosen, path, minutes, lambda some: kernels.run(some, where, often))
-    typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
-    for sentence in report.slower(rows):
-        typer.echo(sentence, err=True)
-    fail_if_refused(rows)
+    run(chosen, where, path, minutes, as_json, rounds)
 
 
-def check_among(option: str, given: Iterable[object], known: Collection[object]) -> None:
-    """Refuse values that an option does not know.
+def run(
+    chosen: Sequence[Case],
+    device: torch.device,
+    path: Path,
+    minutes: float,
+    as_json: bool,
+    rounds: int | None = None,
+    make: kernels.MakeTrial | None = None,
+) -> None:
+    """Measure the cases, add the rows of each to ``path`` as soon as they are there, and print all of them.
+
+    Args:
+        minutes: no case is started after that.
+        rounds: timed rounds at most; None is :func:`todo_attn.bench.kernels.rounds_for`.
+        make: the candidates of a case; None: ours and the peers.
 
     Raises:
-        typer.BadParameter: naming the option.
+        typer.Exit: a result of ours was wrong; said last of all.
     """
-    if unknown := [value for value in given if value not in known]:
-        names, wrong = (", ".join(map(str, values)) for values in (known, unknown))
-        raise typer.BadParameter(f"--{option} must be among {names}, got {wrong}")
-
-
-def chosen_device(name: str) -> torch.device:
-    """--device, if it can be used here."""
-    if name not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"--device must be cpu or cuda, got {name}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda needs a GPU that torch sees")
-    return torch.device(name)
-
-
-def checked_out(path: Path) -> Path:
-    """--out, if rows can be added to it."""
-    try:
-        harness.check_appendable(path)
-    except ValueError as error:  # its first word is the option
-        raise typer.BadParameter(f"--{error}") from error
-    return path
-
-
-def collect(
-    chosen: Sequence[Case], path: Path, minutes: float, run: Callable[[Iterable[Case]], Iterable[list[Row]]]
-) -> list[Row]:
-    """Run the cases, none started after ``minutes``; each case's rows are shown and added to ``path`` at once."""
-    start = time.monotonic()
-    rows = []
+    start, rows = time.monotonic(), []
+    often = kernels.rounds_for(device)
+    often = Rounds(often.warmup, rounds or often.rounds, often.seconds)
     in_time = (case for case in chosen if time.monotonic() - start < 60 * minutes)
-    for done, new in enumerate(run(in_time), start=1):
-        harness.append(path, new)
+    for done, new in enumerate(kernels.run(in_time, device, often, make), start=1):
+        jsonl.append(path, new)
         rows += new
         typer.echo(f"{done} of {len(chosen)}\n{report.table(new)}\n", err=True)
     said = f"rows added to {path}" if rows else f"no case was started in {minutes:g} minutes, nothing was written"
     typer.echo(said, err=True)
-    return rows
-
-
-def fail_if_refused(rows: Iterable[Row]) -> None:
-    """Say which of ours were wrong, last of all, and exit with 1 if any was."""
-    sentences = report.refused(rows)
-    for sentence in sentences:
+    typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
+    refused = report.refused(rows)
+    for sentence in (report.slower(rows) if make is None else []) + refused:
         typer.echo(sentence, err=True)
-    if sentences:
+    if refused:
         raise typer.Exit(1)
 
 

@@ -25,28 +25,9 @@ _TINY = {
 CONFIGS: dict[str, dict[str, Any]] = {**architectures.CONFIGS, "tiny": _TINY}
 
 
-def on_meta(name: str) -> UNet2DConditionModel:
-    """The UNet ``name`` of :data:`CONFIGS` without memory for its weights.
-
-    Raises:
-        ValueError: no such name.
-    """
-    return unets.on_meta(_config(name))
-
-
 def build(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:
-    """The UNet ``name`` of :data:`CONFIGS` with random weights.
-
-    Raises:
-        ValueError: no such name.
-    """
-    return unets.with_random_weights(_config(name), device, dtype, seed)
-
-
-def _config(name: str) -> dict[str, Any]:
-    if name not in CONFIGS:
-        raise ValueError(f"model must be one of {', '.join(map(repr, CONFIGS))}, got {name!r}")
-    return CONFIGS[name]
+    """The UNet ``name`` of :data:`CONFIGS` with random weights."""
+    return unets.with_random_weights(CONFIGS[name], device, dtype, seed)
 
 
 def inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int) -> dict[str, Any]:

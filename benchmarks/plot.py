@@ -7,7 +7,6 @@ python -m benchmarks.plot --results benchmarks/results --out docs/images
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -25,8 +24,8 @@ from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 from benchmarks import RESULTS, models
 from benchmarks.plot_model import Row, ceiling, predicted_speedup, rates_of, side_of
-from todo_attn import ToDoConfig
-from todo_attn.bench import harness
+from todo_attn import ToDoConfig, machine
+from todo_attn.bench import jsonl
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 # Okabe and Ito's colours, which are told apart with every kind of colour vision; ours first.
@@ -53,7 +52,7 @@ def main(
     """Draw what there are rows for, and say which command makes the others."""
     if not results.is_dir():
         raise typer.BadParameter(f"--results must be a folder, got {str(results)!r}")
-    rows = [row for path in sorted(results.glob("*.jsonl")) for row in harness.read(path)]
+    rows = [row for path in sorted(results.glob("*.jsonl")) for row in jsonl.read(path)]
     out.mkdir(parents=True, exist_ok=True)
     for path in draw(rows, out, typer.echo):
         typer.echo(f"drawn: {path}")
@@ -67,11 +66,11 @@ def draw(rows: Iterable[Row], out: Path, say: Callable[[str], object]) -> list[P
         chosen = [row for row in rows if row["benchmark"] in benchmarks]
         if not chosen:
             say(f"no rows for {name}: {command} makes them")
-        for machine, group in _by(chosen, lambda row: _slug(row["machine"])):
+        for device, group in _by(chosen, lambda row: machine.slug_of(row["machine"])):
             with plt.rc_context(_STYLE):
                 drawn = figure(group)
                 drawn.text(0.01, 0.005, _caption(group), fontsize=8, color="#444444", va="bottom")
-                path = out / f"{name}-{machine}.png"
+                path = out / f"{name}-{device}.png"
                 drawn.savefig(path)
                 plt.close(drawn)
             written.append(path)
@@ -192,7 +191,7 @@ def _latest(rows: Iterable[Row]) -> list[Row]:
             continue
         names = row["baseline"]["name"], row["contender"]["name"]
         case = {key: value for key, value in row["case"].items() if key != "keeps_freed_memory"}
-        found[json.dumps([row["benchmark"], _slug(row["machine"]), case, names], sort_keys=True)] = row
+        found[json.dumps([row["benchmark"], machine.slug_of(row["machine"]), case, names], sort_keys=True)] = row
     return list(found.values())
 
 
@@ -260,11 +259,6 @@ def _shape(case: Row) -> str:
     return f"{name}, {case['heads']} x {case['head_dim']}, batch {case['batch']}, {case['dtype']}"
 
 
-def _slug(machine: Row) -> str:
-    device = machine["device"] if machine.get("cuda") else f"cpu {machine['device']}"
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
 def _leave_room(figure: Figure) -> None:
     """For the caption, below."""
     share = 0.32 / figure.get_figheight()
@@ -274,10 +268,10 @@ def _leave_room(figure: Figure) -> None:
 def _caption(rows: Sequence[Row]) -> str:
     """On what, with what, and from when."""
     in_time = sorted(rows, key=lambda row: row["measured"])
-    machine = in_time[-1]["machine"]
-    device = machine["device"] if machine.get("cuda") else f"{machine['device']}, {machine.get('threads')} threads"
-    driver = f"driver {machine['driver']}" if machine.get("driver") else None
-    packages = [f"{name} {machine[key]}" for name, key in _PACKAGES if machine.get(key)]
+    about = in_time[-1]["machine"]
+    device = about["device"] if about.get("cuda") else f"{about['device']}, {about.get('threads')} threads"
+    driver = f"driver {about['driver']}" if about.get("driver") else None
+    packages = [f"{name} {about[key]}" for name, key in _PACKAGES if about.get(key)]
     commits = list(dict.fromkeys(row["machine"]["commit"] for row in in_time if row["machine"].get("commit")))
     commit = f"commit{'s' * (len(commits) > 1)} {' '.join(commits)}" if commits else None
     days = sorted({row["measured"][:10] for row in rows})

@@ -12,7 +12,6 @@ the result of the shipped one was wrong.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,11 +22,13 @@ import torch
 import typer
 
 from benchmarks import RESULTS
-from benchmarks.kernels import check_among, checked_out, chosen_device, collect, fail_if_refused
+from benchmarks import kernels as benchmark
+from benchmarks.options import check_among, checked_out, chosen_device
 from todo_attn import machine
-from todo_attn.bench import attention, kernels, report
+from todo_attn.bench import attention
 from todo_attn.bench.attention import Call
 from todo_attn.bench.cases import Case
+from todo_attn.bench.kernels import MakeTrial
 from todo_attn.bench.trial import Trial
 from todo_attn.kernels.configs import KernelConfig, tiles
 from todo_attn.kernels.launch import attention as downsampled_attention
@@ -110,7 +111,7 @@ def main(
 
 
 def run(
-    make: Callable[[Case, torch.device], Trial],
+    make: MakeTrial,
     head_dim: list[int] | None,
     size: int,
     device: str,
@@ -125,10 +126,7 @@ def run(
         raise typer.BadParameter(f"--size must be a multiple of 64, got {size}")
     chosen = [replace(CASES[each], height=size, width=size) for each in head_dim or CASES]
     path = checked_out(out or RESULTS / f"tune-{machine.slug(where)}.jsonl")
-    often = kernels.rounds_for(where)
-    rows = collect(chosen, path, minutes, lambda some: kernels.run(some, where, often, make))
-    typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
-    fail_if_refused(rows)
+    benchmark.run(chosen, where, path, minutes, as_json, make=make)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import typer
 from diffusers.models import UNet2DConditionModel
 
 from benchmarks import RESULTS, models
-from benchmarks.kernels import check_among, checked_out, chosen_device
+from benchmarks.options import DEFAULT_DEVICE, check_among, checked_out, chosen_device
 from benchmarks.unet_candidates import Candidates, check_exact, check_output, checked
 from benchmarks.unet_plan import (
     PEERS,
@@ -42,7 +42,7 @@ from benchmarks.unet_plan import (
 )
 from benchmarks.unet_stop import Stoppable, as_far_as_it_got, pairs
 from todo_attn import machine
-from todo_attn.bench import harness
+from todo_attn.bench import harness, jsonl, report
 from todo_attn.bench.cases import DTYPES
 from todo_attn.bench.harness import Meter, Rounds
 
@@ -116,7 +116,7 @@ def rounds_of(
 
 
 def main(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULT_DEVICE,
     model: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sd15",
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; fp32 on a CPU, fp16 on a GPU.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="Pixels, as 1024 or 1280x720; repeatable.")] = None,
@@ -194,12 +194,12 @@ def main(
     meter, rows = Stoppable(checked(Meter(where))), []
     for at, contenders in cases:
         new = rows_at(at, unet, contenders, batch, calls, meter, often, case, compile)
-        harness.append(path, new)
+        jsonl.append(path, new)
         rows += new
-        typer.echo("\n".join([harness.table(new), *remarks(new)]), err=True)
+        typer.echo("\n".join([report.table(new), *remarks(new)]), err=True)
         if meter.stopped:
             break
-    typer.echo(json.dumps(rows, indent=1) if as_json else harness.table(rows))
+    typer.echo(json.dumps(rows, indent=1) if as_json else report.table(rows))
     typer.echo(f"rows added to {path}: {len(rows)}", err=True)
     if meter.stopped:
         typer.echo("interrupted", err=True)

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from benchmarks import models
-from benchmarks.kernels import check_among
+from benchmarks.options import check_among
 from todo_attn.config.schedule import names as published
 from todo_attn.options.methods import KINDS, MethodOptions, SettingError
 

@@ -126,8 +126,13 @@ def sm_mhz(device: torch.device, load: Callable[[], Any]) -> float | None:
 
 
 def slug(device: torch.device) -> str:
-    """:func:`device_name` as a part of file names: "nvidia-h200", "cpu-amd-epyc-7763"."""
-    name = device_name(device) if device.type == "cuda" else f"{device.type} {device_name(device)}"
+    """:func:`device_name` as part of a file's name: "nvidia-h200", "cpu-amd-epyc-7763"."""
+    return slug_of({"device": device_name(device), "cuda": device.type == "cuda"})
+
+
+def slug_of(about: dict[str, Any]) -> str:
+    """:func:`slug` of the CPU or GPU that :func:`describe` described."""
+    name = about["device"] if about.get("cuda") else f"cpu {about['device']}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from todo_attn.bench import harness
+from todo_attn.bench import harness, jsonl, report
 from todo_attn.bench.harness import Candidate, Meter, Rounds, Sample
 
+CASE = {"model": "sd15", "height": 64, "width": 64, "batch": 1, "dtype": "fp32"}
 ROW_KEYS = {"benchmark", "case", "baseline", "contender", "speedup", "measured", "machine"}
 CANDIDATE_KEYS = {"name", "seconds", "samples", "peak_gib", "error"}
 
@@ -38,7 +39,7 @@ class Bench:
 
 
 def rows(results):
-    return harness.compare("test", {"height": 8}, {"device": "none"}, results)
+    return harness.compare("test", CASE, {"device": "none"}, results)
 
 
 def failing(message="no such peer"):
@@ -104,20 +105,20 @@ def test_a_row_is_json_and_names_everything(tmp_path):
     assert set(row["baseline"]) == CANDIDATE_KEYS
     assert set(row["contender"]) == CANDIDATE_KEYS | {"factor"}
     path = tmp_path / "deep" / "rows.jsonl"
-    harness.append(path, [row])
-    harness.append(path, [row, row])
-    assert harness.read(path) == [json.loads(json.dumps(row))] * 3
+    jsonl.append(path, [row])
+    jsonl.append(path, [row, row])
+    assert jsonl.read(path) == [json.loads(json.dumps(row))] * 3
 
 
 def test_a_torn_line_costs_no_other_row(tmp_path):
     path = tmp_path / "rows.jsonl"
-    harness.append(path, [{"a": 1}])
+    jsonl.append(path, [{"a": 1}])
     with path.open("a") as file:
         file.write('{"b": [1, ')  # a run that was killed as it wrote
-    harness.append(path, [{"c": 1}, {"d": 1}])
-    harness.append(path, [{"e": 1}])
+    jsonl.append(path, [{"c": 1}, {"d": 1}])
+    jsonl.append(path, [{"e": 1}])
     with pytest.warns(UserWarning, match=r"rows.jsonl, line 2: not a row, skipped"):
-        assert harness.read(path) == [{"a": 1}, {"c": 1}, {"d": 1}, {"e": 1}]
+        assert jsonl.read(path) == [{"a": 1}, {"c": 1}, {"d": 1}, {"e": 1}]
 
 
 @pytest.mark.parametrize("line", [b"\0\0\0\n", b"\xff\n", b"[1]\n", b"7"])
@@ -125,13 +126,13 @@ def test_what_is_no_row_is_skipped_with_a_warning(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + line)
     with pytest.warns(UserWarning, match="line 3: not a row"):
-        assert harness.read(path) == [{"a": 1}]
+        assert jsonl.read(path) == [{"a": 1}]
 
 
 def test_a_row_that_cannot_be_written_leaves_no_others(tmp_path):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match="Out of range float"):
-        harness.append(path, [{"a": 1}, {"b": float("nan")}])
+        jsonl.append(path, [{"a": 1}, {"b": float("nan")}])
     assert not path.exists()
 
 
@@ -140,11 +141,11 @@ def test_where_rows_can_be_added_to(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "far" / "rows")
     paths = [tmp_path / "rows", tmp_path / "new", tmp_path / "deep" / "er" / "new", tmp_path / "link"]
     for path in paths:
-        harness.check_appendable(path)
+        jsonl.check_appendable(path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "rows"]
     assert paths[0].read_text() == "torn"
     for path in paths:
-        harness.append(path, [{}])
+        jsonl.append(path, [{}])
 
 
 def test_where_rows_cannot_be_added_to(tmp_path):
@@ -157,11 +158,11 @@ def test_where_rows_cannot_be_added_to(tmp_path):
         (tmp_path / "loop", ""),
     ]:
         with pytest.raises(ValueError) as refused:
-            harness.check_appendable(path)
+            jsonl.check_appendable(path)
         start = f"out must be a file that can be written, got {str(path)!r}: "
         assert str(refused.value).startswith(start + reason)
     with pytest.raises(ValueError, match="dump must be a file"):
-        harness.check_appendable(tmp_path, "dump")
+        jsonl.check_appendable(tmp_path, "dump")
     assert (tmp_path / "file").read_bytes() == b""
 
 
@@ -197,7 +198,7 @@ def test_a_failing_baseline_leaves_rows_that_say_so():
     assert row["baseline"]["error"] == "ModuleNotFoundError: out of memory"
     assert row["contender"]["samples"] == [1.0, 1.0]
     assert row["speedup"] is None
-    assert "out of memory" in harness.table([row])
+    assert "out of memory" in report.table([row])
 
 
 def test_outputs_are_checked_before_anything_is_timed():

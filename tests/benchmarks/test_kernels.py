@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 from benchmarks import kernels as command
 from benchmarks import models
 from todo_attn import ops
-from todo_attn.bench import cases, harness, kernels
+from todo_attn.bench import cases, jsonl, kernels
 from todo_attn.bench.cases import Case
+from todo_attn.models import unets
 
 TINY = Case("gather", "sd15", 64, 96, 1, 2, "fp32")
 
@@ -30,7 +31,7 @@ def cli(monkeypatch, tmp_path):
 def test_rows_of_a_run(cli):
     result, path = cli()
     assert result.exit_code == 0, result.output
-    rows = harness.read(path)
+    rows = jsonl.read(path)
     assert [row["benchmark"] for row in rows] == ["gather"] * 2 + ["match_tokens"] * 2
     best, *others = (row["baseline"] for row in rows)
     assert best["name"] in best["best_of"] and set(best["best_of"]) == {"torch", "index_select"}
@@ -44,8 +45,8 @@ def test_rows_of_a_run(cli):
 
 def test_only_some_as_json(cli):
     result, path = cli("--only", "match_tokens", "--json")
-    assert json.loads(result.stdout) == harness.read(path)
-    assert {row["benchmark"] for row in harness.read(path)} == {"match_tokens"}
+    assert json.loads(result.stdout) == jsonl.read(path)
+    assert {row["benchmark"] for row in jsonl.read(path)} == {"match_tokens"}
 
 
 def test_no_case_is_started_after_its_time(cli):
@@ -63,7 +64,7 @@ def test_a_wrong_result_of_ours_ends_in_a_failure(cli, monkeypatch):
     assert result.exit_code == 1
     said = "gather, sd15 96x64 level 1, batch 2, fp32: todo was refused: ValueError: wrong result, not timed"
     assert result.stderr.splitlines()[-1].startswith(said)
-    assert len(harness.read(path)) == 4
+    assert len(jsonl.read(path)) == 4
 
 
 @pytest.mark.parametrize("out", ["", "file/rows.jsonl"])
@@ -85,7 +86,7 @@ def test_what_was_measured_before_an_interrupt_stays(cli, monkeypatch):
     monkeypatch.setattr(kernels, "measure", stopped)
     result, path = cli()
     assert result.exit_code != 0
-    assert len(harness.read(path)) == TINY.rows
+    assert len(jsonl.read(path)) == TINY.rows
 
 
 @pytest.mark.parametrize("arguments", [["--only", "sorting"], ["--device", "tpu"], ["--rounds", "0"]])
@@ -98,5 +99,5 @@ def test_what_there_is_not_is_refused(cli, arguments):
 
 @pytest.mark.parametrize("model", cases.MODELS)
 def test_shapes_are_those_of_the_unet(model):
-    layers = [module for name, module in models.on_meta(model).named_modules() if name.endswith("attn1")]
+    layers = [module for name, module in unets.on_meta(models.CONFIGS[model]).named_modules() if name.endswith("attn1")]
     assert {(layer.heads, layer.inner_dim // layer.heads) for layer in layers} == set(cases.MODELS[model].values())

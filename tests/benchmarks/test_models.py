@@ -11,13 +11,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("name", "millions"), [("sd15", 859.5), ("sdxl", 2567.5)])
 def test_parameter_count(name, millions):
-    unet = models.on_meta(name)
+    unet = unets.on_meta(models.CONFIGS[name])
     assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 @pytest.mark.parametrize(("name", "levels"), [("sd15", [40, 80, 160]), ("sdxl", [64])])
 def test_head_dims(name, levels):
-    layers = [module for key, module in models.on_meta(name).named_modules() if key.endswith("attn1")]
+    layers = [module for key, module in unets.on_meta(models.CONFIGS[name]).named_modules() if key.endswith("attn1")]
     assert sorted({layer.inner_dim // layer.heads for layer in layers}) == levels
     assert len(layers) == {"sd15": 16, "sdxl": 70}[name]
 
@@ -76,8 +76,3 @@ def test_timesteps_fall_evenly_from_the_first():
 def test_a_run_has_no_more_calls_than_there_are_timesteps(calls):
     with pytest.raises(ValueError, match=f"calls must be from 1 to 1000, got {calls}"):
         models.timesteps(CPU, calls)
-
-
-def test_an_unknown_model_is_refused():
-    with pytest.raises(ValueError, match="model must be one of 'sd15', 'sdxl', 'tiny', got 'sd3'"):
-        models.on_meta("sd3")

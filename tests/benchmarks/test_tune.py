@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks import tune
 from todo_attn import machine, ops
-from todo_attn.bench import harness, kernels
+from todo_attn.bench import jsonl, kernels
 from todo_attn.bench.harness import Rounds
 from todo_attn.kernels import configs
 from todo_attn.kernels.configs import KernelConfig
@@ -40,7 +40,7 @@ def cli(tmp_path):
 def test_every_setting_against_the_shipped(cli):
     result, path = cli("--head-dim", "40", "--head-dim", "80")
     assert result.exit_code == 0, result.output
-    rows = harness.read(path)
+    rows = jsonl.read(path)
     assert [(row["case"]["head_dim"], row["contender"]["name"]) for row in rows] == [
         (40, "32x16, 4 warps, 1 stages"),
         (40, "P V as Q K"),  # 32 + 16 columns in place of 64
@@ -65,7 +65,7 @@ def test_only_the_shipped_one_being_wrong_is_a_failure(cli, monkeypatch):
     monkeypatch.setattr(tune, "ALTERNATIVES", {40: OTHERS})
     right, path = cli("--head-dim", "40")
     assert right.exit_code == 0, right.output
-    assert "wrong result, not timed" in harness.read(path)[1]["contender"]["error"]
+    assert "wrong result, not timed" in jsonl.read(path)[1]["contender"]["error"]
     attend = ops.downsampled_attention
     monkeypatch.setattr(ops, "downsampled_attention", lambda *inputs: attend(*inputs) + 1)
     wrong, _ = cli("--head-dim", "40")

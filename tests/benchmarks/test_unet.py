@@ -14,7 +14,7 @@ from benchmarks import unet
 from benchmarks.unet_plan import CACHED, Choice, calls_of, kinds_of, parse_size, plan
 from benchmarks.unet_stop import InterruptError, Stoppable, as_far_as_it_got, pairs
 from todo_attn import DaToConfig, ToDoConfig, machine, ops
-from todo_attn.bench import harness
+from todo_attn.bench import harness, jsonl
 from todo_attn.bench.harness import Meter, Rounds
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -32,7 +32,7 @@ def test_rows_of_single_calls(cli, tmp_path):
     path = tmp_path / "rows.jsonl"
     result = cli("--size", "64", "--size", "96x64", "--max-kv-tokens", "16", "--factor", "2", "--out", str(path))
     assert result.exit_code == 0, result.output
-    rows = harness.read(path)
+    rows = jsonl.read(path)
     cases = [(row["case"]["height"], row["case"]["width"], row["contender"]["name"]) for row in rows]
     assert cases == [(64, 64, "todo-kv16"), (64, 64, "todo-2"), (64, 96, "todo-kv16"), (64, 96, "todo-2")]
     for row in rows:
@@ -54,7 +54,7 @@ def test_rows_of_whole_runs(cli, tmp_path):
     methods = ["--methods", "tome,deepcache,todo+dato,dato", "--schedule", "coco", "--schedule", "v0", "--factor", "2"]
     result = cli("--size", "64", "--calls", "5", *methods, "--cache-interval", "2", "--out", str(path))
     assert result.exit_code == 0, result.output
-    rows = harness.read(path)
+    rows = jsonl.read(path)
     candidates = {row["contender"]["name"]: row["contender"] for row in rows}
     assert list(candidates) == ["tome", "dato-coco", "dato-v0", "todo-2+dato-coco", "todo-2+dato-v0", "deepcache-2"]
     assert all(row["case"]["calls"] == 5 and row["speedup"] is not None for row in rows)
@@ -79,7 +79,7 @@ def test_rows_of_a_run_on_a_gpu(cli, tmp_path, methods, compiled):
     arguments = ["--size", "64", "--factor", "2", "--methods", methods, "--out", str(path), *compiled]
     result = cli("--device", "cuda", *arguments)
     assert result.exit_code == 0, result.output
-    for row in harness.read(path):
+    for row in jsonl.read(path):
         assert (row["case"]["dtype"], row["case"]["batch"]) == ("fp16", 2)
         assert row["case"]["calls"] == (1 if "tome" in methods else 50)
         for candidate in (row["baseline"], row["contender"]):
@@ -92,7 +92,7 @@ def test_json_goes_to_standard_output(cli, tmp_path):
     path = tmp_path / "rows.jsonl"
     result = cli("--height", "64", "--width", "32", "--json", "--out", str(path))
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == harness.read(path)
+    assert json.loads(result.stdout) == jsonl.read(path)
 
 
 def test_a_missing_peer_ends_only_its_row(cli, tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_missing_peer_ends_only_its_row(cli, tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     result = cli("--size", "64", "--calls", "2", "--methods", "tome,todo,deepcache", "--out", str(path))
     assert result.exit_code == 0, result.output
-    todo, tome, *deepcache = harness.read(path)
+    todo, tome, *deepcache = jsonl.read(path)
     assert todo["speedup"] is not None
     for row, package in [(tome, "tomesd"), *((row, "DeepCache") for row in deepcache)]:
         assert package in row["contender"]["error"]
@@ -117,7 +117,7 @@ def test_a_wrong_attention_is_not_timed(cli, tmp_path, monkeypatch, methods):
     path = tmp_path / "rows.jsonl"
     result = cli("--size", "128", "--max-kv-tokens", "64", "--calls", "2", "--methods", methods, "--out", str(path))
     assert result.exit_code == 1, result.output
-    (row,) = harness.read(path)
+    (row,) = jsonl.read(path)
     assert "self-attention of 16 x 16 tokens with factor 2 x 2 must be within" in row["contender"]["error"]
     assert row["contender"]["samples"] == [] and row["speedup"] is None
     assert row["baseline"]["error"] is None
@@ -161,7 +161,7 @@ def test_an_interruption_leaves_the_rows_of_what_was_timed(cli, tmp_path, monkey
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     result = cli(*sizes, "--rounds", "4", "--factor", "2", "--methods", "todo,tome", "--calls", "2", "--out", str(path))
     assert result.exit_code == 130, result.output
-    rows = harness.read(path) if path.exists() else []
+    rows = jsonl.read(path) if path.exists() else []
     assert {row["contender"]["name"]: len(row["contender"]["samples"]) for row in rows} == left
     for row in rows:
         assert row["case"]["height"] == 64
@@ -219,7 +219,7 @@ def test_one_round_of_many_calls_is_one_whole_run_of_each_side(cli, tmp_path, mo
     result = cli("--size", "64", "--calls", "50", "--rounds", "1", "--methods", "todo", "--out", str(path))
     assert result.exit_code == 0, result.output
     assert calls == {"dense": 52, "todo": 52}
-    (row,) = harness.read(path)
+    (row,) = jsonl.read(path)
     assert len(row["baseline"]["samples"]) == len(row["contender"]["samples"]) == 1
     assert row["baseline"]["by_kind"]["full"]["calls"] == 50
 

@@ -6,7 +6,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 
 from todo_attn import machine, ops
-from todo_attn.bench import cases, harness, kernels
+from todo_attn.bench import cases, harness, jsonl, kernels
 from todo_attn.bench.harness import Candidate, Measured, Rounds
 from todo_attn.cli import bench as bench_command
 
@@ -23,7 +23,7 @@ def test_as_json_and_into_a_file(run, tmp_path):
     ran = run("bench", "--device", "cpu", "--height", 64, "--width", 128, "--out", path, "--json")
     assert ran.code == 0, ran.err
     timed = json.loads(ran.out)
-    assert timed["rows"] == harness.read(path)
+    assert timed["rows"] == jsonl.read(path)
     assert [row["benchmark"] for row in timed["rows"]] == [*["gather"] * 2, *["recover"] * 2, *["match_tokens"] * 2]
     assert all(row["speedup"] for row in timed["rows"])
     assert timed["notes"][0] == (

@@ -9,24 +9,16 @@ candidate returns can be checked, and a wrong result is never timed.
 from __future__ import annotations
 
 import gc
-import json
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from os import SEEK_END
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
-
-from ..config.checks import ArgumentError
 
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 _MIN_ROUNDS = 2
@@ -244,89 +236,6 @@ def compare(benchmark: str, case: dict[str, Any], machine: dict[str, Any], resul
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """The 20th, 50th and 80th percentile, interpolated."""
     return {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
-
-
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add ``rows`` to the file, one JSON object a line; nothing already there is touched.
-
-    They go in one write, on lines of their own: what an interrupted run left unfinished takes none of them with it.
-    """
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    path.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(("\n" * _is_torn(path) + text).encode())
-
-
-def _is_torn(path: Path) -> bool:
-    """Whether its last line was never finished."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, SEEK_END)
-        return file.read() != b"\n"
-
-
-def check_appendable(path: Path, name: str = "out") -> None:
-    """For the start of a long run: :func:`append` will be able to write there. Leaves nothing behind.
-
-    Folders that do not exist are fine where they can be made.
-
-    Raises:
-        ValueError: it cannot: ``name``, the path and why.
-    """
-    try:
-        target = path.resolve()  # a link to a file that is not there yet would be followed
-        if target.exists():
-            target.open("ab").close()
-        else:
-            nearest = next(folder for folder in target.parents if folder.exists())
-            with TemporaryFile(dir=nearest):
-                pass
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
-        reason = getattr(error, "strerror", None) or error
-        raise ArgumentError(name, f"must be a file that can be written, got {str(path)!r}: {reason}") from error
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that :func:`append` wrote. A line that is none, a torn one, is skipped with a warning."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:  # no JSON, or no UTF-8
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            warnings.warn(f"{path}, line {number}: not a row, skipped", stacklevel=2)
-    return rows
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for a person: seconds and speed-up as median (20th to 80th percentile)."""
-
-    def spread(values: dict[str, float] | None) -> str:
-        return "-" if values is None else "{p50:.4g} ({p20:.4g} to {p80:.4g})".format(**values)
-
-    def line(row: dict[str, Any]) -> dict[str, Any]:
-        baseline, contender = row["baseline"], row["contender"]
-        errors = [
-            f"{candidate['name']}: {candidate['error']}" for candidate in (baseline, contender) if candidate["error"]
-        ]
-        return {
-            **row["case"],
-            "baseline": baseline["name"],
-            "seconds": spread(baseline["seconds"]),
-            "contender": contender["name"],
-            "seconds ": spread(contender["seconds"]),
-            "speed-up": spread(row["speedup"]),
-            "rounds": len(contender["samples"]),
-            "error": "; ".join(errors),
-        }
-
-    return tabulate([line(row) for row in rows], headers="keys", disable_numparse=True)
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from .harness import Candidate, Measured, Meter, Rounds
 from .trial import Trial, rates
 
 Row = dict[str, Any]
-_SAMPLE_CALLS = 4  # on a GPU a sample has at least so many
-_TRIALS: dict[str, Callable[[Case, torch.device], Trial]] = {
+MakeTrial = Callable[[Case, torch.device], Trial]
+_SAMPLE_CALLS = 4  # of each candidate, at least, in a sample on a GPU
+_TRIALS: dict[str, MakeTrial] = {
     "attention": attention.trial,
     "gather": tokens.trial,
     "scatter": tokens.trial,
@@ -43,7 +44,7 @@ def run(
     cases: Iterable[Case],
     device: torch.device,
     rounds: Rounds,
-    trial: Callable[[Case, torch.device], Trial] | None = None,
+    trial: MakeTrial | None = None,
 ) -> Iterator[list[Row]]:
     """The rows of each case as soon as it is measured; what fails, memory included, fails alone.
 
@@ -57,13 +58,7 @@ def run(
         yield rows
 
 
-def measure(
-    case: Case,
-    device: torch.device,
-    rounds: Rounds,
-    about: dict[str, Any],
-    make: Callable[[Case, torch.device], Trial],
-) -> list[Row]:
+def measure(case: Case, device: torch.device, rounds: Rounds, about: dict[str, Any], make: MakeTrial) -> list[Row]:
     """The rows of one case; ``about`` is the machine's description."""
     with torch.no_grad():
         try:

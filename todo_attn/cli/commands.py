@@ -186,18 +186,18 @@ def _bench(
     model: str, height: int | None, width: int | None, device: str, dtype: str, out: Path | None
 ) -> dict[str, Any]:
     """Time and write."""
-    from ..bench import cases, harness
+    from ..bench import cases, jsonl
     from .bench import bench
 
     try:
         with naming_options(ArgumentError):
             if out is not None:
-                harness.check_appendable(out)
+                jsonl.check_appendable(out)
             architecture = None if model in cases.MODELS else _read_architecture(model)  # whose shapes are known
 
             def show(rows: list[dict[str, Any]]) -> None:
                 if out is not None:
-                    harness.append(out, rows)
+                    jsonl.append(out, rows)
 
             return bench(device, dtype, model, height, width, show, architecture)
     except OSError as error:

@@ -25,7 +25,7 @@ import typer
 from tabulate import tabulate
 
 from benchmarks.experiments.hopper.launch import RUNS, Run, attention
-from benchmarks.kernels import check_among
+from benchmarks.options import check_among
 from todo_attn.ops import reference
 
 BOUND = 2.0  # of "worst"

@@ -11,7 +11,7 @@ from benchmarks import tune
 from benchmarks.experiments.hopper import check, launch
 from benchmarks.experiments.hopper.tune import main
 from todo_attn import machine, ops
-from todo_attn.bench import harness, kernels
+from todo_attn.bench import jsonl, kernels
 from todo_attn.bench.harness import Rounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,9 +41,9 @@ def test_a_candidate_is_timed_where_it_is_right(monkeypatch, cli, capfd):
     monkeypatch.setattr(check, "row", lambda head_dim, run: {"error": None if run == right else "no end after 1 s"})
     result, path = cli("--head-dim", "80")
     assert result.exit_code == 0, result.output
-    (row,) = harness.read(path)
+    (row,) = jsonl.read(path)
     assert row["contender"]["name"].startswith("hopper 2x64x64, 4 slots") and row["speedup"]
     assert result.stderr.count("no end after 1 s") == len(launch.RUNS[80]) - 1
     monkeypatch.setattr(check, "row", lambda head_dim, run: {"error": "needs a Hopper GPU"})
     result, path = cli("--head-dim", "40")
-    assert "no candidate is right on this device" in harness.read(path)[-1]["contender"]["error"]
+    assert "no candidate is right on this device" in jsonl.read(path)[-1]["contender"]["error"]

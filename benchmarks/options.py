@@ -1,0 +1,50 @@
+"""Options that the benchmarks share, checked before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+import typer
+
+from todo_attn.bench import jsonl
+
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_among(option: str, given: Iterable[object], known: Collection[object]) -> None:
+    """Refuse values that an option does not know.
+
+    Raises:
+        typer.BadParameter: naming the option.
+    """
+    if unknown := [value for value in given if value not in known]:
+        names, wrong = (", ".join(map(str, values)) for values in (known, unknown))
+        raise typer.BadParameter(f"--{option} must be among {names}, got {wrong}")
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of --device.
+
+    Raises:
+        typer.BadParameter: it cannot be used here.
+    """
+    if name not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be cpu or cuda, got {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda needs a GPU that torch sees")
+    return torch.device(name)
+
+
+def checked_out(path: Path) -> Path:
+    """The file of --out.
+
+    Raises:
+        typer.BadParameter: no rows can be added to it.
+    """
+    try:
+        jsonl.check_appendable(path)
+    except ValueError as error:  # its first word is the option
+        raise typer.BadParameter(f"--{error}") from error
+    return path
