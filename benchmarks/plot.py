@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 from benchmarks import RESULTS, models
-from benchmarks.plot_model import Row, ceiling, predicted_speedup, rates_of, side_of
+from benchmarks.plot_model import Row, ceiling, predicted_speedups, rates_of, side_of
 from todo_attn import ToDoConfig, machine
 from todo_attn.bench import jsonl
 
@@ -88,26 +88,28 @@ def draw_speedup(rows: list[Row]) -> Figure:
     for axes in panels.flat[len(groups) :]:
         axes.set_visible(False)
     for axes, ((model, dtype, compiled, calls), group) in zip(panels.flat, groups, strict=False):
+        contenders = _by(group, _contender)
+        colours = {name: _COLOURS[i % len(_COLOURS)] for i, (name, _) in enumerate(contenders)}
+        for marker, (name, of_one) in zip(cycle(_MARKERS), contenders, strict=False):
+            xs = [side_of(row["case"]) for row in of_one]
+            _points(axes, xs, [row["speedup"] for row in of_one], name, colours[name], marker)
         rates, source = rates_of(group)
-        lines = 0
-        for i, (name, of_one) in enumerate(_by(group, _contender)):
-            colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-            sides = [side_of(row["case"]) for row in of_one]
-            _points(axes, sides, [row["speedup"] for row in of_one], name, colour, marker)
-            config = of_one[0]["contender"].get("config")
-            if rates is not None and _is_todo(of_one[0]):
-                low, high = min(map(side_of, _cases(group))), max(map(side_of, _cases(group)))
-                xs = _even_sizes(min(low, 512), high)
-                ys = [predicted_speedup(model, side, ToDoConfig.from_dict(config), rates) for side in xs]
-                axes.plot(xs, ys, color=colour, linewidth=1.3, alpha=0.8)
-                lines += 1
+        todo = {name: of_one[0]["contender"]["config"] for name, of_one in contenders if _is_todo(of_one[0])}
+        lines = rates is not None and bool(todo)
+        if rates is not None and todo:
+            measured = list(map(side_of, _cases(group)))
+            sizes = _even_sizes(min(*measured, 512), max(measured))
+            configs = list(map(ToDoConfig.from_dict, todo.values()))
+            curves = zip(*(predicted_speedups(model, side, configs, rates) for side in sizes), strict=True)
+            for name, ys in zip(todo, curves, strict=True):
+                axes.plot(sizes, ys, color=colours[name], linewidth=1.3, alpha=0.8)
         axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
         more = f", {calls} calls" * (calls > 1) + ", compiled" * compiled
         axes.set_title(f"{_MODEL_NAMES.get(model, model)}, {dtype}{more}", loc="left", fontsize=12)
         axes.set_xlabel("side of the picture, pixels")
         axes.set_xscale("log", base=2)
-        sizes = sorted({side_of(case) for case in _cases(group)} | ({512, 1024, 2048} if lines else set()))
-        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        ticks = sorted({side_of(case) for case in _cases(group)} | ({512, 1024, 2048} if lines else set()))
+        axes.set_xticks(ticks, [f"{size:g}" for size in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylabel("speed-up over dense, times" if axes in panels[:, 0] else "")
         axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # the legend lies above

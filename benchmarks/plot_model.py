@@ -24,11 +24,11 @@ def side_of(case: Row) -> float:
     return math.sqrt(case["height"] * case["width"])
 
 
-def predicted_speedup(model: str, side: float, config: ToDoConfig, rates: Rates) -> float:
-    """ToDo's by :mod:`todo_attn.predict.model`, for a square picture of ``side`` pixels."""
+def predicted_speedups(model: str, side: float, configs: Sequence[ToDoConfig], rates: Rates) -> list[float]:
+    """The speed-up of each of ``configs`` by :mod:`todo_attn.predict.model`, for a square of ``side`` pixels."""
     pixels = round(side / models.PIXELS_PER_LATENT) * models.PIXELS_PER_LATENT
-    dense, todo = count_work(models.CONFIGS[model], pixels, pixels, [config], batch=1)
-    return rates.seconds(dense.full) / rates.seconds(todo.full)
+    dense, *todo = count_work(models.CONFIGS[model], pixels, pixels, configs, batch=1)
+    return [rates.seconds(dense.full) / rates.seconds(work.full) for work in todo]
 
 
 def rates_of(rows: Sequence[Row]) -> tuple[Rates | None, str]:

@@ -125,17 +125,21 @@ def test_the_steps_of_a_gpu(tmp_path, monkeypatch):
     assert len(gpu.steps("cuda", tmp_path, sys.path)) == 9
 
 
-def test_the_files_of_a_step_need_no_package_that_a_bare_machine_lacks(tmp_path):
-    hidden = ("psutil", "transformers", "accelerate", "peft", "tokenizers", "skimage", "rich")
-    for step in gpu.steps("cuda", tmp_path, sys.path):
-        command = step.command(9)
-        if "pytest" in command:
-            files = [name for name in command if name.startswith("tests/")]
-            quiet = ["-q", "-p", "no:xdist", "-p", "no:timeout", "-p", "no:cacheprovider", "--collect-only", *files]
-            code = f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
-            code += f"import pytest; sys.exit(pytest.main({quiet!r}))"
-            ran = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True)
-            assert ran.returncode == 0, ran.stdout[-2000:]
+def test_the_files_of_the_steps_need_no_package_that_a_bare_machine_lacks(tmp_path):
+    """All of them in one process: it starts slowly."""
+    commands = [step.command(9) for step in gpu.steps("cuda", tmp_path, sys.path)]
+    files = [name for command in commands if "pytest" in command for name in command if name.startswith("tests/")]
+    assert len(files) >= 5
+    collect_without("psutil", "transformers", "accelerate", "peft", "tokenizers", "skimage", "rich", files=files)
+
+
+def collect_without(*hidden, files):
+    """Collect the tests of ``files`` as if the packages ``hidden`` were not installed."""
+    options = ["-q", "-p", "no:xdist", "-p", "no:timeout", "-p", "no:cacheprovider", "--collect-only", *files]
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
+    code += f"import pytest; sys.exit(pytest.main({options!r}))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-2000:]
 
 
 def test_the_other_settings_in_place_of_the_benchmarks(tmp_path):
@@ -156,11 +160,7 @@ def test_tests_run_without_what_a_bare_machine_lacks(tmp_path):
         assert " -n " not in command and "tests/diffusers" not in command
     with_diffusers = [" ".join(step.command(9)) for step in gpu.steps("cuda", tmp_path, sys.path)]
     assert any("tests/diffusers" in command for command in with_diffusers)
-    bare = ["-p", "no:xdist", "-p", "no:timeout", "-p", "no:cacheprovider", "--collect-only", "tests/ops", "tests/csrc"]
-    hidden = "import sys; sys.modules.update(dict.fromkeys(('psutil', 'diffusers', 'transformers')))\n"
-    code = hidden + f"import pytest; sys.exit(pytest.main({['-q', *bare]!r}))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout[-2000:]
+    collect_without("psutil", "diffusers", "transformers", files=["tests/ops", "tests/csrc"])
 
 
 def test_wheels_go_into_a_folder_of_their_own(tmp_path):

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks import models, plot, plot_model
 from todo_attn import ToDoConfig
+from todo_attn.models import unets
 from todo_attn.predict.count import count_self_attention, count_work
 from todo_attn.predict.model import Rates, Work
 
@@ -75,9 +76,11 @@ def cli(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _no_compilation_and_few_points(monkeypatch):
+def _no_compilation_and_few_points_of_a_small_unet(monkeypatch):
     """A point of a line is a count of a whole UNet."""
-    monkeypatch.setattr(plot, "_LINE_POINTS", 3)
+    for name in ("sd15", "sdxl"):
+        monkeypatch.setitem(models.CONFIGS, name, unets.SMALLEST)
+    monkeypatch.setattr(plot, "_LINE_POINTS", 2)
     monkeypatch.setattr(plot_model, "clocks_per_score", lambda head_dim, dtype: {40: 0.057, 80: 0.091}.get(head_dim))
 
 
@@ -156,8 +159,9 @@ def test_the_line_is_the_model_of_time():
     rates = Rates(attention=1e12, other=2e12)
     counted = count_work(models.CONFIGS["sd15"], 1024, 1024, [ToDoConfig()], batch=1)
     dense, todo = (each.full for each in counted)
-    assert plot_model.predicted_speedup("sd15", 1024, ToDoConfig(), rates) == rates.seconds(dense) / rates.seconds(todo)
-    assert plot_model.predicted_speedup("sd15", 512, ToDoConfig(), rates) == 1
+    expected = rates.seconds(dense) / rates.seconds(todo)
+    assert plot_model.predicted_speedups("sd15", 1024, [ToDoConfig(), ToDoConfig(factor=1)], rates) == [expected, 1]
+    assert plot_model.predicted_speedups("sd15", 512, [ToDoConfig()], rates) == [1]
     assert isinstance(dense, Work) and todo.attention < dense.attention
 
 

@@ -17,6 +17,7 @@ from todo_attn.bench import harness
 from todo_attn.bench.unet import CallTimes, self_attention
 from todo_attn.config.schedule import FULL, SHALLOW
 from todo_attn.diffusers import processor
+from todo_attn.models import unets
 from todo_attn.options.methods import KINDS
 
 CPU = torch.device("cpu")
@@ -90,7 +91,8 @@ def test_runs_end_the_same_and_leave_nothing_behind(model, name):
 
 
 @pytest.mark.parametrize("name", ["tome", "deepcache-3", "todo-2", "dato-search", "todo-2+dato-search"])
-def test_a_short_warm_up_compiles_all_there_is_one_graph_per_kind_of_call(model, monkeypatch, name):
+def test_a_short_warm_up_compiles_all_there_is_one_graph_per_kind_of_call(monkeypatch, name):
+    model = unets.with_random_weights(unets.SMALLEST, CPU, torch.float32)  # tracing takes long
     counter, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter, **options))
     torch.compiler.reset()
