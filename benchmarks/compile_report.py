@@ -1,9 +1,9 @@
-"""Compile every kernel for every architecture, without a GPU, and print what the compiled code uses.
+"""Compiles every kernel for every architecture, without a GPU, and prints what the compiled code uses.
 
 python -m benchmarks.compile_report --arch 90 --dtype fp16 --dump build/cubins
 python -m benchmarks.compile_report --arch 90 --head-dim 40 --settings 128x64x4x2 --settings 128x256x8x2:poly
 
-The second compiles the attention kernel with other tiles than it is shipped with.
+The second command compiles the attention kernel with other tiles than the shipped ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHANNELS = (20, 320, 1280)
 DTYPES = ("fp16", "bf16", "fp32")
 KERNELS = ("attention", "pack", "match", "rows")
 
-# Arguments by name, over all kernels: pointers to the dtype of the variant, to other types, and fp32 scalars.
+# The arguments of all kernels by name: pointers to the dtype of the variant; pointers to other types, fp32 scalars.
 _POINTERS = ("query", "key", "value", "out", "packed_key", "packed_value", "x", "packed")
 _TYPES = {
     **dict.fromkeys(("index", "position"), "*i64"),
@@ -99,7 +99,7 @@ def variants(
     channels: list[int],
     settings: list[configs.KernelConfig] | None = None,
 ) -> Iterator[Variant]:
-    """Every kernel at every mode; keys that end inside a tile need another attention where there is no ones column.
+    """Every kernel in every mode. "tail" is another attention kernel only for head dims without a ones column.
 
     With ``settings`` only the attention kernel, with each of them.
     """
@@ -121,7 +121,7 @@ def variants(
 
 
 def source(variant: Variant) -> tuple[ASTSource, dict[str, object], configs.KernelConfig | None]:
-    """The kernel as it is launched on contiguous tensors, what the compiler is told, and its tile of scores."""
+    """The kernel as launched on contiguous tensors, its compiler options, and its settings."""
     capability, half = divmod(variant.arch, 10), variant.dtype != "fp32"
     tile = configs.tiles(variant.head_dim) if variant.kernel in ("attention", "pack") else None
     run = None
@@ -176,8 +176,8 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, object], configs.Kern
 def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
     """Compile one variant: registers, stack, spills, shared memory (bytes); clocks per score by pipe.
 
-    Clocks for fp16 and bf16: of attention, and on sm_90 of the match kernel (elsewhere the loop over its channels is
-    one of its own, of a piece of them).
+    Clocks are for fp16 and bf16: of attention, and on sm_90 of the match kernel (whose loop over channels is not
+    unrolled elsewhere).
     """
     ast, options, run = source(variant)
     tile = configs.tiles(variant.head_dim) if variant.kernel == "attention" else None
@@ -221,7 +221,7 @@ def main(
         typer.Option(help="Only attention, QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    dump: Annotated[Path | None, typer.Option(help="Write each attention kernel there, its row beside it.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write each attention kernel there, with its row.")] = None,
     jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
 ) -> None:
     """Registers, spills, shared memory and clocks per score of every kernel; the GPUs need not be here."""
@@ -250,7 +250,7 @@ def main(
         v
         for v in variants(
             arch or list(ARCHITECTURES),
-            dtype or [d for d in DTYPES if d != "fp32" or not others],  # other tiles are for the matrix units
+            dtype or [d for d in DTYPES if d != "fp32" or not others],  # other tiles are for tensor cores
             head_dim or list(HEAD_DIMS),
             channels or list(CHANNELS),
             others,

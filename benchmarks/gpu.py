@@ -1,22 +1,21 @@
-"""Everything that needs a GPU, in one call on a bare machine: tests, kernels, UNets; the most telling first.
+"""Everything that needs a GPU in one command on a bare machine: tests, kernels, UNets; the most important first.
 
 python -m benchmarks.gpu --minutes 9 --out results --wheels wheels
-python -m benchmarks.gpu --minutes 9 --out results --dry-run       only says what it would do
+python -m benchmarks.gpu --minutes 9 --out results --dry-run       only print the steps
 python -m benchmarks.gpu --minutes 2 --out results --device cpu    the same on small sizes, to try it without a GPU
 python -m benchmarks.gpu --minutes 5 --out results --tune          the attention kernel's other settings and candidates
 
-It runs in a checkout, or in a copy of one whose commit $GIT_COMMIT names, with torch, Triton and numpy. Nothing is
-installed but the wheels in --wheels (whatever the machine lacks of diffusers, pytest, typer, tabulate, tqdm and the
-peers tomesd, DeepCache and sageattention), and those into a temporary folder. The compiled libraries todo_attn/*.so are
-used where they are.
+It needs torch, Triton and numpy, and a checkout, or a copy of one with its commit in $GIT_COMMIT. It installs only the
+wheels in --wheels, into a temporary folder: whatever the machine lacks of diffusers, pytest, typer, tabulate, tqdm and
+the peers tomesd, DeepCache and sageattention. The compiled libraries todo_attn/*.so are used if they are there.
 
-Each step is a process of its own. It gets its share of the time left, is told to stop when that is over, and what it
-has measured by then stays: rows are written as they are measured.
+Each step is a process of its own with a share of the time left. At its limit it is told to stop. Rows are written as
+they are measured, so those measured by then are kept.
 
-Under --out: summary.txt, kernels.jsonl, unet.jsonl, tune.jsonl, and a log of each part. A short table comes last.
+--out gets summary.txt, kernels.jsonl, unet.jsonl, tune.jsonl and a log of each part. The last output is a short table.
 """
 
-# The standard library alone, until the wheels are in: they may be what typer and tabulate come from.
+# Only the standard library until the wheels are installed: typer and tabulate may come from them.
 from __future__ import annotations
 
 import argparse
@@ -36,7 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _GRACE = {signal.SIGINT: 8.0, signal.SIGTERM: 4.0, signal.SIGKILL: 2.0}  # seconds to end after each, in this order
-_TABLE_SECONDS = sum(_GRACE.values()) + 6  # kept back for stopping the last step and for the table
+_TABLE_SECONDS = sum(_GRACE.values()) + 6  # reserved for stopping the last step and for the table
 Command = list[str]
 
 
@@ -46,9 +45,9 @@ class Step:
 
     Args:
         name: what it does.
-        log: its output is added to that file in the output folder.
-        share: of the time left, against the shares of the steps after it.
-        command: what to run, given the seconds it has.
+        log: the file in the output folder to which its output is added.
+        share: of the time left, relative to the shares of the steps after it.
+        command: returns the command for the seconds that it has.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step."""
+    """The result of a step."""
 
     name: str
     seconds: float
@@ -67,7 +66,7 @@ class Outcome:
 
 
 def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> list[Step]:
-    """In this order; ``path`` is where the steps find their packages."""
+    """The steps in order; ``path`` is the sys.path of their processes."""
     gpu = device == "cuda"
 
     def module(name: str, *arguments: object) -> Command:
@@ -78,7 +77,7 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
 
     def pytest(*arguments: str) -> Callable[[float], Command]:
         workers = ["-n", "8"] if gpu and has("xdist") else []
-        # A file that imports what is not here must not keep the others from running.
+        # A file that needs a missing package must not stop the others.
         options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *workers]
         return lambda seconds: module("pytest", *options, *arguments)
 
@@ -91,7 +90,7 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
 
     def kernels(seconds: float) -> Command:
         small = [] if gpu else ["--only", "gather", "--only", "match_tokens"]
-        minutes = max(0.0, seconds - 15) / 60  # the last case it starts shall end in time
+        minutes = max(0.0, seconds - 15) / 60  # so that the last case ends in time
         arguments = ["--device", device, "--out", out / "kernels.jsonl", "--minutes", f"{minutes:.2f}", *small]
         return module("benchmarks.kernels", *arguments)
 
@@ -100,7 +99,7 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
             arguments: list[object] = ["--device", device, "--out", out / "unet.jsonl", "--methods", methods, *more]
             for side in size if gpu else [64]:
                 arguments += ["--size", side]
-            # Rounds have what loading, drawing weights and warming up leave.
+            # The rest is for loading, drawing weights and warming up.
             arguments += ["--seconds", max(1, int(seconds * 0.4 / len(size)))]
             return module("benchmarks.unet", *arguments, *([] if gpu else ["--model", "tiny", "--rounds", 1]))
 
@@ -118,15 +117,15 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
         return [
             Step("every op against its oracle", "doctor.log", 30, doctor),
             Step("settings", "tune.log", 260, tuning("benchmarks.tune")),
-            # Last: one that hangs takes its time limit.
+            # Last: a candidate that hangs takes its whole time limit.
             Step("candidates", "tune.log", 230, tuning("benchmarks.experiments.hopper.tune")),
         ]
     many = ["--calls", 50 if gpu else 4]
     ours = ["tests/ops", "tests/kernels/test_exp2.py"] if gpu else ["tests/ops/test_tokens.py"]
-    # File by file: others of these folders need packages that a bare machine lacks, or no GPU.
+    # Single files: others in these folders need packages that a bare machine lacks, or no GPU.
     graphs = ["tests/diffusers/test_compile.py", "tests/diffusers/dato/test_compiled.py"]
     others = ["tests/bench", *graphs * has("diffusers")]
-    # Apart from the plain run, which tells what is wrong also where the sanitizer cannot run or is slow.
+    # In addition to the plain run, which works even if the sanitizer cannot run or is slow.
     memory = Step("every op under compute-sanitizer", "doctor.log", 20, sanitized)
     return [
         Step("every op against its oracle", "doctor.log", 20, doctor),
@@ -134,7 +133,7 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
         Step("kernels", "kernels.log", 200, kernels),
         Step("UNet, ToDo", "unet.log", 40, unet([1024, 2048], "dense,todo,tome")),
         Step("UNet, DaTo", "unet.log", 35, unet([512], "dense,dato,deepcache", *many)),
-        # One round: a dense run of 50 calls, and another to warm up, take most of the time there is.
+        # One round: a dense run of 50 calls takes most of the time.
         Step("UNet, ToDo and DaTo", "unet.log", 80, unet([2048], "dense,todo+dato", *many, "--rounds", 1)),
         Step("UNet of SDXL", "unet.log", 30, unet([2048], "dense,todo", "--model", "sdxl")),
         Step("UNet, compiled", "unet.log", 60, unet([1024], "dense,todo", "--compile")),
@@ -144,12 +143,12 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
 
 
 def seconds_for(step: Step, after: Sequence[Step], left: float) -> float:
-    """Its share of what is left; what a step does not use is for those after it."""
+    """The seconds that a step gets of those left; what it does not use is for the steps after it."""
     return max(0.0, left) * step.share / (step.share + sum(later.share for later in after))
 
 
 def run_all(steps: Sequence[Step], seconds: float, out: Path, environment: dict[str, str]) -> list[Outcome]:
-    """Run the steps one after the other, all within ``seconds``; an interrupt ends the one running and all others."""
+    """Run the steps in order within ``seconds``; an interrupt ends the running one and skips the rest."""
     end = time.monotonic() + seconds
     outcomes: list[Outcome] = []
     try:
@@ -164,7 +163,7 @@ def run_all(steps: Sequence[Step], seconds: float, out: Path, environment: dict[
 
 
 def run(step: Step, seconds: float, log: Path, environment: dict[str, str]) -> Outcome:
-    """Run one step for at most ``seconds``, then end it and all that it has started."""
+    """Run one step for at most ``seconds``, then end it and all processes that it has started."""
     start = time.monotonic()
     command = step.command(seconds)
     with log.open("a") as file:
@@ -186,7 +185,7 @@ def run(step: Step, seconds: float, log: Path, environment: dict[str, str]) -> O
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End the step's process with a chance to finish its line, then less kindly; it heads a group of its own."""
+    """End the process group of a step: first by SIGINT, so that it can finish its line, then by stronger signals."""
     for kind, grace in _GRACE.items():
         if child.poll() is not None:
             break
@@ -196,17 +195,17 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # what it has left running
+        os.killpg(child.pid, signal.SIGKILL)  # what is left of the group
 
 
 def _last_line(log: Path) -> str:
-    """That says something: a message in a frame ends with the frame."""
+    """The last line with text; the frame around a message is not text."""
     lines = [line.strip(" │╭╮╰╯─") for line in log.read_text(errors="replace").splitlines()]
     return next((line[:200] for line in reversed(lines) if line), "no output")
 
 
 def install(wheels: Path | None, target: Path, log: Path) -> str | None:
-    """Unpack the wheels of a folder into ``target``; what went wrong, or None."""
+    """Install the wheels of a folder into ``target``; returns the problem, or None."""
     files = sorted(str(file) for file in wheels.glob("*.whl")) if wheels else []
     if not files:
         return f"no wheels in {wheels}" if wheels else None
@@ -217,7 +216,7 @@ def install(wheels: Path | None, target: Path, log: Path) -> str | None:
 
 
 def environment_in(folder: Path) -> dict[str, str]:
-    """The steps' environment: packages and caches in ``folder``, nothing written elsewhere."""
+    """The environment of the steps, with packages and all caches in ``folder``."""
     known = os.environ.get("PYTHONPATH")
     return {
         **os.environ,
@@ -233,7 +232,7 @@ def environment_in(folder: Path) -> dict[str, str]:
 
 
 def cannot(device: str) -> str | None:
-    """Why nothing is to be measured here, or None."""
+    """The reason why nothing can be measured here, or None."""
     import torch
 
     from todo_attn import machine
@@ -246,7 +245,7 @@ def cannot(device: str) -> str | None:
 
 
 def summary(outcomes: Sequence[Outcome], out: Path) -> str:
-    """What became of the steps, and the rows as a short table."""
+    """The results of the steps, and the rows as a table."""
     from todo_attn.bench import jsonl, report
 
     lines = [f"{outcome.seconds:5.0f} s  {outcome.name}: {outcome.said}" for outcome in outcomes]
@@ -261,13 +260,13 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """As a command; 0, or 1 where a step failed or was not reached."""
+    """Run the command; returns 0, or 1 if a step failed or was not reached."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=9, help="for all of it; 9")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and logs")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes, to try it out")
-    parser.add_argument("--tune", action="store_true", help="the attention kernel's other settings and candidates only")
+    parser.add_argument("--tune", action="store_true", help="only the attention kernel's other settings and candidates")
     parser.add_argument("--dry-run", action="store_true", help="print the steps, run none")
     given = parser.parse_args(arguments)
     if not given.minutes * 60 > _TABLE_SECONDS:
@@ -275,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.dry_run and (problem := cannot(given.device)):
         parser.error(problem)
     start = time.monotonic()
-    for kind in (signal.SIGINT, signal.SIGTERM):  # also where a shell has the first ignored, which steps would inherit
+    for kind in (signal.SIGINT, signal.SIGTERM):  # a shell may ignore SIGINT, which the steps would inherit
         signal.signal(kind, signal.default_int_handler)
     out = given.out.absolute()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:

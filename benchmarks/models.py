@@ -1,4 +1,4 @@
-"""Full-size UNets from their configurations alone: random weights, nothing downloaded."""
+"""UNets with random weights, made from their configurations, and what they are called with. Nothing is downloaded."""
 
 from __future__ import annotations
 

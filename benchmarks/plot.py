@@ -1,4 +1,4 @@
-"""The README's figures, from the rows that the benchmarks wrote. One file per figure and machine.
+"""Draws the figures of the README from the rows of the benchmarks, one file for each figure and machine.
 
 python -m benchmarks.plot
 python -m benchmarks.plot --results benchmarks/results --out docs/images
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ from todo_attn import ToDoConfig, machine
 from todo_attn.bench import jsonl
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-# Okabe and Ito's colours, which are told apart with every kind of colour vision; ours first.
+# Okabe and Ito's colours, distinct for every kind of colour vision; ours first.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
 _STYLE: Any = {
@@ -41,7 +42,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "figure.dpi": 180,
 }
-_WIDTH = 8.8  # inches, which at README width leaves the letters as large as its own
+_WIDTH = 8.8  # inches: at the width of the README, letters are as large as its text
 _LINE_POINTS = 64
 
 
@@ -49,7 +50,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Folder of the rows, .jsonl.")] = RESULTS,
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = IMAGES,
 ) -> None:
-    """Draw what there are rows for, and say which command makes the others."""
+    """Draw every figure that has rows; for the others, print the command that makes their rows."""
     if not results.is_dir():
         raise typer.BadParameter(f"--results must be a folder, got {str(results)!r}")
     rows = [row for path in sorted(results.glob("*.jsonl")) for row in jsonl.read(path)]
@@ -59,7 +60,7 @@ def main(
 
 
 def draw(rows: Iterable[Row], out: Path, say: Callable[[str], object]) -> list[Path]:
-    """Every figure that ``rows`` give, as PNG files in ``out``; ``say`` hears of those they do not."""
+    """Draw every figure that has rows into ``out`` as PNG; returns the files. ``say`` is called for the others."""
     rows = _latest(rows)
     written = []
     for name, benchmarks, command, figure in _FIGURES:
@@ -78,7 +79,7 @@ def draw(rows: Iterable[Row], out: Path, say: Callable[[str], object]) -> list[P
 
 
 def draw_speedup(rows: list[Row]) -> Figure:
-    """A UNet's speed-up over dense against the picture's size, 20th to 80th percentile; ToDo with the model of time."""
+    """Speed-up of a UNet over dense against image size, 20th to 80th percentile; for ToDo with predicted lines."""
     groups = _by(rows, _panel)
     columns, lines_of_panels = min(2, len(groups)), -(-len(groups) // 2)
     figure, panels = plt.subplots(
@@ -106,7 +107,7 @@ def draw_speedup(rows: list[Row]) -> Figure:
         axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
         more = f", {calls} calls" * (calls > 1) + ", compiled" * compiled
         axes.set_title(f"{_MODEL_NAMES.get(model, model)}, {dtype}{more}", loc="left", fontsize=12)
-        axes.set_xlabel("side of the picture, pixels")
+        axes.set_xlabel("side of the image, pixels")
         axes.set_xscale("log", base=2)
         ticks = sorted({side_of(case) for case in _cases(group)} | ({512, 1024, 2048} if lines else set()))
         axes.set_xticks(ticks, [f"{size:g}" for size in ticks])
@@ -120,15 +121,15 @@ def draw_speedup(rows: list[Row]) -> Figure:
 
 
 def draw_attention(rows: list[Row]) -> Figure:
-    """TFLOP/s of each side at each shape, and what the compiled loop's floor of clocks per score allows."""
+    """TFLOP/s of each candidate at each shape, and the limit by clocks per score of the compiled loop."""
     cases = _by(rows, lambda row: _shape(row["case"]))
     figure, axes = plt.subplots(figsize=(_WIDTH, 1.9 + 0.42 * len(cases)))
     _leave_room(figure)
     points = [
-        (side["name"], side["tflops"], y)
+        (candidate["name"], candidate["tflops"], y)
         for y, (_, group) in enumerate(cases)
-        for side in _sides(group)
-        if side.get("tflops")
+        for candidate in _candidates(group)
+        if candidate.get("tflops")
     ]
     for i, (name, of_one) in enumerate(_ours_first(points)):
         _, rates, ys = zip(*of_one, strict=True)
@@ -147,15 +148,16 @@ def draw_attention(rows: list[Row]) -> Figure:
 
 
 def draw_tokens(rows: list[Row]) -> Figure:
-    """GB/s of the ops that move tokens, of those they replace and of a copy, against the bytes moved."""
+    """GB/s of the ops that move tokens, of what they replace, and of a copy, against the bytes moved."""
     groups = _by(rows, lambda row: row["benchmark"] + " + residual" * bool(row["case"].get("residual")))
     figure, panels = plt.subplots(1, len(groups), figsize=(_WIDTH, 4.4), squeeze=False, sharey=True)
     _leave_room(figure)
-    names = [name for name, _ in _ours_first((side["name"],) for side in _sides(rows))]
+    names = [name for name, _ in _ours_first((candidate["name"],) for candidate in _candidates(rows))]
     for axes, (title, group) in zip(panels[0], groups, strict=True):
-        for name, sides in _by((side for side in _sides(group) if side.get("gb_per_s")), lambda side: side["name"]):
+        measured = [each for each in _candidates(group) if each.get("gb_per_s")]
+        for name, of_one in _by(measured, itemgetter("name")):
             i = names.index(name)
-            xs, ys = zip(*sorted({(side["bytes"] / 1e6, side["gb_per_s"]) for side in sides}), strict=True)
+            xs, ys = zip(*sorted({(each["bytes"] / 1e6, each["gb_per_s"]) for each in of_one}), strict=True)
             colour, line = _COLOURS[i % len(_COLOURS)], "--" if name == "copy" else "-"
             axes.plot(xs, ys, line, marker=_MARKERS[i % len(_MARKERS)], color=colour, label=name, zorder=4 - bool(i))
         axes.set_title(title, loc="left", fontsize=12)
@@ -164,7 +166,7 @@ def draw_tokens(rows: list[Row]) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("MB moved")
     panels[0][0].set_ylabel("GB/s")
-    panels[0][0].set_ylim(0, 1.05 * max(side.get("gb_per_s") or 0 for side in _sides(rows)) or None)
+    panels[0][0].set_ylim(0, 1.05 * max(candidate.get("gb_per_s") or 0 for candidate in _candidates(rows)) or None)
     pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels[0]]
     handles = {label: handle for pair in pairs for handle, label in pair}
     shown = [name for name in names if name in handles]
@@ -186,7 +188,7 @@ _MODEL_NAMES = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
 
 
 def _latest(rows: Iterable[Row]) -> list[Row]:
-    """Of what was measured twice on a machine the later; without rows of a side that failed."""
+    """The latest row of each measurement on each machine; rows with a failure are left out."""
     found: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row["measured"]):
         if row["speedup"] is None:
@@ -198,17 +200,17 @@ def _latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def _by(items: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
-    """In groups, these and what is in them in the order of their keys."""
+    """The items in groups, sorted by key."""
     return [(name, list(group)) for name, group in groupby(sorted(items, key=key), key)]
 
 
-def _sides(rows: Iterable[Row]) -> list[Row]:
-    """Both of every row."""
-    return [side for row in rows for side in (row["baseline"], row["contender"])]
+def _candidates(rows: Iterable[Row]) -> list[Row]:
+    """Both candidates of every row."""
+    return [candidate for row in rows for candidate in (row["baseline"], row["contender"])]
 
 
 def _ours_first(points: Iterable[tuple[Any, ...]]) -> list[tuple[str, list[Any]]]:
-    """By the name that each begins with."""
+    """The points grouped by name, which comes first in each; ours come first."""
     return sorted(_by(points, lambda point: point[0]), key=lambda pair: (not pair[0].startswith("todo"), pair[0]))
 
 
@@ -222,7 +224,7 @@ def _cases(rows: Iterable[Row]) -> list[Row]:
 
 
 def _contender(row: Row) -> str:
-    """ "DaTo, coco" of "dato-coco"; names that are not known stay."""
+    """The name in the legend: "DaTo, coco" for "dato-coco"; an unknown name is kept."""
     name = row["contender"]["name"]
     kind, _, more = name.partition("-")
     return _NAMES.get(name) or (f"{_METHODS[kind]}, {more}" if kind in _METHODS and more else name)
@@ -237,7 +239,7 @@ def _is_todo(row: Row) -> bool:
 
 
 def _even_sizes(low: float, high: float) -> list[float]:
-    """From ``low`` to ``high``, evenly on a logarithmic axis, in whole latents."""
+    """Sizes from ``low`` to ``high``, evenly spaced on a logarithmic axis, in whole latents."""
     unit = 8 * models.PIXELS_PER_LATENT
     steps = (low * (high / low) ** (i / (_LINE_POINTS - 1)) for i in range(_LINE_POINTS))
     return sorted({unit * round(step / unit) for step in steps})
@@ -262,13 +264,13 @@ def _shape(case: Row) -> str:
 
 
 def _leave_room(figure: Figure) -> None:
-    """For the caption, below."""
+    """Leave room for the caption below."""
     share = 0.32 / figure.get_figheight()
     figure.set_layout_engine("constrained", rect=(0, share, 1, 1 - share))
 
 
 def _caption(rows: Sequence[Row]) -> str:
-    """On what, with what, and from when."""
+    """The machine, the versions, the commits and the days of ``rows``."""
     in_time = sorted(rows, key=lambda row: row["measured"])
     about = in_time[-1]["machine"]
     device = about["device"] if about.get("cuda") else f"{about['device']}, {about.get('threads')} threads"

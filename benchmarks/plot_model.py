@@ -1,4 +1,4 @@
-"""What the figures hold the measured points against: the model of time, and the compiled loop's limit."""
+"""Predictions in the figures: the model of time, and the limit of the compiled loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def side_of(case: Row) -> float:
-    """Of the square with as many pixels."""
+    """The side, in pixels, of the square with as many pixels."""
     return math.sqrt(case["height"] * case["width"])
 
 
@@ -32,7 +32,7 @@ def predicted_speedups(model: str, side: float, configs: Sequence[ToDoConfig], r
 
 
 def rates_of(rows: Sequence[Row]) -> tuple[Rates | None, str]:
-    """The machine's rates, from the dense call at the smallest size of which self-attention's share is known."""
+    """The machine's rates, and the size they are from: the smallest dense call with a known self-attention share."""
     for row in sorted(rows, key=lambda row: side_of(row["case"])):
         case, dense = row["case"], row["baseline"]
         share, calls = dense.get("self_attention_share"), case.get("calls", 1)
@@ -50,7 +50,7 @@ def rates_of(rows: Sequence[Row]) -> tuple[Rates | None, str]:
 
 
 def ceiling(row: Row) -> float | None:
-    """TFLOP/s that the compiled loop's busiest pipe allows, at the clock measured in the run; None where not known."""
+    """TFLOP/s that the busiest pipe of the compiled loop allows at the clock of the run; None if unknown."""
     case, machine, mhz = row["case"], row["machine"], row["contender"].get("sm_mhz")
     processors = machine.get("multiprocessors")
     if not (mhz and processors) or machine.get("capability") != "9.0" or case["dtype"] not in ("fp16", "bf16"):
@@ -61,7 +61,7 @@ def ceiling(row: Row) -> float | None:
 
 @cache
 def clocks_per_score(head_dim: int, dtype: str) -> float | None:
-    """The static bound of the attention kernel as it is now, compiled for sm_90; None where it cannot be."""
+    """The static bound of the current attention kernel, compiled for sm_90; None if it cannot be compiled."""
     command = [sys.executable, "-m", "benchmarks.compile_report", "--arch", "90", "--kernel", "attention", "--json"]
     command += ["--head-dim", str(head_dim), "--dtype", dtype, "--jobs", "1"]
     try:

@@ -1,22 +1,22 @@
-"""What a compiled kernel costs, read from its machine code with the disassembler that Triton brings.
+"""Reads what a compiled kernel costs from its machine code, with the disassembler that comes with Triton.
 
 Clocks follow from what an SM finishes in one (``RATES``). On Hopper, per SM sub-partition and warp instruction: an
 fp32 FMA, ADD or MUL 1, an integer multiply-add 2 of the same pipe, min/max, logic, select, shift and conversion on the
 ALU 2, a special function (exp2, and conversions between integer and float) 8, issuing anything 1; a wgmma of M64 x N x
 K16 takes the SM's tensor cores N/2. The pipes run side by side, so the busiest bounds a loop from below, and tensor +
-busiest other is what no overlap gives.
+busiest other is the time without overlap.
 
-Where the rates are from. Lanes: "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA C++ Programming Guide
+Sources of the rates. Lanes: "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA C++ Programming Guide
 and, from CUDA 13 on, its Best Practices Guide. Multiply-adds: NVIDIA's peak fp16 rate with fp32 sums over SMs and boost
 clock: A100 312 T, 108 SMs, 1.41 GHz; RTX A6000 154.8 T, 84, 1.80; H100 SXM 989 T, 132, 1.83; B200 2250 T, 148, 1.85;
 RTX PRO 6000 (Blackwell) 504 T, 188, 2.62. sm_89's is that of Ada's professional cards. GeForce cards of sm_86, sm_89
 and sm_120 have half of it (RTX 3090 71 T, 82, 1.70; RTX 4090 165 T, 128, 2.52; RTX 5090 209.5 T, 170, 2.41): their
 tensor clocks are twice those printed.
 
-Not known, and taken alike everywhere: packing two floats to fp16 or bf16 as an instruction of the ALU (the guide has
-16 lanes for some conversions to 16 bits); integer additions at 64 lanes (128 on sm_120, says the guide); a maximum of
-three (sm_100) as one of two. What one warp of a program does (on sm_100 all matrix instructions) is counted as if every
-warp did. Loads, shuffles, tensor memory and waiting are not in the model, except that issuing them takes a clock.
+Assumptions, the same for all architectures: packing two floats to fp16 or bf16 is an ALU instruction (the guide has 16
+lanes for some conversions to 16 bits); integer additions have 64 lanes (128 on sm_120 by the guide); a maximum of three
+(sm_100) costs as much as one of two. The work of one warp of a program (on sm_100 all matrix instructions) is counted
+as if every warp did it. Of loads, shuffles, tensor memory and waiting, only the clock to issue them is counted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ RATES = {
     100: Rates(tensor=4096, maximum=128),
     120: Rates(tensor=512),
 }
-_LANES = 128  # of the four sub-partitions: an instruction of a warp takes _LANES / rate clocks of its own
+_LANES = 128  # of the four sub-partitions: an instruction of a warp takes _LANES / rate clocks
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _name(instruction: str) -> str:
 
 
 def usage(cubin: Path) -> Usage:
-    """What the whole kernel uses."""
+    """What the kernel uses."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", str(cubin)))
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage for {cubin}")
@@ -124,8 +124,8 @@ def hot_loop(cubin: Path) -> list[str]:
         start = labels.get(jump[1], end + 1) if jump else end + 1
         if start <= end and (matrix := sum(_name(i).startswith(_MMA) for i in code[start : end + 1])):
             loops.append((start, end, matrix))
-    # A barrier's retry stands behind the end of the code and jumps back from there: no loop, though it looks like one
-    # around the loop, or around a part of it and what follows.
+    # The retry of a barrier is behind the end of the code and jumps back. It looks like a loop around the real loop, or
+    # around a part of it, but is none.
     last = next((i for i, instruction in enumerate(code) if _name(instruction) == "EXIT"), len(code))
     loops = [loop for loop in loops if loop[1] < last] or loops
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
@@ -136,10 +136,10 @@ def hot_loop(cubin: Path) -> list[str]:
 
 
 def _multiply_adds(name: str) -> int:
-    """Of one instruction: of a warp for mma.sync, of four (a warpgroup) for wgmma.
+    """Multiply-adds of one instruction: of a warp for mma.sync, of a warpgroup (four warps) for wgmma.
 
     Raises:
-        ValueError: its name does not show the shape.
+        ValueError: its name has no known shape.
     """
     if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
         return int(shape[1]) * int(shape[2]) * int(shape[3])
@@ -151,10 +151,10 @@ def _multiply_adds(name: str) -> int:
 def clocks_per_score(
     cubin: Path, arch: int, block_m: int, block_n: int, num_warps: int, columns: int
 ) -> dict[str, float | bool]:
-    """SM clocks per query-key pair, by pipe, of the hot loop; its bound, and its time were nothing overlapped.
+    """SM clocks per query-key pair of the hot loop by pipe, its bound, and its time without overlap.
 
     ``columns``: multiply-adds per pair, padding included, for code whose matrix instructions do not show their shape
-    (sm_100). "serialised": the loop waits after every wgmma, so that its bound means nothing; only sm_90 shows it.
+    (sm_100). "serialised": the loop waits after every wgmma, so that the bound does not apply (sm_90 only).
 
     Raises:
         ValueError: no loop holds a matrix instruction, or one is of an unknown shape.

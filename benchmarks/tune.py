@@ -1,13 +1,13 @@
-"""The attention kernel with other settings against those it is shipped with, at the shapes that have a target.
+"""The attention kernel with other settings against the shipped ones, at the shapes that have a target.
 
 python -m benchmarks.tune                                every head dim
 python -m benchmarks.tune --head-dim 40 --head-dim 64    some
 python -m benchmarks.tune --minutes 4 --out rows.jsonl   starts no head dim after four minutes
 
-Compiled code says what a loop costs, not how well two of them overlap; this is what only a GPU can tell. Each row is
-one other setting (``contender``) against the shipped (``baseline``), both checked first, in one run, the packing of
-keys and values included. What is worth trying is in ``ALTERNATIVES``; why, in docs/kernel-notes.md. Exits with 1 where
-the result of the shipped one was wrong.
+Compiled code shows what a loop costs, but only a GPU shows how well its parts overlap. Each row is another setting
+(``contender``) against the shipped one (``baseline``). Both are checked first and timed in one run, with the packing of
+keys and values. ``ALTERNATIVES`` has what is tried; docs/kernel-notes.md says why. Exits with 1 if the result of the
+shipped kernel was wrong.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ CASES = {
 
 
 def variants(case: Case) -> dict[str, Call]:
-    """By name, every other way to launch the kernel that is tried at the case's head dim."""
+    """The other ways to launch the kernel at the head dim of ``case``, by name."""
     usual = tiles(case.head_dim)
     calls = {_name(run): call(case, partial(downsampled_attention, config=run)) for run in ALTERNATIVES[case.head_dim]}
     if usual.v != usual.k:  # P V as one product of 64 columns, or as 32 + 16
@@ -86,12 +86,12 @@ def call(case: Case, attend: Callable[..., torch.Tensor]) -> Call:
 
 
 def trial(case: Case, device: torch.device) -> Trial:
-    """Every variant against the kernel as it is shipped."""
+    """Every variant against the shipped kernel."""
     return attention.trial(case, device, variants(case))
 
 
 HeadDims = Annotated[list[int] | None, typer.Option(help=f"Of {', '.join(map(str, CASES))}; repeatable.")]
-Size = Annotated[int, typer.Option(min=64, help="Of the picture, in pixels; a multiple of 64.")]
+Size = Annotated[int, typer.Option(min=64, help="Of the image, in pixels; a multiple of 64.")]
 Device = Annotated[str, typer.Option(help="cuda; cpu only under TRITON_INTERPRET=1.")]
 Minutes = Annotated[float, typer.Option(min=0, help="Start no head dim after that.")]
 Out = Annotated[Path | None, typer.Option(help="Rows go there; benchmarks/results/tune-DEVICE.jsonl.")]
@@ -119,7 +119,7 @@ def run(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Time what ``make`` gives for each head dim; write and print the rows. Exits with 1 if the shipped was wrong."""
+    """Time the candidates that ``make`` gives for each head dim; write and print the rows."""
     where = chosen_device(device)
     check_among("head-dim", head_dim or (), CASES)
     if size % 64:

@@ -60,9 +60,9 @@ def rows_at(
     case: dict[str, Any],
     compiled: bool = False,
 ) -> list[dict[str, Any]]:
-    """Dense against every contender at one size; ``case`` is what else tells this measurement from others.
+    """Rows of dense against every contender at one size; ``case`` has the rest of the rows' case.
 
-    Where ``meter`` is stopped, of what was measured by then: maybe nothing.
+    If ``meter`` is stopped, only of what was measured by then, which may be nothing.
     """
     height, width = size
     about = machine.describe(unet.device)
@@ -80,18 +80,18 @@ def rows_at(
 
 @contextmanager
 def room_to_compile(candidates: int) -> Iterator[None]:
-    """As if each candidate were alone in the process: torch counts the graphs of a function, whoever's UNet it is in.
+    """Raise torch's limit of graphs per function, which it counts over all UNets in the process, for ``candidates``.
 
-    Where one has more than torch's limit all the same, that is an error, and not a measurement of what is uncompiled.
+    A candidate that still exceeds the limit fails, so that no uncompiled code is measured.
     """
-    torch.compiler.reset()  # each size compiles anew, as its user would
+    torch.compiler.reset()  # each size is compiled by itself, as for a user
     limit = torch._dynamo.config.recompile_limit * candidates
     with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
         yield
 
 
 def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the table has no column for, of the rows of one size: self-attention's share, and each kind of call."""
+    """What the table leaves out of the rows of one size: the share of self-attention, and each kind of call."""
     if not rows:
         return []
     dense = rows[0]["baseline"]
@@ -109,7 +109,7 @@ def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
 def rounds_of(
     device: torch.device, calls: int, compiled: bool, warmup: int | None, rounds: int | None, seconds: float
 ) -> Rounds:
-    """As asked for. Else few where a sample takes long; compiled, what is observed comes after what compiles."""
+    """As given; by default few if a sample takes long. Compiled, a warm-up round before the observed one compiles."""
     few = device.type == "cpu" or calls > 1
     warmup = warmup or ((2 if compiled else 1) if few else 3)
     return Rounds(warmup, rounds or (3 if device.type == "cpu" else 5 if few else 20), seconds)
@@ -125,7 +125,7 @@ def main(
     batch: Annotated[int | None, typer.Option(min=1, help="1 on a CPU, 2 (guidance) on a GPU.")] = None,
     methods: Annotated[
         str,
-        typer.Option(help="Of todo, tome, dato, todo+dato, deepcache; separated by commas, dense always with them."),
+        typer.Option(help="Of todo, tome, dato, todo+dato, deepcache, separated by commas; dense is always included."),
     ] = "dense,todo",
     calls: Annotated[
         int | None,
@@ -142,17 +142,15 @@ def main(
     ] = None,
     prune_ratio: Annotated[float, typer.Option(help="DaTo's share of tokens pruned, at most 0.75.")] = 0.4,
     cache_interval: Annotated[
-        list[int] | None, typer.Option(help="DeepCache: each so many-th call is full; repeatable. 3 and 5.")
+        list[int] | None, typer.Option(help="DeepCache: every n-th call is full; repeatable. 3 and 5.")
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="All candidates through torch.compile.")] = False,
     warmup: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Untimed rounds, short of many calls; 3 on a GPU, on a CPU or of many calls 1, compiled 2."
-        ),
+        typer.Option(min=1, help="Untimed rounds; 3 on a GPU, 1 on a CPU or for runs of many calls, 2 compiled."),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Timed rounds; 3 on a CPU, 20 on a GPU, 5 there of many calls.")
+        int | None, typer.Option(min=1, help="Timed rounds; 3 on a CPU, 20 on a GPU, 5 there for runs of many calls.")
     ] = None,
     seconds: Annotated[
         float, typer.Option(min=0, help="After two rounds, start none past this time at one size.")
@@ -160,9 +158,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Rows go there; benchmarks/results/unet-DEVICE.jsonl.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, no table.")] = False,
 ) -> None:
-    """Time a UNet with diffusers' own attention and with its peers, alternating in one run.
+    """Time a UNet with diffusers' own attention and under other methods, alternating in one run.
 
-    One sample is one call, or a run of --calls where methods reuse what an earlier call has left.
+    One sample is one call, or a run of --calls if a method reuses results of an earlier call.
     """
     where = chosen_device(device)
     cpu = where.type == "cpu"

@@ -1,4 +1,4 @@
-"""Every self-attention of a UNet under ToDo against the reference, at the size and with the factor that is timed."""
+"""Compares every self-attention of a UNet under ToDo with the reference, at the size that is timed."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from todo_attn.diffusers.levels import self_attentions, transformers_by_level
 from todo_attn.diffusers.state import ATTRIBUTE
 from todo_attn.ops import reference
 
-_SCORES = 1 << 25  # of a layer, those computed: all of them for one picture of 512 x 512 pixels with 1024 keys
-# Relative to the mean size of a head's answer. A right one was off by at most 1.3 times its dtype's precision in half
-# precision and by 1e-6 in fp32, one of zeros is by 1 or more.
+_SCORES = 1 << 25  # computed for a layer, at most: all scores of one 512 x 512 image with 1024 keys
+# Relative to the mean norm of a head's output. Errors of right outputs were at most 1.3 eps in half precision and 1e-6
+# in fp32; the error of zeros is 1 or more.
 _PRECISIONS, _LEAST = 16, 1e-4
 
 
 @contextmanager
 def against_oracle(model: UNet2DConditionModel, config: ToDoConfig) -> Iterator[None]:
-    """Inside, each self-attention of ``model``, which has ToDo by ``config`` on it, must answer as the reference does.
+    """Inside, each self-attention of ``model``, which has ToDo by ``config`` on it, must agree with the reference.
 
-    The reference starts from what the layer is given and from its weights: grid, level, factor, keys and values are
-    not taken over from what ToDo made of them. Where DaTo prunes, the answers are those of the tokens it kept. In large
-    layers every so many-th token's answer is compared, in each head.
+    The reference uses only the input and the weights of a layer. It computes grid, level, factor, keys and values by
+    itself. If DaTo prunes, the outputs are those of the kept tokens. In a large layer every n-th token is compared, in
+    each head.
 
     Raises:
-        ValueError: one does not.
+        ValueError: an output differs.
     """
     levels = transformers_by_level(model)
     finest = min(level for level, _ in levels)
@@ -56,7 +56,7 @@ def against_oracle(model: UNet2DConditionModel, config: ToDoConfig) -> Iterator[
 
 
 class _Layer:
-    """One self-attention: its input and its answer, which come past in hooks, against the reference."""
+    """The hooks of one self-attention, which compare its output, before ``to_out``, with the reference."""
 
     def __init__(self, attn: Any, grid: list[int], level: int, finest: bool, config: ToDoConfig) -> None:
         self.attn, self.grid, self.level, self.finest, self.config = attn, grid, level, finest, config
@@ -79,7 +79,7 @@ class _Layer:
         what = f"self-attention of {grid[0]} x {grid[1]} tokens with factor {factor[0]} x {factor[1]}"
         queries = x
         if factor == (1, 1):
-            grid = (1, x.shape[1])  # dense: among the tokens that there are
+            grid = (1, x.shape[1])  # dense: attention among the given tokens
         else:
             queries = x if self.kept is None else reference.gather_tokens(x, self.kept)
         if answer is None or answer.shape[:2] != queries.shape[:2]:
@@ -96,10 +96,10 @@ class _Layer:
         factor: tuple[int, int],
         answer: torch.Tensor,
     ) -> None:
-        """``answer`` (B, K, heads * head_dim) is that of ``queries`` (B, K, C) over the tokens ``x`` (B, N, C)."""
+        """``answer`` (B, K, heads * head_dim) is for ``queries`` (B, K, C) over the tokens ``x`` (B, N, C)."""
         attn, (batch, tokens) = self.attn, queries.shape[:2]
         keys = (grid[0] // factor[0]) * (grid[1] // factor[1])
-        # An odd step comes past every place in a tile of 64 or 128 rows; the last token is always among them.
+        # An odd step reaches every row of the tiles of 64 or 128; the last token is always included.
         step = -(-batch * tokens * attn.heads * keys // _SCORES) | 1
         rows = slice((tokens - 1) % step, None, step)
         wide = torch.float64 if x.dtype == torch.float32 else torch.float32
@@ -113,5 +113,5 @@ class _Layer:
         )
         error = (heads(answer[:, rows]) - right).norm(dim=-1).max() / right.norm(dim=-1).mean()
         limit = max(_LEAST, _PRECISIONS * torch.finfo(x.dtype).eps)
-        if not error <= limit:  # NaN is no match
+        if not error <= limit:  # also if it is NaN
             raise ValueError(f"{what} must be within {limit:.2g} of the reference, got {error.item():.2g}")

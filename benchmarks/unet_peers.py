@@ -1,4 +1,4 @@
-"""The published methods that ToDo and DaTo are held against, by their authors' packages, on a UNet alone."""
+"""ToMe and DeepCache, by their authors' packages, on a UNet without a pipeline."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from diffusers.models import UNet2DConditionModel
 
 
 def apply_tome(model: UNet2DConditionModel, options: dict[str, Any]) -> None:
-    """Token Merging (arXiv 2303.17604) in a form that torch.compile takes in one graph.
+    """Token Merging (arXiv 2303.17604), patched so that torch.compile makes one graph of it.
 
     Args:
         model: is changed in place.
-        options: of its ``apply_patch``; to be compiled, ``use_rand`` must be False, which saves it a draw a block.
+        options: of its ``apply_patch``. To be compiled, ``use_rand`` must be False, which saves a random draw a block.
 
     Raises:
         ImportError: tomesd is not installed.
@@ -23,8 +23,8 @@ def apply_tome(model: UNet2DConditionModel, options: dict[str, Any]) -> None:
     import tomesd
 
     tomesd.apply_patch(model, **options)
-    # What it would do in its first call, and what a graph cannot hold. A break in its blocks would keep torch from
-    # compiling any UNet of this process whole.
+    # Done here, because its first call would do this by hooks, which break the graph: after a break in its blocks
+    # torch would compile no other UNet of this process as a whole.
     info: Any = model._tome_info
     info["args"]["generator"] = tomesd.utils.init_generator(model.device)
     info["hooks"].clear()
@@ -33,24 +33,23 @@ def apply_tome(model: UNet2DConditionModel, options: dict[str, Any]) -> None:
 def apply_deepcache(
     model: UNet2DConditionModel, timesteps: torch.Tensor, options: dict[str, Any], compiled: bool
 ) -> Callable[[], None]:
-    """DeepCache (arXiv 2312.00858); what is returned frees what it keeps, as must be done after each run.
+    """DeepCache (arXiv 2312.00858). Returns a function that frees its cache, to be called after each run.
 
-    Left to itself under torch.compile it is compiled anew at each call, and runs uncompiled after the eighth. Here it
-    shows what it can do: what it looks up at each call stays outside, and there is one graph for the full calls and one
-    for the others.
+    By itself under torch.compile it would be compiled again at each call, and run uncompiled after the eighth. Here,
+    what it looks up at each call stays outside of the graphs: one for full calls, one for all others.
 
     Args:
         model: is changed in place.
-        timesteps: those of a run, in order.
+        timesteps: of a run, in order.
         options: of its ``set_params``.
-        compiled: whether what it computes is to be compiled.
+        compiled: whether to compile its computation.
 
     Raises:
         ImportError: DeepCache is not installed.
     """
     from DeepCache import DeepCacheSDHelper
 
-    # It finds each call's timestep among the scheduler's, one by one: on a CPU that does not wait for a device.
+    # It searches the scheduler's timesteps for that of each call; on the CPU, so that it does not wait for a device.
     scheduler = SimpleNamespace(timesteps=timesteps.cpu())
     helper = DeepCacheSDHelper(SimpleNamespace(unet=model, scheduler=scheduler))
     helper.set_params(**options)
@@ -58,7 +57,7 @@ def apply_deepcache(
     forwards, interval = helper.function_dict, options["cache_interval"]
 
     def free() -> None:
-        helper.cached_output = dict.fromkeys(forwards)  # the same keys in every run, or the graphs would not do
+        helper.cached_output = dict.fromkeys(forwards)  # the same keys in every run, so that the graphs fit
 
     if compiled:
         inner = torch.compile(forwards["unet_forward"], dynamic=False)

@@ -1,4 +1,4 @@
-"""What the UNet benchmark runs: which methods with which options at which size, read and checked before any weight."""
+"""Which methods, options and sizes the UNet benchmark runs, all checked before any weight is drawn."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from todo_attn.config.schedule import names as published
 from todo_attn.options.methods import KINDS, MethodOptions, SettingError
 
 DENSE = "dense"
-CACHED = ("dato", "todo+dato", "deepcache")  # a call takes something over from the one before
-PEERS = ("tome", "deepcache")  # others' packages, which may be missing
+CACHED = ("dato", "todo+dato", "deepcache")  # a call reuses results of an earlier one
+PEERS = ("tome", "deepcache")  # packages of others, which may be missing
 _DEFAULTS = MethodOptions()
 Size = tuple[int, int]  # height, width in pixels
 
 
 class Contender(NamedTuple):
-    """A method of kind ``kind`` (:data:`todo_attn.options.methods.KINDS`), under the name it has in the rows."""
+    """A method, one of :data:`todo_attn.options.methods.KINDS`, with its options and its name in the rows."""
 
     name: str
     kind: str
@@ -32,11 +32,11 @@ class Contender(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The methods asked for, and the values of their options, each of which is one more contender.
+    """The methods, and values of their options; each value is another contender.
 
     Args:
         kinds: of :data:`todo_attn.options.methods.KINDS`.
-        caps, factors: ToDo's; none of either is its defaults.
+        caps, factors: ToDo's; its defaults if both are empty.
         schedules: DaTo's, names or JSON files.
         prune_ratio: DaTo's.
         intervals: DeepCache's.
@@ -50,10 +50,10 @@ class Choice:
     intervals: Sequence[int] = (3, 5)
 
     def contenders(self) -> list[Contender]:
-        """All but dense.
+        """All methods but dense.
 
         Raises:
-            typer.BadParameter: a value that does not fit, with its option.
+            typer.BadParameter: a value does not fit; the message names its option.
         """
         try:
             todos, datos = self._todos(), self._datos()
@@ -94,7 +94,7 @@ class Choice:
 
 
 def plan(device: torch.device, calls: int, sizes: Sequence[Size], choice: Choice) -> list[tuple[Size, list[Contender]]]:
-    """What to run at which size; where none is asked for, those at which the methods are told apart in fair time."""
+    """The contenders at each size; by default, sizes that show differences in a reasonable time."""
     if not sizes and calls == 1 and device.type == "cpu":
         if not (choice.caps or choice.factors):  # the cap of 1024 keys at 1024 px only
             both = replace(choice, caps=(_DEFAULTS.max_kv_tokens, 1024))
@@ -108,10 +108,10 @@ def plan(device: torch.device, calls: int, sizes: Sequence[Size], choice: Choice
 
 
 def calls_of(calls: int | None, kinds: Collection[str], device: torch.device) -> int:
-    """How many calls a run has: as asked for, or what the methods need, less on a CPU.
+    """The number of calls in a run: as given, or by the methods and the device.
 
     Raises:
-        typer.BadParameter: too few for a method that reuses what the call before has left.
+        typer.BadParameter: too few for a method that reuses results of an earlier call.
     """
     cached = [kind for kind in CACHED if kind in kinds]
     if calls is None:
@@ -122,10 +122,10 @@ def calls_of(calls: int | None, kinds: Collection[str], device: torch.device) ->
 
 
 def kinds_of(methods: str) -> list[str]:
-    """The methods in ``--methods``, dense always first.
+    """The methods in ``--methods``, always with dense first.
 
     Raises:
-        typer.BadParameter: an unknown one, or none but dense.
+        typer.BadParameter: one is unknown, or there is only dense.
     """
     given = [text.strip() for text in methods.split(",")]
     check_among("methods", given, KINDS)
@@ -150,10 +150,10 @@ def parse_size(text: str) -> Size:
 
 
 def check_sizes(sizes: Sequence[Size]) -> None:
-    """Refuse sizes that no latent has.
+    """Refuse sizes that are not whole latents.
 
     Raises:
-        typer.BadParameter: naming what was wrong.
+        typer.BadParameter: with the wrong value.
     """
     for side in (side for size in sizes for side in size):
         if side < 1 or side % models.PIXELS_PER_LATENT:

@@ -1,4 +1,4 @@
-"""An interruption ends the timing, and what was timed by then stays."""
+"""An interruption ends the timing and keeps the samples taken by then."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptError(Exception):
-    """Ends each candidate in turn; unlike KeyboardInterrupt it does not take the samples with it."""
+    """Ends one candidate after the other; unlike after KeyboardInterrupt, their samples are kept."""
 
 
 class Stoppable:
-    """A meter that a signal stops: from then on no candidate gets another sample.
+    """A meter that a signal stops: after it, no sample is taken.
 
     Args:
         meter: takes a sample, as :class:`todo_attn.bench.harness.Meter` does.
@@ -43,7 +43,7 @@ class Stoppable:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, SIGINT and SIGTERM are for this meter; before its first sample there is nothing to keep."""
+        """Inside, SIGINT and SIGTERM stop this meter. Before its first sample they raise KeyboardInterrupt."""
         self._samples = 0
         before = {kind: signal.signal(kind, self._stop) for kind in _SIGNALS}
         try:
@@ -59,15 +59,15 @@ class Stoppable:
 
 
 def as_far_as_it_got(result: Measured) -> Measured:
-    """``result``, for which an interruption is no error."""
+    """``result``, without an error if it was interrupted."""
     interrupted = (result.error or "").startswith(InterruptError.__name__)
     return replace(result, error=None) if interrupted else result
 
 
 def pairs(results: Sequence[Measured]) -> Iterator[tuple[Measured, Measured]]:
-    """The baseline ``results[0]`` with each contender, both in as many samples as the one with fewer has.
+    """The baseline ``results[0]`` with each contender, cut to the same number of samples.
 
-    Without an interruption that is how they are. One that was interrupted before the pair had any is left out.
+    Only an interruption makes these numbers differ. A pair without samples, because it was interrupted, is left out.
     """
     baseline, *contenders = results
     for contender in contenders:

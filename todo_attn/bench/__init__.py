@@ -1,1 +1,1 @@
-"""Timing things side by side: what ``todo-attn bench`` and a checkout's ``benchmarks`` are made of."""
+"""Times implementations side by side; ``todo-attn bench`` and a checkout's ``benchmarks`` are built on it."""

@@ -1,17 +1,19 @@
 """``downsampled_attention`` against what else computes it.
 
-Two oracles look at every result. One is :func:`todo_attn.ops.reference.downsampled_attention` in float64 for 512
-queries, spread from the first to the last (one in each 128 up to 2048 x 2048 pixels), of every head, in the first and
-last of the batch. Ours may err twice as much as torch's own attention on the same queries in the same dtype. The
-peers' bounds are wider: they are there to find a wrong function, and one that is only less exact must not leave it.
-The other is torch's own attention itself, for all outputs: no head of any 128 queries may be further from it than four
-times that bound. (Not for "dense", which is that attention.) Neither ever holds N x M scores.
+Every result is checked twice, and no check ever holds N x M scores.
+
+- Against :func:`todo_attn.ops.reference.downsampled_attention` in float64: 512 queries, evenly spaced (one in each 128
+  up to 2048 x 2048 pixels), of every head, in the first and last of the batch. The error of ours may be twice that of
+  torch's own attention on the same queries in the same dtype. The bounds of peers are wider, so that they reject a
+  wrong result but not one of lower precision.
+- Against torch's own attention, all outputs: for each head and each tile of 128 queries, the distance may be four times
+  that bound. ("dense" is torch's own attention and skips this.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +24,12 @@ from .. import ops
 from ..ops import backends, reference
 from .cases import DTYPES, SDPA, Case
 from .harness import Candidate
-from .trial import Trial, ends, needs_cuda, once, rotation, spread, work, wrong
+from .trial import Trial, ends, needs_cuda, rotation, spread, work, wrong
 
 _QUERIES = 512
-_TILE = 128  # queries that are compared as one
-_PIECE = 2**24  # numbers that a check has in memory at a time, of each of its few tensors
-_SLACK = 4  # a tile is a small sample, and torch's own error is in its distance too
+_TILE = 128  # queries compared together
+_PIECE = 2**24  # elements of each tensor that a check has in memory at a time
+_SLACK = 4  # a tile is a small sample, and its distance includes torch's own error
 _OURS, _PEERS, _QUANTISED = 2, 8, 256  # bounds, in errors of torch's own attention
 _BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -39,7 +41,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Inputs(NamedTuple):
-    """One set: (B, N, H, D) queries, keys and values of the whole grid, and (B, M, H, D) of the coarse one."""
+    """One set: queries, keys and values of the full grid, (B, N, H, D); keys and values of the coarse, (B, M, H, D)."""
 
     number: int
     query: torch.Tensor
@@ -53,7 +55,7 @@ Call = Callable[[Inputs], torch.Tensor]
 
 
 def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None = None) -> Trial:
-    """The candidates that ``case.peers`` names; given ``variants`` of ours, each of those against ours as it is."""
+    """The candidates that ``case.peers`` names, or the ``variants`` of ours against ours as shipped."""
 
     def make(number: int, generator: torch.Generator) -> Inputs:
         shape = (case.batch, case.tokens, case.heads, case.head_dim)
@@ -65,7 +67,7 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
 
     inputs = rotation(make, device)
     peers, forms = case.candidates
-    oracles = {dense: once(partial(_oracle, inputs[-1], case, dense)) for dense in (False, True)}
+    oracles = {dense: cache(partial(_oracle, inputs[-1], case, dense)) for dense in (False, True)}
     build: dict[str, Callable[[], Call]] = {
         "dense": lambda: lambda x: _torch_attention(x.query, x.key, x.value),
         "flex": partial(_flex, device),
@@ -76,18 +78,17 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
         "todo-packed": partial(_packed, case, device),
     }
     build |= {name: partial(_sdpa, backend, device) for name, backend in _BACKENDS.items()}
-    ours = {"todo", *forms, *(variants or {})}
+    exact = {"todo", *forms, *(variants or {})}
 
     def candidate(name: str, make: Callable[[], Call] | None = None) -> Candidate:
         keys = case.tokens if name == "dense" else case.keys
         info = _work(case, keys)
-        bound = _OURS if name in ours else _QUANTISED if name == "sage" else _PEERS
+        bound = _OURS if name in exact else _QUANTISED if name == "sage" else _PEERS
         return Candidate(name, make or build[name], info, partial(_check, oracles[name == "dense"], bound, info))
 
     if variants is not None:
-        return Trial(
-            inputs, [candidate(n, partial(_as_it_is, v)) for n, v in variants.items()], [candidate("todo")], ("todo",)
-        )
+        ours = [candidate(name, partial(_as_it_is, call)) for name, call in variants.items()]
+        return Trial(inputs, ours, [candidate("todo")], ("todo",))
     return Trial(inputs, [candidate(name) for name in ("todo", *forms)], [candidate(name) for name in peers], SDPA)
 
 
@@ -100,7 +101,7 @@ def _coarse(x: torch.Tensor, case: Case) -> torch.Tensor:
 
 
 def _work(case: Case, keys: int) -> dict[str, Any]:
-    """Q K and P V; queries and outputs, keys and values."""
+    """Operations of Q K^T and P V; bytes of queries, keys, values and outputs."""
     rows = case.batch * case.heads
     size = DTYPES[case.dtype].itemsize
     moved = 2 * rows * (case.tokens + keys) * case.head_dim * size
@@ -111,12 +112,12 @@ def _work(case: Case, keys: int) -> dict[str, Any]:
 
 
 class _Oracle(NamedTuple):
-    """The right outputs of the sampled queries, (b, queries, H, D), and how far off torch's own, (B, N, H, D), are."""
+    """The right outputs of the sampled queries, (b, queries, H, D), and the error of torch's own attention on them."""
 
     rows: torch.Tensor
     out: torch.Tensor
     error: float
-    plain: torch.Tensor | None  # None where the candidate is torch's own
+    plain: torch.Tensor | None  # torch's own outputs, (B, N, H, D); None for "dense"
     shape: tuple[int, ...]
 
 
@@ -136,7 +137,7 @@ def _oracle(x: Inputs, case: Case, dense: bool) -> _Oracle:
 def _right(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, case: Case, factor: tuple[int, int]
 ) -> torch.Tensor:
-    """By the reference in float64, a few queries at a time."""
+    """The reference in float64, a few queries at a time."""
     key, value = (reference.downsample_tokens(t.flatten(2), case.grid, factor).double() for t in (key, value))
     key, value = (t.unflatten(2, query.shape[2:]) for t in (key, value))
     keys = (key.shape[1], 1)
@@ -149,12 +150,12 @@ def _distance(out: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def _worst_tile(out: torch.Tensor, plain: torch.Tensor) -> tuple[float, int]:
-    """The largest distance of a head of a tile of queries, and the tile's first query; NaN is the largest of all."""
+    """The largest distance of any head and tile, and the first query of that tile; NaN counts as the largest."""
     batch, _, heads, head_dim = out.shape
     tiles = max(1, _PIECE // (batch * heads * head_dim * _TILE))
     distances = []
     for both in zip(out.split(tiles * _TILE, 1), plain.split(tiles * _TILE, 1), strict=True):
-        # (B, tiles, 128, H, D), the last one filled up with zeros
+        # (B, tiles, 128, H, D), the last tile padded with zeros
         a, b = (F.pad(t, (0, 0, 0, 0, 0, -t.shape[1] % _TILE)).unflatten(1, (-1, _TILE)) for t in both)
         off, length = ((t.float().square().sum((2, 4))).sqrt() for t in (a.float() - b, b))
         distances.append((off / length.clamp_min(torch.finfo(torch.float32).tiny)).amax((0, 2)))
@@ -181,13 +182,13 @@ def _check(oracle: Callable[[], _Oracle], bound: float, info: dict[str, Any], ou
 
 
 def _torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """By the backend that torch chooses."""
+    """torch's own, by the backend that it chooses."""
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _sdpa(backend: SDPBackend, device: torch.device) -> Call:
-    if backend != SDPBackend.FLASH_ATTENTION:  # of which torch has one for the CPU too
+    if backend != SDPBackend.FLASH_ATTENTION:  # this one exists for the CPU as well
         needs_cuda(device)
 
     def call(x: Inputs) -> torch.Tensor:
@@ -201,7 +202,7 @@ def _flex(device: torch.device) -> Call:
     needs_cuda(device)
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch.compiler.reset()  # compiled for a few shapes, it would stay uncompiled for the next
+    torch.compiler.reset()  # or it would run uncompiled after a few shapes
     compiled: Any = torch.compile(flex_attention, dynamic=False)
 
     def call(x: Inputs) -> torch.Tensor:
@@ -211,7 +212,7 @@ def _flex(device: torch.device) -> Call:
 
 
 def _sage(inputs: list[Inputs], case: Case, device: torch.device) -> Call:
-    """SageAttention 1.0.6, the last on PyPI. It knows few head dims (others are padded) and writes into its keys."""
+    """SageAttention 1.0.6, the last on PyPI. Other head dims than its own are padded; it writes into its keys."""
     needs_cuda(device)
     from sageattention import sageattn
 
@@ -219,7 +220,7 @@ def _sage(inputs: list[Inputs], case: Case, device: torch.device) -> Call:
     if wide is None:
         raise RuntimeError(f"knows head dims up to {_SAGE_HEAD_DIMS[-1]}, not {case.head_dim}")
     more = (0, wide - case.head_dim)
-    # Keys and values could come so from their layers, so only queries are padded at each call.
+    # A layer could write padded keys and values itself, so only queries are padded in the timed call.
     keys, values = [F.pad(x.coarse_key, more) for x in inputs], [F.pad(x.coarse_value, more) for x in inputs]
 
     def call(x: Inputs) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is timed: the shapes that Stable Diffusion's UNets give, the most telling ones first."""
+"""What is timed: the shapes of Stable Diffusion's UNets, the most important ones first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BENCHMARKS = ("attention", "gather", "scatter", "recover", "match_tokens", "plan_pruning")
 _MOVING = ("gather", "scatter", "recover")
 SIZES = (512, 768, 1024, 1536, 2048, 4096)
-# (heads, head dim) of each level's self-attention; a level is the side in latent pixels that a token stands for.
+# (heads, head dim) of the self-attention at each level: the side, in latent pixels, that one token stands for. The
+# UNets themselves are in models/architectures.py, which needs diffusers; a test compares the two.
 MODELS: dict[str, dict[int, tuple[int, int]]] = {
     "sd15": {1: (8, 40), 2: (8, 80), 4: (8, 160), 8: (8, 160)},
     "sdxl": {2: (10, 64), 4: (20, 64)},
@@ -27,11 +28,11 @@ PRUNE_RATIO, PATCH = 0.4, (2, 2)  # DaTo's
 
 
 class Peers(NamedTuple):
-    """Which sides an attention is timed against, and which other forms of ours are timed as well."""
+    """The peers of an attention, and the other forms of ours that are timed with it."""
 
     peers: tuple[str, ...]
     forms: tuple[str, ...] = ()
-    best_only: bool = False  # of the peers only the fastest gets a row
+    best_only: bool = False  # only the fastest peer gets a row
 
 
 SDPA = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn")
@@ -41,7 +42,7 @@ PEERS = {
     "dense": Peers((*SDPA, "dense")),
     "best": Peers(SDPA, best_only=True),
 }
-_NEEDS_FACTOR = {"dense", "published", "todo-coarse"}  # at factor 1 the same as SDPA, or as ToDo
+_NEEDS_FACTOR = {"dense", "published", "todo-coarse"}  # the same as SDPA, or as ToDo, at factor 1
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class Case:
     Args:
         benchmark: one of :data:`BENCHMARKS`.
         model: a key of :data:`MODELS`, or any name if there are ``levels``.
-        height, width: of the picture, in pixels; multiples of ``pixels_per_latent``.
+        height, width: of the image, in pixels; multiples of ``pixels_per_latent``.
         level: a key of ``MODELS[model]`` or ``levels``.
-        batch: pictures, twice that under guidance.
+        batch: of a call; twice the number of images under guidance.
         dtype: a key of :data:`DTYPES`.
         peers: a key of :data:`PEERS`; "attention" only.
-        residual: whether one is added; "recover" only.
-        max_kv_tokens: ToDo's cap; the factor is the smallest that keeps it.
+        residual: whether a residual is added; "recover" only.
+        max_kv_tokens: ToDo's cap on keys; the factor is the smallest within it.
         levels: (heads, head dim) of each level's self-attention; None is ``MODELS[model]``.
         pixels_per_latent: of the model's VAE.
     """
@@ -77,7 +78,7 @@ class Case:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width in tokens; a level's convolution rounds an odd side up."""
+        """Height and width in tokens; the convolution of a level rounds an odd side up."""
         height, width = (-(-side // (self.pixels_per_latent * self.level)) for side in (self.height, self.width))
         return height, width
 
@@ -123,7 +124,7 @@ class Case:
 
     @property
     def candidates(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Of an attention: the peers and the forms of ours that say something at this shape."""
+        """For an attention: the peers, and the forms of ours, that make a difference at this shape."""
         chosen = PEERS[self.peers]
         drop = _NEEDS_FACTOR if self.factor == (1, 1) else set()
         peers, forms = (tuple(name for name in names if name not in drop) for names in (chosen.peers, chosen.forms))
@@ -131,18 +132,18 @@ class Case:
 
     @property
     def best_only(self) -> bool:
-        """Whether of the rivals only the fastest gets a row."""
+        """Whether only the fastest rival gets a row."""
         return PEERS[self.peers].best_only if self.benchmark == "attention" else self.benchmark in _MOVING
 
     @property
     def rows(self) -> int:
-        """How many rows it gives."""
+        """The number of rows."""
         if self.benchmark == "attention":
             return 1 if self.best_only else sum(map(len, self.candidates))
-        return 2  # the fastest rival and a copy, or what is published and the same on fewer pairs
+        return 2  # against the fastest rival and a copy, or two ways to match
 
     def describe(self) -> dict[str, Any]:
-        """As it stands in the rows."""
+        """The ``case`` of its rows."""
         shape = {name: getattr(self, name) for name in ("model", "height", "width", "level", "batch", "dtype")}
         shape |= {"grid": list(self.grid), "tokens": self.tokens}
         if self.benchmark == "attention":
@@ -157,7 +158,7 @@ class Case:
 
 
 def plan(device: torch.device) -> list[Case]:
-    """At most 60 rows, the shapes with a target first; on a CPU a few that take about a minute."""
+    """Cases of at most 60 rows, those with a target first; on a CPU a few that take about a minute."""
     return _on_cpu() if device.type == "cpu" else _on_gpu()
 
 
@@ -217,13 +218,13 @@ def _on_cpu() -> list[Case]:
 
 
 def full(device: torch.device) -> list[Case]:
-    """Every size, 1:1 and 16:9, batch and half dtype of every level, against every peer; those of :func:`plan` first.
+    """The cases of :func:`plan`, then every size, 1:1 and 16:9, batch, half dtype and level against every peer.
 
-    Token ops at the model's finest level, the only one that DaTo prunes.
+    The ops on tokens only at the model's finest level, which is the one that DaTo prunes.
     """
-    telling = plan(device)
-    done = {replace(case, peers="all") for case in telling if case.peers == "all"}
-    return [*telling, *(case for case in _every() if case not in done)]
+    first = plan(device)
+    done = {case for case in first if case.peers == "all"}
+    return [*first, *(case for case in _every() if case not in done)]
 
 
 def _every() -> Iterator[Case]:
@@ -247,10 +248,12 @@ def short(
     levels: Mapping[int, tuple[int, int]] | None = None,
     pixels_per_latent: int = PIXELS_PER_LATENT,
 ) -> list[Case]:
-    """A picture's self-attentions where ToDo acts, and DaTo's ops at its finest level; arguments as of :class:`Case`.
+    """The self-attentions of an image at which ToDo acts, and DaTo's ops at the finest level.
+
+    Arguments are those of :class:`Case`.
 
     Raises:
-        ValueError: ``model``, ``height``, ``width`` or ``dtype`` is not one there is.
+        ValueError: ``model``, ``height``, ``width`` or ``dtype`` does not fit.
     """
     known_models = MODELS if levels is None else {model: levels}
     for name, value, known in (("model", model, known_models), ("dtype", dtype, DTYPES)):

@@ -1,9 +1,9 @@
-"""Two or more ways to compute the same thing, timed fairly side by side, and the rows that say what came out.
+"""Times two or more ways to compute the same thing side by side, and makes rows of the results.
 
-All candidates are built and warmed, then run in turn, round after round, every other round in reverse, so that a steady
-drift of the machine's clocks cancels out. The ratio is taken within each round. A row holds one baseline, one contender
-and their ratio, never a candidate alone; a candidate that fails gives a row that says so and holds up no other. What a
-candidate returns can be checked, and a wrong result is never timed.
+All candidates are built and warmed up. Then they take turns in rounds, every other round in reverse order, so that a
+steady drift of the machine's clocks cancels out. Speed-ups are ratios within a round. A row has one baseline, one
+contender and their ratio. A candidate that fails gets a row with its error and does not stop the others. Outputs can be
+checked; a wrong result is never timed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 _MIN_ROUNDS = 2
 _HOLD_TICKS = 20_000_000  # of a GPU's clock: about 10 ms
-_HELD_CALLS = 4  # which the host queues meanwhile: a call may take it 2 ms, and a GPU takes 1024 launches in advance
+_HELD_CALLS = 4  # queued meanwhile: one may take the host 2 ms, and a GPU's queue holds 1024 launches
 
 
 def nothing(*_: Any) -> None:
@@ -35,10 +35,10 @@ class Candidate:
     """One way to compute it.
 
     Args:
-        name: as it stands in the rows.
-        build: makes the function to time. An import or an allocation that may fail belongs here.
-        info: what else the rows say of this candidate; may be filled until the rows are made.
-        check: sees the first warm-up's output and raises where it is wrong; the candidate is then not timed.
+        name: in the rows.
+        build: makes the function to time. Imports and allocations that may fail belong here.
+        info: more to write into this candidate's part of a row; may be filled in until the rows are made.
+        check: gets the output of the first warm-up call and raises if it is wrong; then the candidate is not timed.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rounds:
-    """How often: ``warmup`` untimed rounds, then ``rounds`` timed ones.
+    """``warmup`` untimed rounds, then at most ``rounds`` timed ones.
 
-    After two timed rounds no further one starts once they took ``seconds``.
+    After two timed rounds, none is started once the timed rounds have taken ``seconds``.
     """
 
     warmup: int = 1
@@ -60,7 +60,7 @@ class Rounds:
 
 
 class Sample(NamedTuple):
-    """One timed call: what it returned, seconds per call, and the most memory allocated on a GPU meanwhile."""
+    """One sample: the output, seconds per call, and the peak of memory allocated on a GPU."""
 
     output: Any
     seconds: float
@@ -69,7 +69,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class Measured:
-    """What became of a candidate: its samples, one a round, or the error that ended it."""
+    """The results of a candidate: a sample for each round, and the error that ended it, if any."""
 
     candidate: Candidate
     seconds: list[float] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Measured:
             self.peak_bytes = max(self.peak_bytes or 0, sample.peak_bytes)
 
     def row(self) -> dict[str, Any]:
-        """This candidate's part of a row."""
+        """The candidate's part of a row."""
         return {
             "name": self.candidate.name,
             "seconds": quantiles(self.seconds) if self.seconds else None,
@@ -118,12 +118,12 @@ class Meter:
     """Times one sample on ``device``.
 
     Args:
-        calls: calls per sample (and set of inputs), for what is too short to time alone.
-        inputs: what the function is called with, one after the other: sets that together exceed the caches, so that no
-            call finds its own still there. The sample's output is that of the last. Empty: called with nothing.
-        alone: on CUDA, count the calls' own work: the device is held until the host has queued them, a few at a time,
-            so that no launch shows, and memory is what they took beyond what was there. Otherwise both are as the
-            caller sees them.
+        calls: calls per sample for each set of inputs, for functions that are too short to time once.
+        inputs: sets of inputs, used in turn; together larger than the caches, so that no call finds its inputs there.
+            The output of a sample is that of the last call. Empty: the function takes no argument.
+        alone: on CUDA, measure only the work of the calls. The device is held while the host queues them, a few at a
+            time, so that launching takes no time; memory is counted beyond what was allocated before. Otherwise time
+            and memory are as the caller sees them.
     """
 
     device: torch.device
@@ -150,7 +150,7 @@ class Meter:
                 torch.cuda._sleep(_HOLD_TICKS)
             start = stamp(self.device)
             for argument in turns[first : first + part]:
-                output = None  # freed before the next one is made
+                output = None  # freed before the next output is allocated
                 output = call(*argument)
             spans.append((start, stamp(self.device)))
         seconds = sum(elapsed(*span) for span in spans) / len(turns)
@@ -166,7 +166,7 @@ def measure(
     label: str = "",
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Measured]:
-    """Build, warm, check and time all ``candidates``; the first is the baseline. An exception ends its candidate only.
+    """Build, warm up, check and time all ``candidates``; the first is the baseline. An exception ends one candidate.
 
     Each candidate's own ``check`` gets its first warm-up output. ``check(baseline_output, output)`` gets it too, also
     for the baseline, and raises if it is wrong. If the baseline failed, there is nothing to check against.
@@ -210,9 +210,9 @@ def measure(
 
 
 def compare(benchmark: str, case: dict[str, Any], machine: dict[str, Any], results: Sequence[Measured]) -> list[dict]:
-    """One row per contender, each against the baseline ``results[0]``.
+    """One row for each contender, against the baseline ``results[0]``.
 
-    ``speedup`` is the baseline's time over the contender's, within each round; None where either failed.
+    ``speedup`` has quantiles of the baseline's time over the contender's within each round; None if either failed.
     """
     baseline, *contenders = results
     rows = []
@@ -240,7 +240,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 @contextmanager
 def _ending(result: Measured) -> Iterator[None]:
-    """An exception ends this candidate, and nothing else."""
+    """An exception inside ends this candidate only."""
     try:
         yield
     except Exception as error:
@@ -250,7 +250,7 @@ def _ending(result: Measured) -> Iterator[None]:
 
 
 def _turns(order: Sequence[Measured], bar: tqdm) -> Iterator[Measured]:
-    """The candidates still running, in that order; what a failing one held is freed before the next one's turn."""
+    """The candidates that have not failed, in order. The memory of one that fails is freed before the next turn."""
     for result in order:
         if result.error is None:
             bar.set_postfix_str(result.candidate.name)
@@ -263,5 +263,5 @@ def _turns(order: Sequence[Measured], bar: tqdm) -> Iterator[Measured]:
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
-        with suppress(RuntimeError):  # a device that a candidate has broken
+        with suppress(RuntimeError):  # if a candidate has broken the device
             torch.cuda.empty_cache()

@@ -1,10 +1,9 @@
-"""Runs the cases of :mod:`.cases`: each candidate checked, then timed alone on the device, then a row per pair.
+"""Runs the cases of :mod:`.cases`: checks each candidate, times it alone on the device, and makes a row for each pair.
 
-Every peer's row has ours (``contender``) against it (``baseline``). The rivals are the peers that do the same job on
-the same inputs; the fastest of them in this run has ``best_of`` in its part of the row, the median seconds of each, so
-the rows with ``best_of`` are what a claim may rest on. Where a case says so (:attr:`.Case.best_only`), it is the only
-rival with a row. Where ours has other forms (its kernel without the packing), they are set against that rival.
-``peak_gib`` is what a candidate's calls took beyond the inputs.
+In a row, ``baseline`` is a peer and ``contender`` is ours. The rivals are the peers that compute the same on the same
+inputs. The part of the fastest rival has ``best_of``, the median seconds of all rivals; claims may rest on rows with
+``best_of`` only. If :attr:`.Case.best_only`, no other rival has a row. Other forms of ours (the kernel without packing)
+are compared with the fastest rival. ``peak_gib`` is the memory that a candidate's calls took beyond the inputs.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _TRIALS: dict[str, MakeTrial] = {
 
 
 def rounds_for(device: torch.device) -> Rounds:
-    """What a case is worth: on a GPU at most 20 rounds in 6 s, on a CPU 3."""
+    """How long to time a case: at most 6 s, and at most 20 rounds on a GPU or 3 on a CPU."""
     return Rounds(warmup=1, rounds=3, seconds=6) if device.type == "cpu" else Rounds(warmup=3, rounds=20, seconds=6)
 
 
@@ -46,24 +45,24 @@ def run(
     rounds: Rounds,
     trial: MakeTrial | None = None,
 ) -> Iterator[list[Row]]:
-    """The rows of each case as soon as it is measured; what fails, memory included, fails alone.
+    """Yield the rows of each case as soon as it is measured. A case that fails, of memory for example, fails alone.
 
-    ``trial`` makes a case's candidates; None: ours and the peers, as the case names them.
+    ``trial`` makes the candidates of a case; None: ours and the peers that the case names.
     """
     about = machine.describe(device)
     for case in cases:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a backend that cannot run warns at every call; its row says so once
+            warnings.simplefilter("ignore")  # a backend that cannot run warns at every call; its row has the error
             rows = measure(case, device, rounds, about, trial or _TRIALS[case.benchmark])
         yield rows
 
 
 def measure(case: Case, device: torch.device, rounds: Rounds, about: dict[str, Any], make: MakeTrial) -> list[Row]:
-    """The rows of one case; ``about`` is the machine's description."""
+    """The rows of one case; ``about`` describes the machine."""
     with torch.no_grad():
         try:
             trial = make(case, device)
-        except Exception as error:  # most likely of memory: a candidate's own ends that candidate
+        except Exception as error:  # most likely out of memory; an error of a candidate ends only that candidate
             return _no_inputs(case, about, error)
         calls = -(-_SAMPLE_CALLS // len(trial.inputs)) if device.type == "cuda" else 1
         meter = Meter(device, calls, trial.inputs, alone=True)
@@ -73,7 +72,7 @@ def measure(case: Case, device: torch.device, rounds: Rounds, about: dict[str, A
             if result.error is None:
                 result.candidate.info.update(rates(result.candidate.info, _median(result)))
         if results[len(trial.peers)].error is None:
-            with suppress(RuntimeError):  # of a device that a later candidate has broken
+            with suppress(RuntimeError):  # if a later candidate has broken the device
                 call = trial.ours[0].build()
                 trial.ours[0].info["sm_mhz"] = machine.sm_mhz(device, lambda: call(trial.inputs[0]))
     return _rows(case, trial, results, about)

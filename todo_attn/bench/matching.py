@@ -1,16 +1,17 @@
-"""``match_tokens`` and ``plan_pruning`` against the published arithmetic, which holds all N x N similarities.
+"""``match_tokens`` and ``plan_pruning`` against the published arithmetic, which computes all N x N similarities.
 
-The oracle is exact to float64 and judges choices by their similarity, since rounding alone sets near ties apart: a
-match may be worse than the best by a rounding of the candidate's own arithmetic (fp32 for ours, the tensors' dtype for
-the peers). Of ``match_tokens`` 512 queries are checked, spread from the first to the last, in the first and last of the
-batch; of all others, that the position is one there is, and the similarity that of the token there. Of
-``plan_pruning`` every pruned token, in the first and last of the batch.
+The oracle computes in float64. It judges a choice by its similarity, because rounding decides near ties: a match may
+be worse than the best by a rounding of the candidate's own arithmetic (fp32 for ours, the tensors' dtype for peers).
+
+- ``match_tokens``: 512 evenly spaced queries in the first and last of the batch. For all other queries: the position is
+  valid, and the similarity is that of the token at this position.
+- ``plan_pruning``: every pruned token in the first and last of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,17 +22,17 @@ from ..ops import reference
 from ..ops.pruning import without
 from .cases import DTYPES, PATCH, PRUNE_RATIO, Case
 from .harness import Candidate
-from .trial import Trial, ends, once, rotation, spread, work, wrong
+from .trial import Trial, ends, rotation, spread, work, wrong
 
 _QUERIES = 512
-_ROWS = 1024  # similarities that an oracle computes at a time
-_COSINE = 1.01  # none is beyond it, whatever was rounded
+_ROWS = 1024  # queries whose similarities an oracle computes at a time
+_COSINE = 1.01  # the largest possible, rounding included
 _OURS = 1e-5
 Choice = tuple[torch.Tensor, torch.Tensor]
 
 
 class Inputs(NamedTuple):
-    """One set: tokens (B, N, C), their scores (B, N), the bases that these give (B, Nb), and the others."""
+    """One set: tokens (B, N, C), scores (B, N), base tokens by score (B, Nb), and all other tokens (B, N - Nb)."""
 
     number: int
     x: torch.Tensor
@@ -41,7 +42,7 @@ class Inputs(NamedTuple):
 
 
 def trial(case: Case, device: torch.device) -> Trial:
-    """Ours, the published arithmetic and, for ``match_tokens``, torch ops on the pairs that matter alone."""
+    """Ours, the published arithmetic, and torch ops on only the pairs that decide something."""
 
     def make(number: int, generator: torch.Generator) -> Inputs:
         shape = (case.batch, case.tokens, case.channels)
@@ -52,7 +53,7 @@ def trial(case: Case, device: torch.device) -> Trial:
 
     inputs = rotation(make, device)
     match = case.benchmark == "match_tokens"
-    oracle = once(partial(_match_oracle if match else _plan_oracle, inputs[-1], case))
+    oracle = cache(partial(_match_oracle if match else _plan_oracle, inputs[-1], case))
     calls = _match_calls() if match else _plan_calls(case)
     check = _check_match if match else _check_plan
 
@@ -65,10 +66,10 @@ def trial(case: Case, device: torch.device) -> Trial:
 
 
 def _work(case: Case) -> dict[str, Any]:
-    """Products of the pairs that decide something; tokens read, choices written."""
+    """Operations of the pairs that decide something; bytes of the tokens read and the choices written."""
     pairs = (case.tokens - case.bases) * case.bases
     if case.benchmark == "plan_pruning":
-        pairs += case.pruned * (case.kept - case.bases)  # the best base is known
+        pairs += case.pruned * (case.kept - case.bases)  # the best base of each is known by then
     size = case.channels * DTYPES[case.dtype].itemsize
     return work(case.batch * case.tokens * (size + 8), 2 * case.batch * pairs * case.channels)
 
@@ -100,7 +101,7 @@ def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    """As published: in the dtype of the tokens, their lengths too."""
+    """As published: norms in the dtype of the tokens."""
     return x / x.norm(dim=-1, keepdim=True)
 
 
@@ -110,7 +111,7 @@ def _all_similarities(x: torch.Tensor) -> torch.Tensor:
 
 
 def _take(similarity: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Those rows and columns of each matrix."""
+    """The chosen rows and columns of each matrix."""
     similarity = similarity.gather(1, rows.unsqueeze(-1).expand(-1, -1, similarity.shape[2]))
     return similarity.gather(2, columns.unsqueeze(1).expand(-1, rows.shape[1], -1))
 
@@ -121,7 +122,7 @@ def _best(similarity: torch.Tensor) -> Choice:
 
 
 def _published_plan(x: Inputs, case: Case) -> Choice:
-    """DaTo as published: bases by score, then the rest of the choice from all N x N similarities."""
+    """DaTo as published: bases by score, all other choices from the N x N similarities."""
     bases = _bases(x, case)
     similarity = _all_similarities(x.x)
     others = without(case.tokens, bases)
@@ -133,7 +134,7 @@ def _published_plan(x: Inputs, case: Case) -> Choice:
 
 
 def _pairs_plan(x: Inputs, case: Case) -> Choice:
-    """The same choice from the similarities that decide it: a pruned token's best base is known the second time."""
+    """The same choices from the similarities that decide them; the best base of a pruned token is reused."""
     bases, unit = _bases(x, case), _unit(x.x)
     others = without(case.tokens, bases)
     base, best = _best(_rows(unit, others) @ _rows(unit, bases).mT)
@@ -158,7 +159,7 @@ def _bases(x: Inputs, case: Case) -> torch.Tensor:
 
 
 def _filled_in(x: Inputs, kept: torch.Tensor) -> torch.Tensor:
-    """What each token is filled in from, (B, N): that of those kept, of the others still to be written."""
+    """(B, N): a kept token's own position among the kept; pruned tokens are not written yet."""
     own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     return torch.empty_like(x.score, dtype=torch.int64).scatter_(1, kept, own)
 
@@ -167,7 +168,7 @@ def _filled_in(x: Inputs, kept: torch.Tensor) -> torch.Tensor:
 
 
 class _Match(NamedTuple):
-    """Of the sampled queries where they are and the best similarity; the inputs, to judge all others by."""
+    """Positions and best similarities of the sampled queries; the inputs, for all other queries."""
 
     sample: torch.Tensor
     best: torch.Tensor  # (b, S) float64
@@ -187,9 +188,9 @@ def _check_match(right: _Match, out: Choice, allowed: float) -> None:
     if position.shape != shape or similarity.shape != shape:
         raise wrong(f"of shapes {tuple(position.shape)} and {tuple(similarity.shape)}, not {tuple(shape)}")
     if position.min() < 0 or position.max() >= x.bases.shape[1]:
-        raise wrong("positions that are none")
+        raise wrong("positions out of range")
     if not (similarity.abs() <= _COSINE).all():
-        raise wrong("similarities that are none")
+        raise wrong("similarities out of range")
     chosen = _cosines(x, position)
     judged = (("a match", ends(chosen)[:, right.sample], right.best), ("a similarity", similarity, chosen))
     for what, value, expected in judged:
@@ -199,7 +200,7 @@ def _check_match(right: _Match, out: Choice, allowed: float) -> None:
 
 
 def _cosines(x: Inputs, position: torch.Tensor) -> torch.Tensor:
-    """The similarity of each query and the base at its ``position``, (B, Q) float64."""
+    """The similarity of each query to the base at its ``position``, (B, Q) float64."""
 
     def cosine(query: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         return F.cosine_similarity(_rows(x.x, query).double(), _rows(x.x, base).double(), dim=-1)
@@ -209,7 +210,7 @@ def _cosines(x: Inputs, position: torch.Tensor) -> torch.Tensor:
 
 
 class _Plan(NamedTuple):
-    """Unit tokens (b, N, C) in float64, the bases, and each other token's similarity to its best (-inf for a base)."""
+    """Normalized tokens (b, N, C) in float64, the bases, and each token's best similarity to one (-inf for a base)."""
 
     unit: torch.Tensor
     bases: torch.Tensor
@@ -234,7 +235,7 @@ def _check_plan(right: _Plan, out: Choice, allowed: float) -> None:
     if kept.shape[1] != right.kept or source.shape[1] != tokens or (kept.diff(dim=1) <= 0).any():
         raise wrong(f"must keep {right.kept} tokens in ascending order")
     if any(t.min() < 0 or t.max() >= count for t, count in zip(out, (tokens, right.kept), strict=True)):
-        raise wrong("tokens or positions that are none")
+        raise wrong("tokens or positions out of range")
     is_kept = torch.zeros_like(source, dtype=torch.bool).scatter_(1, kept, True)
     if not is_kept.gather(1, right.bases).all():
         raise wrong("a base is pruned")

@@ -1,4 +1,4 @@
-"""Rows for a person: a short table, and in plain words where ours is not the faster one."""
+"""Rows for people: a table, and sentences about what is slower, noisy or wrong."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..peak_memory import is_out_of_memory
 from .trial import WRONG
 
 Row = dict[str, Any]
-_NOTE = 100  # characters of each error
-_NOISY = 1.25  # between the rounds' 20th and 80th percentile
+_NOTE = 100  # characters of an error in the table
+_NOISY = 1.25  # ratio of the 80th to the 20th percentile of the rounds
 LEGEND = (
     "ms: the median of a candidate's rounds. speed-up: the median (20th to 80th percentile) of the ratios within a "
     "round, which is not the ratio of the two medians. *: the fastest rival"
@@ -20,7 +20,7 @@ LEGEND = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a row, of any benchmark; :data:`LEGEND` says what is in it."""
+    """One line for each row, of any benchmark; :data:`LEGEND` explains the columns."""
     return tabulate([_line(row) for row in rows], headers="keys", disable_numparse=True)
 
 
@@ -40,7 +40,7 @@ def _line(row: Row) -> dict[str, str]:
 
 
 def where(row: Row) -> str:
-    """The shape in a few words: "sd15 2048x2048 level 1, batch 2, fp16"."""
+    """The shape in short: "sd15 2048x2048 level 1, batch 2, fp16"."""
     case = row["case"]
     level = f" level {case['level']}" if "level" in case else ""
     calls = f", {case['calls']} calls" if case.get("calls", 1) != 1 else ""
@@ -50,7 +50,7 @@ def where(row: Row) -> str:
 
 
 def slower(rows: Iterable[Row]) -> list[str]:
-    """A sentence for every row in which ours is not faster than the fastest rival, or than dense attention."""
+    """A sentence for each row in which ours is not faster than the fastest rival or than dense attention."""
     return [
         f"{row['benchmark']}, {where(row)}: {row['contender']['name']} is not faster here, it takes "
         f"{1 / row['speedup']['p50']:.2f}x the time of {row['baseline']['name']}"
@@ -61,7 +61,7 @@ def slower(rows: Iterable[Row]) -> list[str]:
 
 
 def noisy(rows: Sequence[Row]) -> list[str]:
-    """A sentence if the machine did something else meanwhile: where the ratio changes much from round to round."""
+    """A sentence if the speed-up varies much between rounds, as it does if the machine is busy."""
 
     def spread(row: Row) -> float:
         return row["speedup"]["p80"] / row["speedup"]["p20"]
@@ -80,13 +80,13 @@ def noisy(rows: Sequence[Row]) -> list[str]:
 
 
 def found_no_memory(rows: Sequence[Row]) -> bool:
-    """Whether nothing could be timed, for lack of memory."""
+    """Whether nothing was timed because memory ran out."""
     errors = [candidate["error"] or "" for row in rows for candidate in (row["baseline"], row["contender"])]
     return not any(row["speedup"] for row in rows) and any(map(_is_of_memory, errors))
 
 
 def refused(rows: Iterable[Row]) -> list[str]:
-    """A sentence for each of ours whose result was wrong, so that it was not timed: a failure, not a measurement."""
+    """A sentence for each candidate of ours that was not timed because its result was wrong."""
     sentences = (
         f"{row['benchmark']}, {where(row)}: {candidate['name']} was refused: {candidate['error']}"
         for row in rows
@@ -97,7 +97,7 @@ def refused(rows: Iterable[Row]) -> list[str]:
 
 
 def _note(*candidates: Row) -> str:
-    """What ended which of them."""
+    """The errors, each with the candidates that it ended."""
     names: dict[str, list[str]] = {}
     for candidate in candidates:
         if candidate["error"]:
@@ -120,7 +120,7 @@ def _milliseconds(candidate: Row) -> str:
 
 
 def _rate(row: Row) -> str:
-    """Ours, in the unit that its benchmark is about."""
+    """The rate of ours: TFLOP/s if operations are known, else GB/s."""
     candidate = row["contender"]
     if "tflops" in candidate:
         return f"{candidate['tflops']:.3g} TFLOP/s"

@@ -1,12 +1,12 @@
-"""``gather``, ``scatter`` and ``recover`` against the torch ops they replace and a copy of as many bytes.
+"""``gather``, ``scatter`` and ``recover`` against the torch ops that they replace, and a copy of as many bytes.
 
-The oracle is :mod:`todo_attn.ops.reference` on the same tensors: every bit of every candidate must be the same.
+The oracle is :mod:`todo_attn.ops.reference` on the same tensors; every candidate must equal it bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -15,28 +15,28 @@ from .. import ops
 from ..ops import reference
 from .cases import DTYPES, Case
 from .harness import Candidate
-from .trial import Trial, once, rotation, work, wrong
+from .trial import Trial, rotation, work, wrong
 
 
 class Inputs(NamedTuple):
-    """One set of DaTo's tokens: all N of a picture, and the K of them that stay."""
+    """One set of DaTo's tokens: all N of each image, and the K kept ones after a layer."""
 
     number: int
     tokens: torch.Tensor  # (B, N, C)
-    stay: torch.Tensor  # (B, K, C)
-    kept: torch.Tensor  # (B, K): where they stand, ascending
-    pruned: torch.Tensor  # (B, N - K): where the others stand
-    match: torch.Tensor  # (B, N - K): which of those that stay each is filled in from
-    source: torch.Tensor  # (B, N): the same for every token; of one that stays itself
-    picture: torch.Tensor  # (B, 1): its number in the batch, for indices into all rows of a batch
+    stay: torch.Tensor  # (B, K, C): new values of the kept tokens
+    kept: torch.Tensor  # (B, K): positions of the kept tokens, ascending
+    pruned: torch.Tensor  # (B, N - K): positions of the pruned tokens
+    match: torch.Tensor  # (B, N - K): for each pruned token, the kept one that fills it in
+    source: torch.Tensor  # (B, N): the same for every token; a kept one fills itself in
+    image: torch.Tensor  # (B, 1): number in the batch, for indices into all rows of the batch
 
 
 def trial(case: Case, device: torch.device) -> Trial:
-    """Ours, torch's ops in the ways they can be called, for ``recover`` the published ones too, and the copy."""
+    """Ours; each way to do it by torch ops, for ``recover`` the published one as well; and the copy."""
     inputs = rotation(partial(_make, case, device), device)
     ours, peers = _CANDIDATES[case.benchmark]
     moved = _bytes(case)
-    right = once(lambda: _run_oracle(case, inputs[-1]))
+    right = cache(lambda: _run_oracle(case, inputs[-1]))
     originals = [_random_bytes(moved // 2, device) for _ in inputs]
 
     def candidate(name: str, call: Callable[[Inputs, bool], torch.Tensor]) -> Candidate:
@@ -60,10 +60,10 @@ def _make(case: Case, device: torch.device, number: int, generator: torch.Genera
     match = torch.randint(case.kept, pruned.shape, generator=generator, device=device)
     own = torch.arange(case.kept, device=device).expand(batch, -1)
     source = torch.empty_like(order).scatter_(1, kept, own).scatter_(1, pruned, match)
-    # Not the kept tokens themselves: putting those back would change nothing.
+    # Not the values of the kept tokens: scattering those would change nothing.
     stay = torch.randn((batch, case.kept, case.channels), generator=generator, device=device, dtype=tokens.dtype)
-    picture = torch.arange(batch, device=device)[:, None]
-    return Inputs(number, tokens, stay, kept, pruned, match, source, picture)
+    image = torch.arange(batch, device=device)[:, None]
+    return Inputs(number, tokens, stay, kept, pruned, match, source, image)
 
 
 def _random_bytes(count: int, device: torch.device) -> torch.Tensor:
@@ -71,7 +71,7 @@ def _random_bytes(count: int, device: torch.device) -> torch.Tensor:
 
 
 def _bytes(case: Case) -> int:
-    """Read and written, each token once; indices are int64."""
+    """Bytes read and written, each token once; indices are int64."""
     size = case.channels * DTYPES[case.dtype].itemsize
     tokens, indices = {
         "gather": (2 * case.kept, case.kept),
@@ -94,7 +94,7 @@ def _check(out: torch.Tensor, right: torch.Tensor) -> None:
         raise wrong("not the same to the last bit")
 
 
-# The candidates: each takes one set of inputs, and whether the whole picture's tokens are to be added.
+# The candidates: each takes one set of inputs, and whether a residual of all tokens is added.
 
 
 def _wide(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -102,8 +102,8 @@ def _wide(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _flat(x: Inputs, index: torch.Tensor, count: int) -> torch.Tensor:
-    """As numbers of rows in a batch of ``count`` each, one picture after the other."""
-    return torch.add(index, x.picture, alpha=count).flatten()
+    """Indices into the rows of all images, of which each has ``count``."""
+    return torch.add(index, x.image, alpha=count).flatten()
 
 
 def _select(x: Inputs, t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _index_select_recover(x: Inputs, residual: bool) -> torch.Tensor:
 
 
 def _published_recover(x: Inputs, residual: bool) -> torch.Tensor:
-    """DaTo as published: those that stay go to their places, the others are taken from them and go to theirs."""
+    """DaTo as published: scatter the kept tokens, then gather what fills in the pruned ones and scatter that."""
     out = torch.empty_like(x.tokens)
     out.scatter_(1, _wide(x.kept, out), x.stay)
     out.scatter_(1, _wide(x.pruned, out), x.stay.gather(1, _wide(x.match, out)))

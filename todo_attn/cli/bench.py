@@ -1,4 +1,4 @@
-"""What ``todo-attn bench`` does: a short kernel benchmark of this machine."""
+"""``todo-attn bench``: the short form of the kernel benchmark."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def bench(
     show: Callable[[list[dict[str, Any]]], None],
     architecture: Architecture | None = None,
 ) -> dict[str, Any]:
-    """Time an image's self-attentions under ToDo, and DaTo's ops at its finest level, against their peers.
+    """Time the self-attentions of an image under ToDo, and DaTo's ops at its finest level, against their peers.
 
     Args:
         device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N".
-        dtype: "auto" (fp16 on CUDA, else fp32), fp32, fp16, bf16, or torch's name of one of these.
+        dtype: "auto" (fp16 on CUDA, else fp32), fp32, fp16, bf16, or torch's name for one of these.
         model: "sd15" or "sdxl", or the name of ``architecture`` in the rows.
-        height, width: in pixels; a square if only one is given; if none, 2048 on a GPU and 768 on a CPU.
+        height, width: in pixels. If only one is given, the image is square; if none, 2048 on a GPU and 768 on a CPU.
         show: called with the rows of each case as soon as they are measured.
-        architecture: the UNet; None for "sd15" and "sdxl".
+        architecture: the UNet, if ``model`` is not "sd15" or "sdxl".
 
     Returns:
-        ``rows``, as :func:`todo_attn.bench.harness.compare` makes them, and ``notes``, sentences: if
-        ToDo does nothing, if it is not the faster one, and if the machine is too busy to tell.
+        ``rows``, as :func:`todo_attn.bench.harness.compare` makes them; ``notes``, sentences about what ToDo leaves as
+        it is, what is slower, and whether the machine is too busy for a result; and ``machine``.
 
     Raises:
-        ArgumentError: an argument that does not fit; nothing has been timed then.
+        ArgumentError: an argument does not fit. Nothing is timed then.
     """
     where = torch.device(resolved_device(device, mps=False))
     gpu = where.type == "cuda"
