@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import sass
+from benchmarks.options import check_among
 from todo_attn.config.modes import MODES
 from todo_attn.kernels import attention, configs, launch, match, pack
 
@@ -93,10 +94,10 @@ def parsed(text: str) -> configs.KernelConfig:
 
 
 def variants(
-    arches: list[int],
-    dtypes: list[str],
-    head_dims: list[int],
-    channels: list[int],
+    arches: Sequence[int],
+    dtypes: Sequence[str],
+    head_dims: Sequence[int],
+    channels: Sequence[int],
     settings: list[configs.KernelConfig] | None = None,
 ) -> Iterator[Variant]:
     """Every kernel in every mode. "tail" is another attention kernel only for head dims without a ones column.
@@ -225,18 +226,15 @@ def main(
     jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
 ) -> None:
     """Registers, spills, shared memory and clocks per score of every kernel; the GPUs need not be here."""
-    if unknown := set(arch or ()) - set(ARCHITECTURES):
-        raise typer.BadParameter(f"--arch must be among {ARCHITECTURES}, got {unknown}")
-    if wrong := set(dtype or ()) - set(DTYPES):
-        raise typer.BadParameter(f"--dtype must be among {DTYPES}, got {wrong}")
+    check_among("arch", arch or (), ARCHITECTURES)
+    check_among("dtype", dtype or (), DTYPES)
+    check_among("kernel", [kernel], (*KERNELS, "all"))
     for value in head_dim or ():
         if value % 8 or not 8 <= value <= 256:
             raise typer.BadParameter(f"--head-dim must be a multiple of 8 from 8 to 256, got {value}")
     for value in channels or ():
         if value < 1:
             raise typer.BadParameter(f"--channels must be at least 1, got {value}")
-    if kernel not in (*KERNELS, "all"):
-        raise typer.BadParameter(f"--kernel must be one of {', '.join(KERNELS)} or all, got {kernel!r}")
     others = list(dict.fromkeys(parsed(text) for text in settings or ()))
     if others and kernel not in ("attention", "all"):
         raise typer.BadParameter(f"--settings are the attention kernel's, got --kernel {kernel}")
@@ -246,17 +244,9 @@ def main(
         raise typer.BadParameter(f"--jobs must be at least 1, got {jobs}")
     if dump:
         _writable(dump)
-    todo = [
-        v
-        for v in variants(
-            arch or list(ARCHITECTURES),
-            dtype or [d for d in DTYPES if d != "fp32" or not others],  # other tiles are for tensor cores
-            head_dim or list(HEAD_DIMS),
-            channels or list(CHANNELS),
-            others,
-        )
-        if kernel in ("all", v.kernel)
-    ]
+    dtypes = dtype or [d for d in DTYPES if d != "fp32" or not others]  # other tiles are for tensor cores
+    every = variants(arch or ARCHITECTURES, dtypes, head_dim or HEAD_DIMS, channels or CHANNELS, others)
+    todo = [variant for variant in every if kernel in ("all", variant.kernel)]
     with ProcessPoolExecutor(jobs) as pool:
         rows = list(tqdm(pool.map(report, todo, [dump] * len(todo)), total=len(todo), desc="compiling"))
     if as_json:

@@ -8,8 +8,6 @@ import torch
 from diffusers.models import UNet2DConditionModel
 
 from todo_attn.models import architectures, unets
-from todo_attn.models.architectures import PIXELS_PER_LATENT
-from todo_attn.models.unets import random_inputs
 
 TRAINING_STEPS = 1000
 _TINY = {
@@ -28,18 +26,6 @@ CONFIGS: dict[str, dict[str, Any]] = {**architectures.CONFIGS, "tiny": _TINY}
 def build(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:
     """The UNet ``name`` of :data:`CONFIGS` with random weights."""
     return unets.with_random_weights(CONFIGS[name], device, dtype, seed)
-
-
-def inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int) -> dict[str, Any]:
-    """:func:`todo_attn.predict.timing.random_inputs` for images of ``height`` x ``width`` pixels.
-
-    Raises:
-        ValueError: a side that is not a positive multiple of 8.
-    """
-    for name, value in (("height", height), ("width", width)):
-        if value < 1 or value % PIXELS_PER_LATENT:
-            raise ValueError(f"{name} must be a positive multiple of {PIXELS_PER_LATENT}, in pixels, got {value}")
-    return random_inputs(unet, batch, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
 
 
 def timesteps(device: torch.device, calls: int) -> torch.Tensor:

@@ -23,10 +23,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
-from benchmarks import RESULTS, models
+from benchmarks import RESULTS
 from benchmarks.plot_model import Row, ceiling, predicted_speedups, rates_of, side_of
 from todo_attn import ToDoConfig, machine
 from todo_attn.bench import jsonl
+from todo_attn.models.architectures import PIXELS_PER_LATENT
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 # Okabe and Ito's colours, distinct for every kind of colour vision; ours first.
@@ -240,7 +241,7 @@ def _is_todo(row: Row) -> bool:
 
 def _even_sizes(low: float, high: float) -> list[float]:
     """Sizes from ``low`` to ``high``, evenly spaced on a logarithmic axis, in whole latents."""
-    unit = 8 * models.PIXELS_PER_LATENT
+    unit = 8 * PIXELS_PER_LATENT
     steps = (low * (high / low) ** (i / (_LINE_POINTS - 1)) for i in range(_LINE_POINTS))
     return sorted({unit * round(step / unit) for step in steps})
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import models
 from todo_attn import ToDoConfig
+from todo_attn.models.architectures import PIXELS_PER_LATENT
 from todo_attn.predict.count import count_self_attention, count_work
 from todo_attn.predict.model import Rates, rates_from_share
 
@@ -26,7 +27,7 @@ def side_of(case: Row) -> float:
 
 def predicted_speedups(model: str, side: float, configs: Sequence[ToDoConfig], rates: Rates) -> list[float]:
     """The speed-up of each of ``configs`` by :mod:`todo_attn.predict.model`, for a square of ``side`` pixels."""
-    pixels = round(side / models.PIXELS_PER_LATENT) * models.PIXELS_PER_LATENT
+    pixels = round(side / PIXELS_PER_LATENT) * PIXELS_PER_LATENT
     dense, *todo = count_work(models.CONFIGS[model], pixels, pixels, configs, batch=1)
     return [rates.seconds(dense.full) / rates.seconds(work.full) for work in todo]
 

@@ -20,8 +20,10 @@ from todo_attn.bench.harness import Candidate, Sample, nothing
 from todo_attn.bench.unet import CallTimes, Run
 from todo_attn.config.schedule import FULL, SHALLOW
 from todo_attn.diffusers.levels import transformers_by_level
+from todo_attn.models.architectures import PIXELS_PER_LATENT
 from todo_attn.models.unets import twin
 from todo_attn.options.methods import Method
+from todo_attn.predict.timing import random_inputs
 
 # Puts a method on a UNet, and returns what frees its memory after a run.
 Patch = Callable[[UNet2DConditionModel], Callable[[], object]]
@@ -60,7 +62,7 @@ class Candidates:
         compiled: bool = False,
     ) -> None:
         self.unet, self.height, self.width = unet, height, width
-        self.inputs = models.inputs(unet, height, width, batch)
+        self.inputs = random_inputs(unet, batch, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         self.timesteps = models.timesteps(unet.device, calls)
         self.calls, self.warmup, self.compiled = calls, warmup, compiled
 

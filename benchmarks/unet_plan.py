@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 import typer
 
-from benchmarks import models
 from benchmarks.options import check_among
 from todo_attn.config.schedule import names as published
+from todo_attn.models.architectures import PIXELS_PER_LATENT
 from todo_attn.options.methods import KINDS, MethodOptions, SettingError
 
 DENSE = "dense"
@@ -156,5 +156,5 @@ def check_sizes(sizes: Sequence[Size]) -> None:
         typer.BadParameter: with the wrong value.
     """
     for side in (side for size in sizes for side in size):
-        if side < 1 or side % models.PIXELS_PER_LATENT:
-            raise typer.BadParameter(f"sizes must be multiples of {models.PIXELS_PER_LATENT} pixels, got {side}")
+        if side < 1 or side % PIXELS_PER_LATENT:
+            raise typer.BadParameter(f"sizes must be multiples of {PIXELS_PER_LATENT} pixels, got {side}")

@@ -54,7 +54,7 @@ def trial(case: Case, device: torch.device) -> Trial:
     inputs = rotation(make, device)
     match = case.benchmark == "match_tokens"
     oracle = cache(partial(_match_oracle if match else _plan_oracle, inputs[-1], case))
-    calls = _match_calls() if match else _plan_calls(case)
+    calls = _calls(case)
     check = _check_match if match else _check_plan
 
     def candidate(name: str) -> Candidate:
@@ -77,23 +77,18 @@ def _work(case: Case) -> dict[str, Any]:
 # The candidates.
 
 
-def _match_calls() -> dict[str, Callable[[Inputs], Choice]]:
-    def published(x: Inputs) -> Choice:
-        return _best(_take(_all_similarities(x.x), x.others, x.bases))
-
-    def pairs(x: Inputs) -> Choice:
-        unit = _unit(x.x)
-        return _best(_rows(unit, x.others) @ _rows(unit, x.bases).mT)
-
-    return {"todo": lambda x: ops.match_tokens(x.x, x.others, x.bases), "published": published, "torch-pairs": pairs}
-
-
-def _plan_calls(case: Case) -> dict[str, Callable[[Inputs], Choice]]:
-    def ours(x: Inputs) -> Choice:
-        return ops.plan_pruning(x.x, x.score, case.grid, PRUNE_RATIO, PATCH)
-
-    published, pairs = (partial(call, case=case) for call in (_published_plan, _pairs_plan))
-    return {"todo": ours, "published": published, "torch-pairs": pairs}
+def _calls(case: Case) -> dict[str, Callable[[Inputs], Choice]]:
+    if case.benchmark == "plan_pruning":
+        return {
+            "todo": lambda x: ops.plan_pruning(x.x, x.score, case.grid, PRUNE_RATIO, PATCH),
+            "published": partial(_published_plan, case=case),
+            "torch-pairs": partial(_pairs_plan, case=case),
+        }
+    return {
+        "todo": lambda x: ops.match_tokens(x.x, x.others, x.bases),
+        "published": lambda x: _best(_take(_all_similarities(x.x), x.others, x.bases)),
+        "torch-pairs": lambda x: _best_pairs(_unit(x.x), x.others, x.bases),
+    }
 
 
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -121,6 +116,10 @@ def _best(similarity: torch.Tensor) -> Choice:
     return position, best
 
 
+def _best_pairs(unit: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> Choice:
+    return _best(_rows(unit, rows) @ _rows(unit, columns).mT)
+
+
 def _published_plan(x: Inputs, case: Case) -> Choice:
     """DaTo as published: bases by score, all other choices from the N x N similarities."""
     bases = _bases(x, case)
@@ -137,11 +136,11 @@ def _pairs_plan(x: Inputs, case: Case) -> Choice:
     """The same choices from the similarities that decide them; the best base of a pruned token is reused."""
     bases, unit = _bases(x, case), _unit(x.x)
     others = without(case.tokens, bases)
-    base, best = _best(_rows(unit, others) @ _rows(unit, bases).mT)
+    base, best = _best_pairs(unit, others, bases)
     order = best.argsort(dim=1, descending=True)
     first = order[:, : case.pruned]
     gone, stays = others.gather(1, first), others.gather(1, order[:, case.pruned :])
-    rival, ahead = _best(_rows(unit, gone) @ _rows(unit, stays).mT)
+    rival, ahead = _best_pairs(unit, gone, stays)
     token = torch.where(ahead > best.gather(1, first), stays.gather(1, rival), bases.gather(1, base.gather(1, first)))
     kept = without(case.tokens, gone)
     source = _filled_in(x, kept)

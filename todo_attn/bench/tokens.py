@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,27 +29,27 @@ class Inputs(NamedTuple):
     match: torch.Tensor  # (B, N - K): for each pruned token, the kept one that fills it in
     source: torch.Tensor  # (B, N): the same for every token; a kept one fills itself in
     image: torch.Tensor  # (B, 1): number in the batch, for indices into all rows of the batch
+    adds_residual: bool
+
+    @property
+    def residual(self) -> torch.Tensor | None:
+        """(B, N, C), which "recover" adds."""
+        return self.tokens if self.adds_residual else None
 
 
 def trial(case: Case, device: torch.device) -> Trial:
     """Ours; each way to do it by torch ops, for ``recover`` the published one as well; and the copy."""
     inputs = rotation(partial(_make, case, device), device)
-    ours, peers = _CANDIDATES[case.benchmark]
-    moved = _bytes(case)
-    right = cache(lambda: _run_oracle(case, inputs[-1]))
-    originals = [_random_bytes(moved // 2, device) for _ in inputs]
+    peers, moved = _PEERS[case.benchmark], _bytes(case)
+    right = cache(lambda: _op(case.benchmark, reference)(inputs[-1]))
+    originals = [torch.randint(256, (moved // 2,), dtype=torch.uint8, device=device) for _ in inputs]
 
-    def candidate(name: str, call: Callable[[Inputs, bool], torch.Tensor]) -> Candidate:
-        return Candidate(name, lambda: lambda x: call(x, case.residual), work(moved), lambda out: _check(out, right()))
+    def candidate(name: str, call: Call, expected: Callable[[], torch.Tensor] = right) -> Candidate:
+        return Candidate(name, lambda: call, work(moved), lambda out: _check(out, expected()))
 
-    copy = Candidate(
-        "copy",
-        lambda: lambda x: originals[x.number].clone(),
-        work(moved),
-        lambda out: _check(out, originals[-1]),
-    )
+    copy = candidate("copy", lambda x: originals[x.number].clone(), lambda: originals[-1])
     named = [candidate(name, call) for name, call in peers.items()]
-    return Trial(inputs, [candidate("todo", ours)], [*named, copy], tuple(peers))
+    return Trial(inputs, [candidate("todo", _op(case.benchmark, ops))], [*named, copy], tuple(peers))
 
 
 def _make(case: Case, device: torch.device, number: int, generator: torch.Generator) -> Inputs:
@@ -63,11 +63,7 @@ def _make(case: Case, device: torch.device, number: int, generator: torch.Genera
     # Not the values of the kept tokens: scattering those would change nothing.
     stay = torch.randn((batch, case.kept, case.channels), generator=generator, device=device, dtype=tokens.dtype)
     image = torch.arange(batch, device=device)[:, None]
-    return Inputs(number, tokens, stay, kept, pruned, match, source, image)
-
-
-def _random_bytes(count: int, device: torch.device) -> torch.Tensor:
-    return torch.randint(256, (count,), dtype=torch.uint8, device=device)
+    return Inputs(number, tokens, stay, kept, pruned, match, source, image, case.residual)
 
 
 def _bytes(case: Case) -> int:
@@ -81,20 +77,12 @@ def _bytes(case: Case) -> int:
     return case.batch * (tokens * size + indices * 8)
 
 
-def _run_oracle(case: Case, x: Inputs) -> torch.Tensor:
-    if case.benchmark == "gather":
-        return reference.gather_tokens(x.tokens, x.kept)
-    if case.benchmark == "scatter":
-        return reference.scatter_tokens(x.tokens, x.kept, x.stay)
-    return reference.recover_tokens(x.stay, x.source, x.tokens if case.residual else None)
-
-
 def _check(out: torch.Tensor, right: torch.Tensor) -> None:
     if out.shape != right.shape or not torch.equal(out, right):
         raise wrong("not the same to the last bit")
 
 
-# The candidates: each takes one set of inputs, and whether a residual of all tokens is added.
+# The candidates.
 
 
 def _wide(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -110,59 +98,47 @@ def _select(x: Inputs, t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return t.flatten(0, 1).index_select(0, _flat(x, index, t.shape[1])).unflatten(0, index.shape)
 
 
-def _gather(x: Inputs, residual: bool) -> torch.Tensor:
-    return ops.gather_tokens(x.tokens, x.kept)
-
-
-def _torch_gather(x: Inputs, residual: bool) -> torch.Tensor:
-    return x.tokens.gather(1, _wide(x.kept, x.tokens))
-
-
-def _index_select(x: Inputs, residual: bool) -> torch.Tensor:
-    return _select(x, x.tokens, x.kept)
-
-
-def _scatter(x: Inputs, residual: bool) -> torch.Tensor:
-    return ops.scatter_tokens(x.tokens, x.kept, x.stay)
-
-
-def _torch_scatter(x: Inputs, residual: bool) -> torch.Tensor:
-    return x.tokens.scatter(1, _wide(x.kept, x.tokens), x.stay)
-
-
-def _index_copy(x: Inputs, residual: bool) -> torch.Tensor:
+def _index_copy(x: Inputs) -> torch.Tensor:
     rows = _flat(x, x.kept, x.tokens.shape[1])
     return x.tokens.flatten(0, 1).index_copy(0, rows, x.stay.flatten(0, 1)).view_as(x.tokens)
 
 
-def _recover(x: Inputs, residual: bool) -> torch.Tensor:
-    return ops.recover_tokens(x.stay, x.source, x.tokens if residual else None)
-
-
-def _torch_recover(x: Inputs, residual: bool) -> torch.Tensor:
-    out = x.stay.gather(1, _wide(x.source, x.stay))
-    return out.add_(x.tokens) if residual else out
-
-
-def _index_select_recover(x: Inputs, residual: bool) -> torch.Tensor:
-    out = _select(x, x.stay, x.source)
-    return out.add_(x.tokens) if residual else out
-
-
-def _published_recover(x: Inputs, residual: bool) -> torch.Tensor:
+def _published_recover(x: Inputs) -> torch.Tensor:
     """DaTo as published: scatter the kept tokens, then gather what fills in the pruned ones and scatter that."""
     out = torch.empty_like(x.tokens)
     out.scatter_(1, _wide(x.kept, out), x.stay)
     out.scatter_(1, _wide(x.pruned, out), x.stay.gather(1, _wide(x.match, out)))
-    return out + x.tokens if residual else out
+    return out if x.residual is None else out + x.residual
 
 
-_Call = Callable[[Inputs, bool], torch.Tensor]
-_CANDIDATES: dict[str, tuple[_Call, dict[str, _Call]]] = {
-    "gather": (_gather, {"torch": _torch_gather, "index_select": _index_select}),
-    "scatter": (_scatter, {"torch": _torch_scatter, "index_copy": _index_copy}),
-    "recover": (
-        _recover,
-        {"torch": _torch_recover, "index_select": _index_select_recover, "published": _published_recover},
-    ),
+def _added(out: torch.Tensor, x: Inputs) -> torch.Tensor:
+    return out if x.residual is None else out.add_(x.residual)
+
+
+Call = Callable[[Inputs], torch.Tensor]
+
+
+def _op(benchmark: str, module: Any) -> Call:
+    """The op of a benchmark, from ``todo_attn.ops`` or its reference."""
+    return {
+        "gather": lambda x: module.gather_tokens(x.tokens, x.kept),
+        "scatter": lambda x: module.scatter_tokens(x.tokens, x.kept, x.stay),
+        "recover": lambda x: module.recover_tokens(x.stay, x.source, x.residual),
+    }[benchmark]
+
+
+_PEERS: dict[str, dict[str, Call]] = {
+    "gather": {
+        "torch": lambda x: x.tokens.gather(1, _wide(x.kept, x.tokens)),
+        "index_select": lambda x: _select(x, x.tokens, x.kept),
+    },
+    "scatter": {
+        "torch": lambda x: x.tokens.scatter(1, _wide(x.kept, x.tokens), x.stay),
+        "index_copy": _index_copy,
+    },
+    "recover": {
+        "torch": lambda x: _added(x.stay.gather(1, _wide(x.source, x.stay)), x),
+        "index_select": lambda x: _added(_select(x, x.stay, x.source), x),
+        "published": _published_recover,
+    },
 }

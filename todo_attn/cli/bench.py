@@ -53,11 +53,8 @@ def bench(
     check_area(height, width)
     dtype = ("fp16" if gpu else "fp32") if dtype == "auto" else _SHORT.get(dtype, dtype)
     batch = 2 if gpu else 1
-    if architecture is None:
-        chosen = cases.short(model, height, width, batch, dtype)
-    else:
-        levels, pixels_per_latent = _heads(architecture), architecture.pixels_per_latent
-        chosen = cases.short(model, height, width, batch, dtype, levels, pixels_per_latent)
+    own = () if architecture is None else (_heads(architecture), architecture.pixels_per_latent)
+    chosen = cases.short(model, height, width, batch, dtype, *own)
     if not gpu:
         machine.keep_freed_memory()
     rows = []
