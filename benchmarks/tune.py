@@ -26,9 +26,9 @@ from benchmarks import kernels as benchmark
 from benchmarks.options import check_among, checked_out, chosen_device
 from todo_attn import machine
 from todo_attn.bench import attention
-from todo_attn.bench.attention import Call
 from todo_attn.bench.cases import Case
 from todo_attn.bench.kernels import MakeTrial
+from todo_attn.bench.peers import Call
 from todo_attn.bench.trial import Trial
 from todo_attn.kernels.configs import KernelConfig, tiles
 from todo_attn.kernels.launch import attention as downsampled_attention

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from todo_attn import machine, ops
-from todo_attn.bench import attention, harness, kernels, matching, report, tokens, trial
+from todo_attn.bench import attention, harness, kernels, matching, peers, report, tokens, trial
 from todo_attn.bench.cases import Case
 from todo_attn.bench.harness import Rounds
 
@@ -37,7 +37,7 @@ def _quick(monkeypatch):
     """Two sets of inputs; and Triton's interpreter, which is slow, only where a test asks for it."""
     monkeypatch.setattr(machine, "cache_bytes", lambda device: 1)
     if not torch.cuda.is_available():
-        monkeypatch.setattr(attention, "_packed", lambda case, device: attention.needs_cuda(device))
+        monkeypatch.setattr(attention, "_packed", lambda case, device: trial.needs_cuda(device))
 
 
 PACKED = attention._packed
@@ -105,10 +105,11 @@ def test_every_way_to_do_it_in_torch_is_a_rival(case, rivals):
 
 
 def test_where_no_rival_runs_each_says_why(monkeypatch):
-    def broken(backend, device):
+    def broken(inputs, case, device):
         raise RuntimeError("no such backend")
 
-    monkeypatch.setattr(attention, "_sdpa", broken)
+    for name in attention.SDPA:
+        monkeypatch.setitem(peers.BUILD, name, broken)
     rows = run(replace(ATTENTION, peers="best"))
     assert [row["baseline"]["error"] for row in rows] == ["RuntimeError: no such backend"] * 3
     assert [row["speedup"] for row in rows] == [None] * 3
@@ -286,8 +287,8 @@ def test_a_plan_that_cannot_be_judged_is_not_right(name):
 
 
 def test_a_missing_peer_is_a_row_that_says_so(monkeypatch):
-    monkeypatch.setattr(attention, "needs_cuda", lambda device: None)
-    monkeypatch.setattr(attention, "_flex", lambda device: 1 / 0)  # compiles for the CPU otherwise
+    monkeypatch.setattr(peers, "needs_cuda", lambda device: None)
+    monkeypatch.setitem(peers.BUILD, "flex", lambda *_: 1 / 0)  # compiles for the CPU otherwise
     monkeypatch.setitem(sys.modules, "sageattention", None)
     row = next(row for row in run(ATTENTION) if row["baseline"]["name"] == "sage")
     assert row["baseline"]["error"].startswith("ModuleNotFoundError: ")
@@ -312,8 +313,8 @@ def test_sage_gets_padded_tokens_and_keys_of_its_own(monkeypatch):
     module = types.ModuleType("sageattention")
     module.sageattn = sageattn
     monkeypatch.setitem(sys.modules, "sageattention", module)
-    monkeypatch.setattr(attention, "needs_cuda", lambda device: None)
-    monkeypatch.setattr(attention, "_flex", lambda device: 1 / 0)
+    monkeypatch.setattr(peers, "needs_cuda", lambda device: None)
+    monkeypatch.setitem(peers.BUILD, "flex", lambda *_: 1 / 0)
     rows = {row["baseline"]["name"]: row for row in run(ATTENTION) if row["contender"]["name"] == "todo"}
     assert rows["sage"]["baseline"]["error"] is None
     assert rows["sdpa-flash"]["baseline"]["error"] is None

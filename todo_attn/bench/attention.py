@@ -1,4 +1,4 @@
-"""``downsampled_attention`` against what else computes it.
+"""``downsampled_attention`` against its peers, and the checks of their results.
 
 Every result is checked twice, and no check ever holds N x M scores.
 
@@ -18,46 +18,25 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
 from ..ops import backends, reference
 from .cases import DTYPES, SDPA, Case
 from .harness import Candidate
-from .trial import Trial, ends, needs_cuda, rotation, spread, work, wrong
+from .peers import BUILD, Call, Inputs, torch_attention
+from .trial import Trial, ends, rotation, spread, work, wrong
 
 _QUERIES = 512
 _TILE = 128  # queries compared together
 _PIECE = 2**24  # elements of each tensor that a check has in memory at a time
 _SLACK = 4  # a tile is a small sample, and its distance includes torch's own error
 _OURS, _PEERS, _QUANTISED = 2, 8, 256  # bounds, in errors of torch's own attention
-_BACKENDS = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-}
-_SAGE_HEAD_DIMS = (64, 96, 128)
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class Inputs(NamedTuple):
-    """One set: queries, keys and values of the full grid, (B, N, H, D); keys and values of the coarse, (B, M, H, D)."""
-
-    number: int
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    coarse_key: torch.Tensor
-    coarse_value: torch.Tensor
-
-
-Call = Callable[[Inputs], torch.Tensor]
 
 
 def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None = None) -> Trial:
     """The candidates that ``case.peers`` names, or the ``variants`` of ours against ours as shipped."""
 
-    def make(number: int, generator: torch.Generator) -> Inputs:
+    def make_inputs(number: int, generator: torch.Generator) -> Inputs:
         shape = (case.batch, case.tokens, case.heads, case.head_dim)
         query, key, value = (
             torch.randn(shape, generator=generator, device=device, dtype=DTYPES[case.dtype]) for _ in range(3)
@@ -65,19 +44,15 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
         coarse = (_coarse(t, case) for t in (key, value))
         return Inputs(number, query, key, value, *(t.contiguous() for t in coarse))
 
-    inputs = rotation(make, device)
+    inputs = rotation(make_inputs, device)
     peers, forms = case.candidates
     oracles = {dense: cache(partial(_oracle, inputs[-1], case, dense)) for dense in (False, True)}
-    build: dict[str, Callable[[], Call]] = {
-        "dense": lambda: lambda x: _torch_attention(x.query, x.key, x.value),
-        "flex": partial(_flex, device),
-        "sage": partial(_sage, inputs, case, device),
-        "published": lambda: partial(_published, case=case),
+    build: dict[str, Callable[[], Call]] = {name: partial(make, inputs, case, device) for name, make in BUILD.items()}
+    build |= {
         "todo": lambda: lambda x: ops.downsampled_attention(x.query, x.key, x.value, case.grid, case.factor),
         "todo-coarse": lambda: lambda x: ops.downsampled_attention(x.query, x.coarse_key, x.coarse_value, case.coarse),
         "todo-packed": partial(_packed, case, device),
     }
-    build |= {name: partial(_sdpa, backend, device) for name, backend in _BACKENDS.items()}
     exact = {"todo", *forms, *(variants or {})}
 
     def candidate(name: str, make: Callable[[], Call] | None = None) -> Candidate:
@@ -125,10 +100,10 @@ def _oracle(x: Inputs, case: Case, dense: bool) -> _Oracle:
     rows = spread(case.tokens, _QUERIES, x.query.device)
     right = _right(ends(x.query[:, rows]), ends(x.key), ends(x.value), case, (1, 1) if dense else case.factor)
     if dense:
-        plain = _torch_attention(ends(x.query[:, rows]), ends(x.key), ends(x.value))
+        plain = torch_attention(ends(x.query[:, rows]), ends(x.key), ends(x.value))
         error = _distance(plain, right)
     else:
-        plain = _torch_attention(x.query, x.coarse_key, x.coarse_value)
+        plain = torch_attention(x.query, x.coarse_key, x.coarse_value)
         error = _distance(ends(plain[:, rows]), right)
     smallest = torch.finfo(x.query.dtype).eps / 2
     return _Oracle(rows, right, max(error, smallest), None if dense else plain, tuple(x.query.shape))
@@ -178,68 +153,7 @@ def _check(oracle: Callable[[], _Oracle], bound: float, info: dict[str, Any], ou
             raise wrong(f"off by {worst:.2g} of their norm in the {_TILE} queries from {first} on")
 
 
-# The candidates: each takes one set of inputs and returns (B, N, H, D).
-
-
-def _torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """torch's own, by the backend that it chooses."""
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-
-def _sdpa(backend: SDPBackend, device: torch.device) -> Call:
-    if backend != SDPBackend.FLASH_ATTENTION:  # this one exists for the CPU as well
-        needs_cuda(device)
-
-    def call(x: Inputs) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return _torch_attention(x.query, x.coarse_key, x.coarse_value)
-
-    return call
-
-
-def _flex(device: torch.device) -> Call:
-    needs_cuda(device)
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch.compiler.reset()  # or it would run uncompiled after a few shapes
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-
-    def call(x: Inputs) -> torch.Tensor:
-        return compiled(*(t.transpose(1, 2) for t in (x.query, x.coarse_key, x.coarse_value))).transpose(1, 2)
-
-    return call
-
-
-def _sage(inputs: list[Inputs], case: Case, device: torch.device) -> Call:
-    """SageAttention 1.0.6, the last on PyPI. Other head dims than its own are padded; it writes into its keys."""
-    needs_cuda(device)
-    from sageattention import sageattn
-
-    wide = next((known for known in _SAGE_HEAD_DIMS if known >= case.head_dim), None)
-    if wide is None:
-        raise RuntimeError(f"knows head dims up to {_SAGE_HEAD_DIMS[-1]}, not {case.head_dim}")
-    more = (0, wide - case.head_dim)
-    # A layer could write padded keys and values itself, so only queries are padded in the timed call.
-    keys, values = [F.pad(x.coarse_key, more) for x in inputs], [F.pad(x.coarse_value, more) for x in inputs]
-
-    def call(x: Inputs) -> torch.Tensor:
-        query = F.pad(x.query, more) if wide > case.head_dim else x.query
-        out = sageattn(query, keys[x.number], values[x.number], tensor_layout="NHD", sm_scale=case.head_dim**-0.5)
-        return out[..., : case.head_dim]
-
-    return call
-
-
-def _published(x: Inputs, case: Case) -> torch.Tensor:
-    """ToDo as published: keys and values as images, ``interpolate``, attention."""
-
-    def shrink(t: torch.Tensor) -> torch.Tensor:
-        image = t.flatten(2).transpose(1, 2).unflatten(2, case.grid)
-        image = F.interpolate(image, size=case.coarse, mode="nearest")
-        return image.flatten(2).transpose(1, 2).unflatten(2, (case.heads, case.head_dim))
-
-    return _torch_attention(x.query, shrink(x.key), shrink(x.value))
+# Ours without packing.
 
 
 def _packed(case: Case, device: torch.device) -> Call:

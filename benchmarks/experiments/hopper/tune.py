@@ -15,8 +15,8 @@ import typer
 from benchmarks import tune
 from benchmarks.experiments.hopper import check, launch
 from todo_attn.bench import attention
-from todo_attn.bench.attention import Call
 from todo_attn.bench.cases import Case
+from todo_attn.bench.peers import Call
 from todo_attn.bench.trial import Trial
 
 
