@@ -1,4 +1,4 @@
-"""Pictures for the model card, made as a user would make them (run from the repository's root):
+"""Images for the model card, made as a user would make them (run from the repository's root):
 
 python -m examples.tiny_sd.card samples    # samples.png: a labelled grid at the normal size
 python -m examples.tiny_sd.card large      # samples_large.png: twice the size, and 5:3
@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split
 
 
 def generate(prompts, seed, steps, guidance, height=None, width=None):
-    """One picture a prompt, with the seconds it took."""
+    """One image for each prompt, with its seconds."""
     pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     for i, prompt in enumerate(prompts):
@@ -51,13 +51,13 @@ def generate(prompts, seed, steps, guidance, height=None, width=None):
         yield image
 
 
-def grid(pictures, titles, columns, path, side=2.6, dpi=100):
-    rows = -(-len(pictures) // columns)
+def grid(images, titles, columns, path, side=2.6, dpi=100):
+    rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(side * columns, (side + 0.35) * rows), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for ax, picture, title in zip(axes.flat, pictures, titles, strict=False):
-        ax.imshow(picture)
+    for ax, image, title in zip(axes.flat, images, titles, strict=False):
+        ax.imshow(image)
         half = title.rfind(" ", 0, len(title) // 2 + 6)
         ax.set_title(f"{title[:half]}\n{title[half + 1 :]}", fontsize=7.5)
     figure.tight_layout()
@@ -80,10 +80,10 @@ def samples(
 @app.command()
 def large(out: Path = HERE / "samples_large.png", seed: int = 0, steps: int = 14, guidance: float = 4.0):
     """Twice the normal size, and a wide one."""
-    pictures = [*generate(PROMPTS[1:2], seed, steps, guidance, 1024, 1024)]
-    pictures += generate(PROMPTS[:1], seed, steps, guidance, 768, 1280)
+    images = [*generate(PROMPTS[1:2], seed, steps, guidance, 1024, 1024)]
+    images += generate(PROMPTS[:1], seed, steps, guidance, 768, 1280)
     titles = [f"{PROMPTS[1]} - 1024 x 1024", f"{PROMPTS[0]} - 1280 x 768"]
-    grid(pictures, titles, 2, out, side=4.2)
+    grid(images, titles, 2, out, side=4.2)
 
 
 @app.command()

@@ -81,7 +81,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Four levels; one attention head a level, as wide as the level: 40, 80 and 120."""
+    """Four levels, with one attention head on three of them, as wide as the level: 40, 80 and 120."""
     unet = UNet2DConditionModel(
         sample_size=64,
         in_channels=4,
@@ -93,8 +93,8 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=1,  # the number of heads, in the configurations of Stable Diffusion 1.x
         cross_attention_dim=TEXT_WIDTH,
         norm_num_groups=4,
-        # The caption as a whole goes into every resnet beside the timestep: shapes are learned sooner than through
-        # cross-attention alone.
+        # An embedding of the whole caption is added to the timestep's in every resnet. Shapes are learned sooner than
+        # by cross-attention alone.
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
     )
@@ -104,7 +104,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """Eight pixels to a latent pixel, four channels, no attention (decoding grows with the pixels and no faster)."""
+    """8 pixels to a latent pixel, 4 channels, no attention, so that decoding grows linearly with the pixels."""
     return start_as_thumbnail(
         AutoencoderKL(
             sample_size=512,
@@ -113,7 +113,7 @@ def build_vae() -> AutoencoderKL:
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=1,
             latent_channels=4,
-            norm_num_groups=1,  # more would normalise a flat picture's colours away
+            norm_num_groups=1,  # more would normalise a flat image's colours away
             mid_block_add_attention=False,
         )
     )
@@ -121,7 +121,7 @@ def build_vae() -> AutoencoderKL:
 
 @torch.no_grad()
 def start_as_thumbnail(vae: AutoencoderKL) -> AutoencoderKL:
-    """Set the encoder to one that draws a thumbnail, for good, and let the decoder start as one that enlarges it.
+    """Set the encoder to draw a thumbnail, which stays fixed, and the decoder to start by enlarging it.
 
     Eight channels carry the colours, their negatives and two constants past every block, whose residual branches are
     zero; ``silu(x) - silu(-x) = x`` brings them out of the last layer, and the constants hold its norm nearly still.

@@ -1,8 +1,8 @@
 """Captioned scenes drawn from a formula, so that one scene can be had at any size and shape.
 
 A scene is one or two flat shapes on a plain or patterned background. Everything is a signed distance, measured in
-units of the picture's short side and turned into coverage over one pixel: the same scene at 256, 512 or 1024 pixels
-is the same picture, with equally sharp edges.
+units of the image's short side and turned into coverage over one pixel: the same scene at 256, 512 or 1024 pixels
+is the same image, with equally sharp edges.
 
     scene = random_scene(np.random.default_rng(0))
     scene.caption(rng)            "a large striped red star and a blue ring on a yellow background"
@@ -48,7 +48,7 @@ def article(phrase: str) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """One object: what the caption says of it, and the small accidents of place that it does not say."""
+    """One object: what the caption says of it, and the small shifts of position that it does not."""
 
     shape: str
     colour: str
@@ -83,7 +83,7 @@ class Scene:
         return article(f"{self.background} {first} background" if swapped else f"{first} {self.background} background")
 
     def caption(self, rng: np.random.Generator | None = None) -> str:
-        """The caption; with ``rng`` its wording varies, and at times a stray word or no background is in it."""
+        """The caption. With ``rng`` its wording varies; some captions have a stray word or no background."""
         join = JOINS.get(self.layout, ("",))
         join_word = join[rng.integers(len(join))] if rng is not None else join[0]
         text = f" {join_word} ".join(o.phrase() for o in self.objects)

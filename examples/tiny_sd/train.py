@@ -107,20 +107,20 @@ class Stage:
 
 
 def draw(rng, count, height, width):
-    """Scenes and their pictures (count, 3, height, width) in [-1, 1]."""
+    """Scenes and their images (count, 3, height, width) in [-1, 1]."""
     scenes = [random_scene(rng) for _ in range(count)]
     pixels = np.stack([render(s, height, width) for s in scenes])
     return scenes, torch.from_numpy(pixels).permute(0, 3, 1, 2) * 2 - 1
 
 
-def picture_loss(out, pixels):
+def image_loss(out, pixels):
     """L1 on the pixels and on their differences: the edges."""
     edges = sum(F.l1_loss(torch.diff(out, dim=d), torch.diff(pixels, dim=d)) for d in (2, 3))
     return F.l1_loss(out, pixels) + edges
 
 
 def crops(rng, scenes=10, each=3, side=64):
-    """Square cuts from pictures of the small and the normal size."""
+    """Square crops of images of the small and the normal size."""
     size = int(rng.choice([256, 512], p=(0.7, 0.3)))
     pixels = draw(rng, scenes, size, size)[1]
     corners = rng.integers(0, (size - side) // 8 + 1, (scenes * each, 2)) * 8
@@ -146,7 +146,7 @@ def decoder(
             with torch.no_grad():
                 latents = vae.encode(pixels).latent_dist.mean.float()
             out = vae.decode(latents + 0.03 * torch.randn_like(latents)).sample.float()
-        return picture_loss(out, pixels), {"pixel": F.l1_loss(out, pixels).item()}
+        return image_loss(out, pixels), {"pixel": F.l1_loss(out, pixels).item()}
 
     stage.run(loss_of_step)
 
@@ -156,7 +156,7 @@ def start_weights(model, checkpoint, key, part):
     if (path := CHECKPOINTS / checkpoint).exists():
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["models"][key])
     elif (folder := HERE / "pipeline" / part).exists():
-        # What the shipped weights lack, from before a part was added, keeps its start.
+        # Parts that were added later are not in the shipped weights, and keep their initial values.
         model.load_state_dict(type(model).from_pretrained(folder).float().state_dict(), strict=False)
     return model
 
@@ -178,7 +178,7 @@ def text(
     steps: int = 1000, lr: float = 1e-3, decay: int = 400, minutes: float = 0.0, device: str = "cpu",
     dtype: str = "float32", seed: int = 0,
 ):  # fmt: skip
-    """Teach the text encoder to say, at the nouns and at the end, what a caption means."""
+    """Train the text encoder to predict, at the nouns and at the end, what a caption means."""
     tokenizer = write_tokenizer(CHECKPOINTS / "tokenizer")
     encoder = build_text_encoder(tokenizer).to(device)
     per_object = {"shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "fill": len(FILLS)}
@@ -273,7 +273,7 @@ def diffusion(
         height, width, count, *_ = SIZE_MIX[stage.rng.choice(len(SIZE_MIX), p=shares / shares.sum())]
         captions, latents = pools[height, width].batch(stage.rng, count)
         captions = ["" if stage.rng.random() < dropout else c for c in captions]
-        # More of the noisy end, where shapes are decided: the sooner the larger the picture, whose noise averages out.
+        # More noisy timesteps, which decide shapes; more so for larger images, whose noise averages out.
         spread, shift = (torch.arange(count) + torch.rand(count)) / count, (height * width) ** 0.5 / 16
         t = (1000 * shift * spread / (1 + (shift - 1) * spread)).long().clamp(max=999).to(device)
         noise = torch.randn_like(latents)
