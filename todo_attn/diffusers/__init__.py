@@ -1,4 +1,4 @@
-"""ToDo and DaTo in diffusers' models: everything here imports diffusers, and nothing outside does."""
+"""ToDo and DaTo on diffusers' pipelines and models."""
 
 from .apply import apply_todo, remove_todo
 from .dato import apply_dato, remove_dato, reset_dato

@@ -1,4 +1,4 @@
-"""ToDo on a whole pipeline or model, and off again."""
+"""apply_todo and remove_todo: ToDo on a whole pipeline or model, and off again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .install import attach_all, take_off
 from .levels import check_levels, self_attentions, transformers_by_level
 from .processor import ToDoProcessor, written_class
 
-# What ToDo may take the place of: plain softmax attention by the weights of the layer itself, each in its own way.
+# What ToDo may replace: plain softmax attention with the layer's own weights.
 _PLAIN = (
     AttnProcessor,
     AttnProcessor2_0,
@@ -38,27 +38,28 @@ _PLAIN = (
 def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     """Let the self-attentions of a pipeline or model read a coarser grid of keys (ToDo, arXiv 2402.13573).
 
-    In place, and undone by :func:`remove_todo`. It works at every height and width, with guidance on or off, in a model
-    already compiled, and together with LoRA, IP-Adapter, ControlNet and offloading, whichever comes first. Applied
-    again it replaces the configuration. Only the processors of attn1 change, so what replaces those itself (attention
-    slicing, xFormers, fused projections) takes ToDo off, and the next call says so: apply it after. A pipeline that
-    builds a UNet of its own from this one (``AnimateDiffPipeline.from_pipe``) starts without.
+    It changes the models in place; :func:`remove_todo` undoes that. It works at every height and width, with guidance
+    on or off, on compiled models, and together with LoRA, IP-Adapter, ControlNet and offloading, in any order. Call it
+    again to replace the configuration. It sets the processors of attn1 and no others. Whatever replaces those
+    (attention slicing, xFormers, fused projections) takes ToDo off, and the next call logs a warning: call
+    ``apply_todo`` after it. A pipeline that builds its own UNet from this one (``AnimateDiffPipeline.from_pipe``)
+    starts without ToDo.
 
-    Calls from several threads at once do not meet: the plan of a call travels with it. But a ``timestep_range`` that
-    does not hold all of 0 to 1000 is decided on the model, so such calls must all be inside or all outside of it; and
-    nobody may apply or remove anything meanwhile.
+    Several threads may call a model at once, because each call carries its own plan. There are two exceptions. A
+    ``timestep_range`` narrower than 0 to 1000 is decided once for the model, so concurrent calls must be all inside it
+    or all outside. And nothing may be applied or removed during a call.
 
     Args:
-        pipe_or_model: a pipeline with a ``unet``, whose ControlNets are covered too, or such a model itself
-            (``UNet2DConditionModel``, ``ControlNetModel``, ``MultiControlNetModel``, ...), compiled or not, in
-            ``DistributedDataParallel`` or ``DataParallel`` or not.
-        config: what to do; None is ``ToDoConfig()``, at most 4096 keys at every level.
+        pipe_or_model: a pipeline with a ``unet``, whose ControlNets are included, or a model (``UNet2DConditionModel``,
+            ``ControlNetModel``, ``MultiControlNetModel``, ...). Models may be compiled, or wrapped in
+            ``DistributedDataParallel`` or ``DataParallel``.
+        config: None is ``ToDoConfig()``: at most 4096 keys at every level.
 
     Raises:
-        ValueError: ``pipe_or_model`` is neither, or has no self-attention over an image; ``config`` is no
-            ``ToDoConfig``, or names a level that the model lacks (a pipeline's UNet: a ControlNet without that level
-            stays dense there); an attn1 has a processor with weights or a meaning of its own, that is any but
-            diffusers' plain ones. Nothing has been changed then.
+        ValueError: ``pipe_or_model`` is neither of these, or has no self-attention over an image; ``config`` is not a
+            ``ToDoConfig``, or names a level that the model lacks (for a pipeline, its UNet; a ControlNet without that
+            level stays dense); an attn1 has a processor other than diffusers' plain ones. Nothing has been changed
+            then.
     """
     config = ToDoConfig() if config is None else config
     if not isinstance(config, ToDoConfig):
@@ -73,16 +74,15 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     for model in models:
         _install(model, config, report=True)
     for model in controlnets:
-        # One report for a pipeline is enough, and its UNet's tells the whole story.
+        # The UNet's report is enough for the whole pipeline.
         _install(model, config, report=False)
 
 
 def remove_todo(pipe_or_model: Any) -> None:
-    """Give back the processors that :func:`apply_todo` replaced, and take off every hook.
+    """Restore the processors that :func:`apply_todo` replaced, and remove every hook.
 
-    A processor that something else has put there since stays. Where ``ToDoProcessor`` was set by
-    ``set_attn_processor``, so that none is remembered, diffusers' default processor takes its place. Removing twice is
-    harmless.
+    A processor that something else has set since then stays. A ``ToDoProcessor`` that was set by
+    ``set_attn_processor`` is replaced by diffusers' default processor. Removing twice is harmless.
 
     Raises:
         ValueError: ``pipe_or_model`` is neither a pipeline with a ``unet`` nor a model.
@@ -93,7 +93,7 @@ def remove_todo(pipe_or_model: Any) -> None:
 
 
 def models_of(pipe_or_model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The models to act on, each once: those that must have self-attention, and a pipeline's ControlNets, which may."""
+    """The models to act on, each once: those that must have self-attention, and the ControlNets, which need not."""
     if isinstance(pipe_or_model, nn.Module):
         return list(dict.fromkeys(_flatten(pipe_or_model))), []
     unet = getattr(pipe_or_model, "unet", None)
@@ -108,18 +108,18 @@ def models_of(pipe_or_model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def _flatten(model: Any) -> list[nn.Module]:
-    """The models in ``model``, which may be one, a list, a model of models, or no model at all."""
+    """The models in ``model``: a model, a list of them, a ``MultiControlNetModel``, or anything else (none)."""
     if isinstance(model, (list, tuple, nn.ModuleList)):
         return [m for part in model for m in _flatten(part)]
     if not isinstance(model, nn.Module):
         return []
     model = unwrap(model)
-    nets = getattr(model, "nets", None)  # MultiControlNetModel
+    nets = getattr(model, "nets", None)  # of a MultiControlNetModel
     return _flatten(nets) if isinstance(nets, nn.ModuleList) else [model]
 
 
 def unwrap(model: Any) -> Any:
-    """``model`` out of every wrapper, torch.compile's and data-parallel ones; anything else as it is."""
+    """``model`` without the wrappers of torch.compile and data parallelism; anything else unchanged."""
     while isinstance(model, nn.Module):
         parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         inner = model.module if parallel else unwrap_module(model)
@@ -130,7 +130,7 @@ def unwrap(model: Any) -> Any:
 
 
 def _check_processors(model: nn.Module) -> None:
-    """Other processors, a subclass of a plain one too, may have weights or do more than attention."""
+    """Refuse other processors: even a subclass of a plain one may have weights or do more than attention."""
     attns = {attn1 for _, transformer in transformers_by_level(model) for attn1 in self_attentions(transformer)}
     for name, module in model.named_modules():
         if module in attns and written_class(module.processor) not in _PLAIN:

@@ -1,8 +1,8 @@
-"""What the call stack says of the running call.
+"""The running forward methods, read from the call stack.
 
-A ToDoProcessor installed with ``set_attn_processor`` reads there what ``apply_todo`` would have told it. An attention
-sees only a row of tokens, and their count does not give the grid: 160 x 90 (16:9) is also 120 x 120. The enclosing
-``Transformer2DModel.forward`` has height and width in its frame, and the model's the timestep.
+A ToDoProcessor installed with ``set_attn_processor`` has no hooks to tell it the grid. It sees a sequence of tokens,
+whose length does not determine the grid: 160 x 90 (16:9) has as many as 120 x 120. But the frame of the enclosing
+``Transformer2DModel.forward`` holds height and width, and the frame of the model's forward holds the timestep.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .levels import transformers_by_level
 
 
 class RunningTransformer(NamedTuple):
-    """The innermost Transformer2DModel that is running; its grid is None where it is not known yet."""
+    """The innermost running Transformer2DModel; its grid is None if it is not known yet."""
 
     module: Transformer2DModel
     grid: tuple[int, int] | None
 
 
 class RunningModel(NamedTuple):
-    """The model that is running it, and what that was given as timestep, if anything."""
+    """The model that runs it, and the timestep that the model was given, if any."""
 
     module: nn.Module
     timestep: Any
@@ -40,7 +40,7 @@ def running_transformer() -> RunningTransformer | None:
 
 
 def running_model(transformer: nn.Module) -> RunningModel | None:
-    """The model built of down blocks, a mid block and up blocks of which ``transformer`` is a part."""
+    """The model with ``transformer`` in its down, mid or up blocks; None if none of the kind is running."""
     for module, variables in running_methods("forward"):
         if not isinstance(module, nn.Module):
             continue
@@ -50,10 +50,10 @@ def running_model(transformer: nn.Module) -> RunningModel | None:
 
 
 def running_methods(name: str | None = None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """``self`` and variables of each method on the call stack, or of those of that name, the innermost first."""
+    """``self`` and local variables of each method on the call stack (of that name), the innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
-        # Reading f_locals copies them, so the name comes first.
+        # Reading f_locals copies it, so check the name first.
         if name in (None, frame.f_code.co_name) and "self" in frame.f_locals:
             yield frame.f_locals["self"], frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""How a ToDoProcessor that nobody introduced to its model is introduced: once, by the call stack."""
+"""Set up a ToDoProcessor that was installed with ``set_attn_processor``, at its first call."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from .state import ATTRIBUTE, AttentionState, ModelState, TransformerState, chec
 
 
 def adopt_from_call_stack(attn: Any, tokens: int) -> AttentionState | None:
-    """Learn the grid of ``attn``, an attn1 with a ToDoProcessor and no state, from the Transformer2DModel calling it.
+    """Find the grid of ``attn``, an attn1 with a ToDoProcessor but no state, on the call stack, and hook its model.
 
-    From then on hooks measure the grids, of all transformers of the model that is calling that one, so each model is
-    looked up once, and the lookup is never traced.
+    From then on the hooks measure the grids of all the model's transformers. So the call stack is read once for each
+    model, and never while tracing.
+
+    Args:
+        tokens: how many tokens ``attn`` was given.
 
     Returns:
-        The state now attached, or None where ``attn`` is called by something else.
+        The state now attached; None if ``attn`` is not called by a Transformer2DModel with a grid of that many tokens.
 
     Raises:
-        ValueError: its processor has a configuration that does not fit the model. Nothing has been changed then.
+        ValueError: the processor's own configuration does not fit the model. Nothing has been changed then.
     """
     running = running_transformer()
     if running is None:
@@ -36,7 +39,7 @@ def adopt_from_call_stack(attn: Any, tokens: int) -> AttentionState | None:
         check_own_config(own, model)
     state: TransformerState | None = getattr(transformer, ATTRIBUTE, None)
     if state is None and model is not None:
-        # A processor without configuration is silent where it changes nothing, as any model is small at times.
+        # Without a configuration of its own, a processor that changes nothing at a small size gives no warning.
         attach_all(model.module, ToDoConfig(), report=own is not None)
         state = getattr(transformer, ATTRIBUTE, None)
     if state is None:

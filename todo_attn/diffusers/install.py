@@ -1,4 +1,4 @@
-"""A model's states, processors and hooks of ToDo's: put on, and taken off again with what was there put back."""
+"""Attach ToDo's states and hooks to a model, and take them off again with the original processors restored."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .state import ATTRIBUTE, AttentionState, ModelState, TakesPlan, Transformer
 _DENSE = AttnProcessor2_0()
 _DENSE_UNSCALED = AttnProcessor()
 _DENSE_ADDED_KV = AttnAddedKVProcessor2_0()
-# What diffusers' models have under these names.
+# Attributes of diffusers' models.
 _SET_DEFAULT = "set_default_attn_processor"
 _KEPT_BY_FUSING = "original_attn_processors"
 
 
 def default_processor(attn: Attention) -> Any:
-    """The processor that diffusers itself gives ``attn``. AttnProcessor2_0 ignores ``attn.scale``: see scale_qk."""
+    """The processor that diffusers itself gives ``attn``; AttnProcessor2_0 cannot follow ``scale_qk=False``."""
     if attn.added_kv_proj_dim is not None:
         return _DENSE_ADDED_KV
     return _DENSE if attn.scale_qk else _DENSE_UNSCALED
 
 
 def attach_all(model: nn.Module, config: ToDoConfig, *, report: bool) -> None:
-    """State and hooks on ``model`` and each of its transformers; processors are left as they are, and remembered.
+    """Attach states and hooks to ``model`` and its transformers, and remember the processors, which stay as they are.
 
-    ``report`` says whether a configuration that changes nothing, or leaves a single key, is logged.
+    ``report``: whether to log a configuration that changes nothing, or that leaves a single row or column of keys.
     """
     transformers = transformers_by_level(model)
     finest = min((level for level, _ in transformers), default=None)
@@ -54,7 +54,7 @@ def attach_all(model: nn.Module, config: ToDoConfig, *, report: bool) -> None:
 
 
 def take_off(model: nn.Module) -> None:
-    """Every processor, state and hook of ToDo's; where ToDo's processors are, those that they replaced come back."""
+    """Remove ToDo's states and hooks from ``model``, and restore the processors that ToDo's replaced."""
     _give_back(model)
     if isinstance(model.__dict__.get(_SET_DEFAULT), SetDefaultProcessors):
         delattr(model, _SET_DEFAULT)
@@ -66,12 +66,12 @@ def take_off(model: nn.Module) -> None:
 
 def _give_back(model: nn.Module) -> None:
     for attn in _attentions_under_todo(model):
-        attn.set_processor(_replaced(attn))
-    # What unfuse_qkv_projections would put back.
+        attn.set_processor(replaced_processor(attn))
+    # unfuse_qkv_projections would restore these.
     kept: dict[str, Any] = getattr(model, _KEPT_BY_FUSING, None) or {}
     for name, processor in kept.items():
         if isinstance(processor, TakesPlan):
-            kept[name] = _replaced(model.get_submodule(name.removesuffix(".processor")))
+            kept[name] = replaced_processor(model.get_submodule(name.removesuffix(".processor")))
 
 
 def _attentions_under_todo(model: nn.Module) -> Iterator[Attention]:
@@ -80,16 +80,17 @@ def _attentions_under_todo(model: nn.Module) -> Iterator[Attention]:
             yield module
 
 
-def _replaced(attn: Any) -> Any:
+def replaced_processor(attn: Any) -> Any:
+    """The processor that ToDo's replaced in ``attn``, or diffusers' default one if none is remembered."""
     state: AttentionState | None = getattr(attn, ATTRIBUTE, None)
     return default_processor(attn) if state is None or state.original is None else state.original
 
 
 class SetDefaultProcessors:
-    """In place of ``set_default_attn_processor`` on a model under ToDo: as diffusers does it without ToDo.
+    """Replaces ``set_default_attn_processor`` on a model under ToDo, and does what diffusers' does without ToDo.
 
-    diffusers refuses where it finds a processor of a class that is not in a list of its own. It holds the model weakly,
-    so that a model is freed with its last reference, and a copy of the model has one of its own.
+    diffusers' own method refuses processors of classes that it does not know. The reference to the model is weak, so
+    that the model is freed with its last other reference; a copy of the model gets an instance of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -99,7 +100,7 @@ class SetDefaultProcessors:
         model: Any = self._model()
         attentions = {attn: attn.processor for attn in _attentions_under_todo(model)}
         for attn in attentions:
-            attn.set_processor(_replaced(attn))
+            attn.set_processor(replaced_processor(attn))
         try:
             getattr(type(model), _SET_DEFAULT)(model)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Which self-attentions a UNet or ControlNet has, and at what level."""
+"""The self-attentions of a UNet or ControlNet, and their levels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config.todo import FINEST, ToDoConfig
 
 
 def self_attentions(transformer: Transformer2DModel) -> list[Attention]:
-    """The attn1 of every block of ``transformer``, but for blocks that only cross-attend."""
+    """The attn1 of every block of ``transformer``, except in blocks that only cross-attend."""
     blocks: Any = transformer.transformer_blocks
     return [block.attn1 for block in blocks if not block.only_cross_attention]
 
@@ -22,10 +22,10 @@ def self_attentions(transformer: Transformer2DModel) -> list[Attention]:
 def transformers_by_level(model: nn.Module) -> list[tuple[int, Transformer2DModel]]:
     """Every ``Transformer2DModel`` of ``model`` that has self-attention over an image, with its level.
 
-    The level is the side, in latent pixels, of what one token stands for. It follows from the downsamplers passed on
-    the way, each of which halves the grid; channel counts say nothing about it. Selecting transformers leaves out
-    motion modules, GLIGEN's fusers and IP-Adapter's own attention. The list is empty for a model without any, or not
-    built of down blocks, a mid block and up blocks (a ControlNet has none of the last).
+    The level is the side, in latent pixels, of the square that one token stands for. Each downsampler on the way to the
+    transformer doubles it; channel counts say nothing about it. Motion modules, GLIGEN's fusers and IP-Adapter's own
+    attention are no such transformers. The list is empty for a model without down, mid and up blocks (a ControlNet
+    needs no up blocks).
     """
     return [
         (level, module)
@@ -36,11 +36,11 @@ def transformers_by_level(model: nn.Module) -> list[tuple[int, Transformer2DMode
 
 
 def blocks_by_level(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """The down, mid and up blocks in the order of a call, each with the level that it works on."""
+    """The down, mid and up blocks in the order of a call, each with its level."""
     level = 1
     for block in getattr(model, "down_blocks", ()):
         yield level, block
-        # ControlNet-XS, whose blocks hold two models' layers, has base_downsamplers.
+        # The blocks of ControlNet-XS hold the layers of two models, and have base_downsamplers.
         if getattr(block, "downsamplers", None) or getattr(block, "base_downsamplers", None):
             level *= 2
     mid_block = getattr(model, "mid_block", None)
@@ -53,7 +53,7 @@ def blocks_by_level(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 
 
 def check_levels(config: ToDoConfig, model: nn.Module) -> None:
-    """Refuse a ``config`` that names what ``model`` lacks.
+    """Refuse a ``config`` that names levels which ``model`` lacks.
 
     Raises:
         ValueError: ``model`` has no self-attention over an image, or not at a level of the factor; or the factor names
@@ -80,7 +80,7 @@ def check_levels(config: ToDoConfig, model: nn.Module) -> None:
 
 
 def heads_by_level(model: nn.Module) -> dict[int, tuple[int, int]]:
-    """Heads and head dim of each level's self-attention, the finest first; of several in a level, the first one's."""
+    """Heads and head_dim of the first self-attention of each level, the finest level first."""
     found: dict[int, tuple[int, int]] = {}
     for level, transformer in transformers_by_level(model):
         attn: Any = self_attentions(transformer)[0]

@@ -1,7 +1,11 @@
-"""What is on a model already, of this package's and of others'."""
+"""What a model carries already: ToDo's processors, and patches of other packages."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from .processor import ToDoProcessor
@@ -9,7 +13,7 @@ from .processor import ToDoProcessor
 
 def has_todo(model: nn.Module) -> bool:
     """Whether an attention of ``model`` has ToDo's processor, set by ``apply_todo`` or by hand."""
-    return any(isinstance(getattr(module, "processor", None), ToDoProcessor) for module in model.modules())
+    return any(isinstance(processor, ToDoProcessor) for processor in _processors(model))
 
 
 def has_deepcache(model: nn.Module) -> bool:
@@ -19,10 +23,14 @@ def has_deepcache(model: nn.Module) -> bool:
 
 
 def keeps_maps(processor: object) -> bool:
-    """Whether an attention processor keeps the attention's maps, which its pipeline reads after each call."""
+    """Whether an attention processor stores attention maps, which its pipeline reads after each call."""
     return any(hasattr(processor, name) for name in ("attention_probs", "attnstore", "attention_store"))
 
 
 def keeps_attention_maps(model: nn.Module) -> bool:
     """Whether an attention of ``model`` has such a processor: SAG's, Attend-and-Excite's, LEDITS++'s."""
-    return any(keeps_maps(getattr(module, "processor", None)) for module in model.modules())
+    return any(map(keeps_maps, _processors(model)))
+
+
+def _processors(model: nn.Module) -> Iterator[Any]:
+    return (module.processor for module in model.modules() if isinstance(module, Attention))

@@ -1,4 +1,4 @@
-"""ToDo as an attention processor: ``AttnProcessor2_0`` with keys and values from a coarser grid of tokens."""
+"""ToDo as an attention processor: ``AttnProcessor2_0`` with keys and values taken on a coarser grid of tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config.todo import ToDoConfig
 from ..logs import logger
 from ..ops.tracing import as_numbers, constant_in_graphs
 from .grid import adopt_from_call_stack
-from .install import default_processor
+from .install import replaced_processor
 from .state import ATTRIBUTE, AttentionState, Plan, TakesPlan, check_own_config
 
 _DEFAULT_CONFIG = ToDoConfig()
@@ -23,29 +23,29 @@ _DEFAULT_CONFIG = ToDoConfig()
 class ToDoProcessor(TakesPlan):
     """Token Downsampling (ToDo, arXiv 2402.13573) for ``unet.set_attn_processor(ToDoProcessor())``.
 
-    Self-attention keeps every query and reads keys and values of a coarser grid, taken before ``to_k`` and ``to_v`` so
-    that the projections shrink too. With a ``config`` it follows that, also in a model under
-    :func:`todo_attn.apply_todo`; without, the configuration that ``apply_todo`` left on the model, or else
-    ``ToDoConfig()``, at most 4096 keys at every level and any size. One serves any number of layers and models; all
-    blocks of a ``Transformer2DModel`` must have the same configuration.
+    Self-attention keeps every query and reads keys and values of a coarser grid. They are taken before ``to_k`` and
+    ``to_v``, so that the projections shrink too. One processor serves any number of layers and models; all blocks of a
+    ``Transformer2DModel`` must have the same configuration.
 
-    It runs dense, through the processor that it replaced, or diffusers' default one, wherever ToDo does not apply:
-    cross-attention, a given ``attention_mask``, factor 1, a timestep outside the configured range, and a self-attention
-    whose grid of tokens is not known. The last logs one warning: it is the case when ``torch.compile`` traces a model
-    that has this processor and has neither been called before nor given to ``apply_todo``, and for self-attention
-    outside a ``Transformer2DModel`` (a video model's motion modules, say) on inputs that are not images.
+    It calls the processor that it replaced, or else diffusers' default one, wherever ToDo does not apply: in
+    cross-attention, with an ``attention_mask``, at factor 1, at a timestep outside the configured range, and in a
+    self-attention whose grid of tokens is not known. The last case logs one warning. It occurs if ``torch.compile``
+    traces a model that was neither called before nor given to ``apply_todo``, and in self-attention outside a
+    ``Transformer2DModel`` (a video model's motion modules) on inputs that are not images.
 
     Args:
-        config: what to do; None is what the model says. A factor by level and a narrower ``timestep_range`` are of use
-            in the self-attentions of a UNet or ControlNet, which knows both.
+        config: None is the configuration that :func:`todo_attn.apply_todo` left on the model, or else
+            ``ToDoConfig()``: at most 4096 keys at every level and any size. A configuration given here takes precedence
+            over the model's. A factor by level or a narrower ``timestep_range`` works in the self-attentions of a UNet
+            or ControlNet only, because it needs the model's levels or timestep.
 
     Raises:
         ValueError: ``config`` is neither a ``ToDoConfig`` nor None. At the first call: it names a level that the model
-            lacks, or asks for levels or timesteps where there are none to know (in a VAE, say).
+            lacks, or needs levels or a timestep that are not known (in a VAE, for example).
     """
 
-    # diffusers rebuilds a processor as ``processor.__class__()`` when an IP-Adapter comes or goes, even before the
-    # first call. So one with a configuration is of a class that has it.
+    # diffusers rebuilds a processor as ``processor.__class__()`` when an IP-Adapter is loaded or unloaded, even before
+    # the first call. So a processor with a configuration has a class of its own, which holds the configuration.
     def __new__(cls, config: ToDoConfig | None = None, *args: Any, **kwargs: Any) -> ToDoProcessor:
         return super().__new__(_class_with(cls, config) if isinstance(config, ToDoConfig) else cls)
 
@@ -55,7 +55,7 @@ class ToDoProcessor(TakesPlan):
         self._warned = False
 
     def __repr__(self) -> str:
-        """As diffusers' errors show it where it refuses a processor that is not its own."""
+        """diffusers' errors show this when they refuse a processor of an unknown class."""
         config = "" if self.config is None else repr(self.config)
         return f"<ToDoProcessor({config}), which todo_attn.remove_todo(model) takes off>"
 
@@ -73,8 +73,8 @@ class ToDoProcessor(TakesPlan):
         """``hidden_states`` (B, N, C) or (B, C, H, W) -> the same shape and dtype. See ``AttnProcessor2_0``.
 
         Raises:
-            ValueError: ``encoder_hidden_states`` is what an IP-Adapter gives, text and image tokens as a tuple; or the
-                configuration does not fit, at the first call.
+            ValueError: ``encoder_hidden_states`` is a tuple of text and image tokens, as an IP-Adapter gives; or, at
+                the first call, the configuration does not fit the model.
         """
         if isinstance(encoder_hidden_states, tuple):
             raise ArgumentError(
@@ -87,9 +87,8 @@ class ToDoProcessor(TakesPlan):
         if encoder_hidden_states is None and attention_mask is None:
             plan = self._plan(attn, hidden_states, _todo_attn)
         if plan is None or plan.factor == (1, 1):
-            state = getattr(attn, ATTRIBUTE, None)
-            dense = default_processor(attn) if state is None or state.original is None else state.original
-            # Some processors, the sliced one for one, have no temb: it is passed on only where it was given.
+            dense = replaced_processor(attn)
+            # Some processors, such as the sliced one, take no temb.
             rest = (temb, *args) if temb is not None or args else ()
             return dense(attn, hidden_states, encoder_hidden_states, attention_mask, *rest, **kwargs)
         if args or kwargs.get("scale") is not None:
@@ -104,7 +103,7 @@ class ToDoProcessor(TakesPlan):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        # Taking tokens commutes with a linear layer, so it comes first and to_k and to_v see M tokens instead of N.
+        # Taking tokens commutes with a linear layer. Done first, it leaves to_k and to_v M tokens instead of N.
         coarse = ops.downsample_tokens(hidden_states, plan.grid, plan.factor, mode=plan.mode)  # (B, M, C)
         if plan.queries is not None:
             hidden_states = ops.gather_tokens(hidden_states, plan.queries)  # (B, K, C)
@@ -130,7 +129,7 @@ class ToDoProcessor(TakesPlan):
         return hidden_states / attn.rescale_output_factor
 
     def _plan(self, attn: Attention, hidden_states: torch.Tensor, sent: Plan | None) -> Plan | None:
-        """What to do in a self-attention; None for dense, because no grid is known."""
+        """The plan of this self-attention; None if its grid is not known, which makes it dense."""
         if hidden_states.ndim == 4:  # an image is its own grid
             config = _DEFAULT_CONFIG if self.config is None else self.config
             check_own_config(config, None)
@@ -148,7 +147,7 @@ class ToDoProcessor(TakesPlan):
             return None
         return plan
 
-    @constant_in_graphs  # traced, it runs while tracing
+    @constant_in_graphs  # so that torch.compile warns while tracing, without a graph break
     def _warn_no_grid(self) -> None:
         if self._warned:
             return
@@ -163,17 +162,17 @@ _CLASSES: dict[tuple[type[ToDoProcessor], ToDoConfig], type[ToDoProcessor]] = {}
 
 
 def written_class(processor: object) -> type:
-    """The class of ``processor`` as it was written; a ToDoProcessor with a configuration is of one made here."""
+    """The class of ``processor``; of a ToDoProcessor with a configuration the class that was given it."""
     return getattr(type(processor), "_written_class", type(processor))
 
 
 def _class_with(cls: type[ToDoProcessor], config: ToDoConfig) -> type[ToDoProcessor]:
-    """``cls`` with ``config``, under the same name; the same one for the same configuration."""
+    """A subclass of ``cls`` that holds ``config``, under the same name; one for each configuration."""
     cls = getattr(cls, "_written_class", cls)
     if (cls, config) in _CLASSES:
         return _CLASSES[cls, config]
 
-    def reduce(self: ToDoProcessor) -> tuple[Any, ...]:  # pickle and copy look for a class by its name
+    def reduce(self: ToDoProcessor) -> tuple[Any, ...]:  # pickle finds a class by its name, which is that of ``cls``
         return cls, (config,), self.__dict__
 
     body = {"config": config, "_written_class": cls, "__reduce__": reduce, "__doc__": cls.__doc__}

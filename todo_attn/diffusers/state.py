@@ -1,12 +1,12 @@
-"""What a model under ToDo carries: plain objects under one attribute of the modules concerned.
+"""The state of a model under ToDo: plain objects under one attribute of its modules, and the hooks.
 
-The configuration of ``apply_todo`` lives here and not in the processors, which others rebuild and replace. Nothing here
-is a module or a tensor, so nothing enters the state dict, and nothing refers to the model, so a deep copy of it has a
-state of its own.
+The configuration of ``apply_todo`` is here and not in the processors, because an IP-Adapter rebuilds processors without
+arguments. Nothing here is a module or a tensor, so nothing enters the state dict. Nothing refers to the model, so a
+deep copy of the model has its own state.
 
 The hooks are torch's own. diffusers' ``HookRegistry`` and accelerate's offloading both replace ``module.forward``, and
-whichever is removed first takes the other's wrapper with it; torch's hooks run outside ``forward`` and can be added and
-removed in any order beside both.
+the first to be removed takes the other's wrapper with it. torch's hooks run outside ``forward``, and can be added and
+removed beside both in any order.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from .levels import check_levels
 _Args: TypeAlias = tuple[Any, ...]
 _Kwargs: TypeAlias = dict[str, Any]
 
-
-# Under this name a model has its ModelState, a Transformer2DModel its TransformerState, an attn1 its AttentionState.
-# Under it, too, a plan travels in the cross_attention_kwargs from a Transformer2DModel to the attentions in its blocks.
+# The attribute that holds a model's ModelState, a Transformer2DModel's TransformerState and an attn1's AttentionState;
+# also the key of the plan in the cross_attention_kwargs, from a Transformer2DModel to the attentions in its blocks.
 ATTRIBUTE = "_todo_attn"
 
 
 class Plan(NamedTuple):
-    """How a self-attention takes its keys and values in one call: every (fh, fw)-th token of the grid, by ``mode``.
+    """How a self-attention takes its keys and values in one call: one token of each fh x fw block, by ``mode``.
 
-    Factor (1, 1) is dense. ``queries`` (B, K) are the tokens whose queries are wanted, where DaTo prunes the others.
+    Factor (1, 1) is dense. ``queries`` (B, K) are the indices of the tokens that DaTo keeps as queries; None is all.
     """
 
     grid: tuple[int, int]
@@ -48,19 +47,19 @@ class Plan(NamedTuple):
 
 
 class TakesPlan:
-    """A processor that is given the :class:`Plan` of the running call, as the argument named :data:`ATTRIBUTE`.
+    """A processor that gets the :class:`Plan` of the running call, as the argument named :data:`ATTRIBUTE`.
 
-    ``config`` is one of its own, which it follows in place of its model's.
+    ``config`` is its own configuration; None follows the model's.
     """
 
     config: ToDoConfig | None = None
 
 
 def check_own_config(config: ToDoConfig, model: RunningModel | None) -> None:
-    """Refuse a processor's own ``config`` that asks for more than is known; ``model`` is None where it is not known.
+    """Refuse a processor's own ``config`` that needs what is not known; ``model`` is None if it is not known.
 
     Raises:
-        ValueError: it needs the model's levels or timestep, or names a level that the model lacks.
+        ValueError: ``config`` needs the model's levels or timestep, or names a level that the model lacks.
     """
     by_level = isinstance(config.factor, dict)
     for argument, needed, known in (
@@ -78,7 +77,7 @@ def check_own_config(config: ToDoConfig, model: RunningModel | None) -> None:
 
 
 class ModelState:
-    """On the model: what its layers share, the configuration and which ranges the running call's timestep lies in."""
+    """On the model: the configuration of its layers, and whether the running call's timestep is in range."""
 
     def __init__(self, config: ToDoConfig) -> None:
         self.config = config
@@ -88,7 +87,7 @@ class ModelState:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module, transformers: list[TransformerState], *, report: bool) -> None:
-        """Hook ``model``; ``report`` says whether a configuration that leaves all keys, or one, is logged."""
+        """Hook ``model``. ``report``: whether to log a configuration that leaves all keys, or one row or column."""
         setattr(model, ATTRIBUTE, self)
         self.watch(model, self.config, None)
         if report:
@@ -96,7 +95,7 @@ class ModelState:
             self._handles.append(model.register_forward_hook(self._after_forward))
 
     def watch(self, model: nn.Module, config: ToDoConfig, timestep: Any) -> None:
-        """From now on read the timestep of ``model`` for ``config``, too; in the running call it is ``timestep``."""
+        """Read the timestep of ``model`` for ``config`` from now on; in the running call it is ``timestep``."""
         if config.every_timestep or config.timestep_range in self._in_range:
             return
         if not self._in_range:
@@ -105,15 +104,15 @@ class ModelState:
         self._compare(timestep)
 
     def acts(self, config: ToDoConfig) -> bool:
-        """Whether ToDo acts by ``config`` at the running call's timestep."""
+        """Whether ToDo under ``config`` acts at the running call's timestep."""
         return config.every_timestep or self._in_range[config.timestep_range]
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    # torch.compile runs the hooks of the module that it compiles outside of the graph. Disabled, this one is not
-    # compiled at all: it may read the timestep, and the model has one graph with ToDo and one without.
+    # torch.compile runs the hooks of the module that it compiles outside of the graph. This hook, disabled for the
+    # compiler, may read the timestep; the model then has one graph with ToDo and one without.
     @torch.compiler.disable(reason="ToDo reads the timestep: compile the model itself, not a function that calls it")
     def _read_timestep(self, model: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         self._compare(args[1] if len(args) > 1 else kwargs.get("timestep"))
@@ -135,11 +134,10 @@ class ModelState:
     def _after_forward(self, model: nn.Module, args: _Args, output: Any) -> None:
         self._report_first_call()
 
-    # Where these two are traced they run while tracing: torch.compile neither breaks the graph at the logger nor guards
-    # on what is read here.
+    # torch.compile runs these two while tracing: there is no graph break at the logger, and no guard on what they read.
     @constant_in_graphs
     def _report_first_call(self) -> None:
-        """After the first call of the model, say so once if every self-attention kept all its keys, or one a single."""
+        """After the model's first call, warn if ToDo changed nothing, or left a single row or column of keys."""
         seen = [(t, t.plan.grid) for t in self._transformers if t.plan is not None]
         if not seen:
             return
@@ -162,7 +160,7 @@ class ModelState:
 
     @constant_in_graphs
     def say_replaced(self, processor: str) -> None:
-        """Once: a self-attention has another processor than ToDo's now, of the class named."""
+        """Warn once that ToDo's processor was replaced by one of the class ``processor``."""
         if self._said_replaced:
             return
         self._said_replaced = True
@@ -179,23 +177,22 @@ def _reaches_side(factor: tuple[int, int], grid: tuple[int, int]) -> bool:
 
 
 def _sizes_text(grids: Iterable[tuple[int, int]]) -> str:
-    """Each once, the largest first."""
+    """Each size once, the largest first."""
     return ", ".join(f"{h}x{w}" for h, w in sorted(set(grids), reverse=True))
 
 
 class TransformerState:
-    """On a Transformer2DModel, whose hooks give each attn1 in it the plan of the running call.
+    """On a Transformer2DModel, whose hooks give each of its attn1 the plan of the running call.
 
-    The transformer's input is still an image, so its grid of tokens is measured and never computed: it is right for
-    every size, and for whatever rounding the model's downsamplers do. From there the plan goes as an argument through
-    the blocks and their attentions to the processors; it is taken out before others, which do not know it. So calls
-    from several threads do not meet, gradient checkpointing recomputes a block with its own arguments, whatever the
-    model was called with since, and a block compiled alone has dynamic numbers among its arguments, where it would
-    compile anew for each that it finds on a module.
+    The transformer's input is still an image, so the grid of tokens is measured: it is right for every size, however
+    the model's downsamplers round. The plan then travels as an argument through the blocks and their attentions to the
+    processors; a hook removes it before processors that do not know it. So threads do not share plans, gradient
+    checkpointing recomputes a block with the plan of its own call, and a block that is compiled alone sees dynamic
+    numbers (a number on a module would be a constant of the graph).
 
-    What is kept here of the last call is for reports: ``plan``, and whether attention was ``masked``, or had another
-    number of tokens than the grid (``misfit``). Only a processor that was introduced in the middle of a call
-    (:mod:`.grid`) reads its plan here.
+    ``plan``, ``masked`` (attention had a mask) and ``misfit`` (it had another number of tokens than the grid) record
+    the last call for :func:`todo_attn.status`. One reader is not a report: a processor that is set up in the middle of
+    a call (:mod:`.grid`) finds its plan here.
     """
 
     def __init__(self, model: ModelState, level: int | None = None, *, finest: bool = False) -> None:
@@ -226,7 +223,7 @@ class TransformerState:
             handle.remove()
 
     def follow(self, config: ToDoConfig, transformer: nn.Module) -> None:
-        """Let the plans be by ``config``, the model's or one of a processor's own, checked at its first use."""
+        """Make plans by ``config``, the model's or a processor's own; the latter is checked at its first use."""
         if config is not self.model.config and (isinstance(config.factor, dict) or not config.every_timestep):
             model = None if torch.compiler.is_compiling() else running_model(transformer)
             check_own_config(config, model)
@@ -235,7 +232,7 @@ class TransformerState:
         self.config = config
 
     def factor_for(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """The factor (fh, fw) on ``grid``, at a timestep where ToDo acts."""
+        """The factor (fh, fw) on ``grid``, at timesteps at which ToDo acts."""
         return self.config.factor_for(grid, self.level, finest=self.finest)
 
     def plan_for(self, grid: tuple[int, int]) -> Plan:
@@ -263,7 +260,7 @@ class TransformerState:
         """Before a self-attention.
 
         Raises:
-            ValueError: its processor has a configuration of its own that is not that of the transformer's others.
+            ValueError: its processor has another configuration than the other blocks of the transformer.
         """
         processor = attn.processor
         if isinstance(processor, TakesPlan):
@@ -275,7 +272,7 @@ class TransformerState:
                     f"{config} beside {self.config}",
                 )
             return None
-        if getattr(attn, ATTRIBUTE).original is not processor:  # but where the user put back what was there
+        if getattr(attn, ATTRIBUTE).original is not processor:  # the user may restore the original
             self.model.say_replaced(type(processor).__name__)
         return self._drop_plan(attn, args, kwargs)
 
@@ -284,10 +281,10 @@ class TransformerState:
 
 
 class AttentionState(NamedTuple):
-    """On an attn1: where it is, and the processor that ToDo replaced (None where the user put ToDo's in)."""
+    """On an attn1: its transformer's state, and the processor that ToDo replaced (None if the user set ToDo's)."""
 
     transformer: TransformerState
     original: Any | None
 
     def detach(self) -> None:
-        """Nothing to undo: the hook on an attn1 is its transformer's."""
+        """Nothing to undo: the hook on an attn1 belongs to its transformer's state."""

@@ -1,4 +1,4 @@
-"""What ToDo does in each self-attention of a model and why, and what DaTo does: for when something looks wrong."""
+"""status(): what ToDo does in each self-attention of a model and why, and what DaTo does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .dato.status import DaToStatus, dato_status
 from .levels import self_attentions, transformers_by_level
 from .state import ATTRIBUTE, AttentionState, TakesPlan
 
-# What puts a processor there, by a part of its class's name.
+# What sets a processor, by a part of the name of its class.
 _PUT_BY = {
     "Sliced": "attention slicing",
     "XFormers": "xFormers",
@@ -29,13 +29,13 @@ class LayerStatus:
     """One self-attention over an image.
 
     Args:
-        name: of the module, with its model's before it if there are several.
-        level: the side, in latent pixels, of what one token stands for.
-        state: "coarse" or "dense" in the last call; "not called yet" if there was none since ToDo was put there; "off"
-            if ToDo is not there.
-        grid: (height, width) in tokens in the last call; None without one.
-        factor: (height, width) in tokens per key along each axis in the last call; None without one.
-        why: it is not coarse; "" if it is.
+        name: of the module, prefixed with that of its model if there are several models.
+        level: the side, in latent pixels, of the square that one token stands for.
+        state: "coarse" or "dense" in the last call; "not called yet" if there was no call since ToDo was applied;
+            "off" if ToDo is not there.
+        grid: (height, width) in tokens in the last call; None if there was none.
+        factor: (height, width) in tokens per key along each axis in the last call; None if there was none.
+        why: the reason why it is not coarse; "" if it is.
     """
 
     name: str
@@ -48,11 +48,11 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """Of a pipeline or model; ``print`` it.
+    """What ToDo and DaTo did in the last call of a pipeline or model; ``print`` shows it as a table.
 
     Args:
-        layers: its self-attentions in the order of a call.
-        dato: what DaTo did in the last call; None if it is not on.
+        layers: the self-attentions, in the order of a call.
+        dato: what DaTo did; None if it is not on.
     """
 
     layers: tuple[LayerStatus, ...]
@@ -65,11 +65,14 @@ class Status:
 def status(pipe_or_model: Any) -> Status:
     """Whether ToDo and DaTo are on, and what they did in the last call; ``print(status(pipe))`` is a table.
 
-    It changes nothing and reads nothing from the device. In a pipeline the UNet and its ControlNets are covered. What
-    is said of the last call is of the last one that began.
+    It changes nothing and reads nothing from the device. A pipeline's ControlNets are included. The last call is the
+    last one that began, whether or not it ended.
 
     Args:
-        pipe_or_model: as :func:`todo_attn.apply_todo` takes it.
+        pipe_or_model: a pipeline or model, as for :func:`todo_attn.apply_todo`.
+
+    Returns:
+        A :class:`~todo_attn.diffusers.status.Status`: ``layers``, ``dato``, and the table as its text.
 
     Raises:
         ValueError: ``pipe_or_model`` is neither a pipeline with a ``unet`` nor a model.
@@ -91,8 +94,8 @@ def _layer(name: str, level: int, attn: Any) -> LayerStatus:
     if not isinstance(processor, TakesPlan):
         return LayerStatus(name, level, "off", None, None, _why_off(processor, state))
     if state is None or (plan := state.transformer.plan) is None:
-        by_hand = state is None and "its first call outside of torch.compile finds the grid"
-        return LayerStatus(name, level, "not called yet", None, None, by_hand or "")
+        why = "its first call outside of torch.compile finds the grid" if state is None else ""
+        return LayerStatus(name, level, "not called yet", None, None, why)
     why = _why_dense(state)
     factor = (1, 1) if why else plan.factor
     return LayerStatus(name, level, "dense" if why else "coarse", plan.grid, factor, why)
@@ -124,7 +127,7 @@ def _why_dense(state: AttentionState) -> str:
 
 
 def _todo_text(layers: Sequence[LayerStatus]) -> str:
-    """A row for each layer, or for equal ones of a transformer."""
+    """A row for each layer; equal layers of a transformer share one."""
     if not layers:
         return "ToDo: no self-attention over an image (Transformer2DModel) here"
     counts = Counter(layer.state for layer in layers)

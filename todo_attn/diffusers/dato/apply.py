@@ -1,4 +1,4 @@
-"""DaTo on a pipeline or UNet, off again, and back to the start of a run."""
+"""apply_dato, remove_dato and reset_dato, and the hooks of the UNet itself."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _NO_EXPORT = (
     "remove_dato(pipe) first (torch.compile is no export, and works)"
 )
 
-# Under this name a UNet has its DaToState.
+# The attribute that holds a UNet's DaToState.
 ATTRIBUTE = "_todo_attn_dato"
 
 
 class DaToState:
-    """On a UNet under DaTo: its run, and what to take off again.
+    """On a UNet under DaTo: its run and its hooks.
 
-    ``todo`` are the models that its configuration's ToDo was put on: a pipeline's ControlNets are among them.
+    ``todo`` are the models to which the configuration's ToDo was applied, a pipeline's ControlNets included.
     """
 
     def __init__(self, unet: UNet2DConditionModel, run: Run, todo: list[nn.Module]) -> None:
@@ -56,7 +56,7 @@ class DaToState:
         ]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For copy.deepcopy and pickle, which would leave hooks that run the blocks of the model they were made for."""
+        """Refuse copy.deepcopy and pickle: the hooks of the copy would run the blocks of the original."""
         raise RuntimeError(
             "a UNet under DaTo cannot be copied or pickled: remove_dato(pipe) first, and apply_dato to the copy as well"
         )
@@ -71,11 +71,11 @@ class DaToState:
 
     @property
     def todo(self) -> list[nn.Module]:
-        """Those of them that are there still."""
+        """The models to which ToDo was applied, as far as they still exist."""
         return [model for model in (ref() for ref in self._todo) if model is not None]
 
-    # Hooks of the UNet itself stay outside of its graphs, if it is torch.compile(unet) that is called. Everything
-    # that differs from call to call is decided here; the graphs see the kind of call, and tensors.
+    # torch.compile leaves the hooks of the compiled UNet itself outside of its graphs. Whatever differs from call to
+    # call is decided here; the graphs see the kind of call, and tensors.
     @torch.compiler.disable(reason=f"DaTo decides here how much of the UNet a call computes; {_NO_EXPORT}")
     def _before(self, unet: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
@@ -84,12 +84,13 @@ class DaToState:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         prompt = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         stream = self.run.begin(unet, sample, timestep, prompt)
-        for hook, shapes in zip(self._cache, stream.shapes, strict=False):  # of a stream that starts none are known
+        for hook, shapes in zip(self._cache, stream.shapes, strict=False):  # a new stream has no shapes
             hook.shapes = shapes
         grid = grid_at(unet, self._finest, sample.shape[-2:])
         for pruning in self._pruning:
             pruning.begin(sample, grid)
-        # As the UNet itself would, but in a graph a number is a constant, and a CPU tensor keeps CUDA graphs out.
+        # The UNet itself would make the tensor, but in a graph: a number would be a constant there, and a CPU tensor
+        # rules CUDA graphs out.
         real = torch.float32 if sample.device.type in ("mps", "npu") else torch.float64
         dtype = real if isinstance(timestep, float) else None
         timestep = torch.as_tensor(timestep, dtype=dtype, device=sample.device)
@@ -97,7 +98,7 @@ class DaToState:
             return (args[0], timestep, *args[2:]), kwargs
         return args, {**kwargs, "timestep": timestep}
 
-    # What is kept is copied here: inside of a CUDA graph a copy, too, lies where the next call writes.
+    # Copies are made here: inside a CUDA graph even a copy lies in memory that the next call overwrites.
     @torch.compiler.disable(reason="DaTo keeps the output here")
     def _after(self, unet: nn.Module, args: _Args, output: Any) -> Any:
         if self.run.kind == FULL:
@@ -113,38 +114,41 @@ class DaToState:
 def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
     """Let a UNet prune tokens and reuse its blocks (DaTo, arXiv 2501.00375).
 
-    In place, and undone by :func:`remove_dato`. Each image is a *run* of calls of the UNet. Its first call is computed
-    in full; the others as ``config.cache_schedule`` says: in full, only the last layers, or not at all. What is
-    computed prunes tokens in the self-attentions of the UNet's finest level.
+    It changes the UNet in place; :func:`remove_dato` undoes that. An image, or a batch of images, is a *run* of calls
+    of the UNet. The first call of a run is computed in full, and the others as ``config.cache_schedule`` says: in full,
+    the last layers only, or not at all. Calls that are computed prune tokens in the self-attentions of the UNet's
+    finest level.
 
-    A call goes on from the one before it of the same stream: the same tensor of timesteps, the same tensor of prompt
-    embeddings, the same shape, at the next step. So it does not matter which pipeline calls, or whether guidance is one
-    call a step or two, and runs may take turns. A schedule made for another number of calls is resampled for those
-    that will come: those of the tensor of timesteps, or fewer if the pipeline that calls says so (``strength``,
-    ``denoising_end``). If it cannot be known from which call one goes on, that is logged once, and the call is computed
-    in full: two calls at a step with the same prompt embeddings, embeddings made anew for every call, a timestep that
-    is a plain number or any other than an element of a longer tensor. No timestep is read. :func:`reset_dato` starts a
-    run in any case.
+    A call continues the previous call of the same stream: the same tensor of timesteps, the same tensor of prompt
+    embeddings and the same shape, one step further. So it does not matter which pipeline calls the UNet, or whether
+    guidance takes one call a step or two, and runs may alternate. A schedule for another number of calls is resampled
+    to the calls that will come: the elements of the tensor of timesteps, or fewer if the calling pipeline says so
+    (``strength``, ``denoising_end``). The values of timesteps are never read. :func:`reset_dato` starts a new run in
+    any case.
 
-    Works at every height and width, with guidance on or off, and together with LoRA, IP-Adapter, ControlNet,
-    T2I-Adapter, FreeU, offloading and :func:`todo_attn.apply_todo`, whichever comes first. Applied again it replaces.
-    The UNet or its repeated blocks may be compiled before or after, with ``fullgraph=True`` or without: a run compiles
-    one graph of the UNet for each kind of call, at most three, or twice as many where some ratios are 0 and others not.
+    If it is not known which call a call continues, it is computed in full, and that is logged once. This concerns two
+    calls at the same step with the same prompt embeddings, prompt embeddings that are computed again for every call,
+    and timesteps that are not elements of a longer tensor, such as plain numbers.
 
-    A UNet under DaTo cannot be copied, pickled, exported or traced: that is an error which says so. Two threads must
-    not call it at the same time.
+    It works at every height and width, with guidance on or off, and together with LoRA, IP-Adapter, ControlNet,
+    T2I-Adapter, FreeU, offloading and :func:`todo_attn.apply_todo`, in any order. Call it again to replace the
+    configuration. The UNet or its repeated blocks may be compiled before or after, with ``fullgraph=True`` or without.
+    A run compiles one graph of the UNet for each kind of call, at most three; twice as many if some prune ratios are 0
+    and others are not.
 
-    In a loop of one's own every even batch is taken for the two halves of guidance: without guidance set
-    ``align_guidance=False``.
+    A UNet under DaTo cannot be copied, pickled, exported or traced; each of these is a ``RuntimeError``. Two threads
+    must not call it at the same time. In a loop of your own, an even batch is taken for the two halves of guidance: set
+    ``align_guidance=False`` if there is no guidance.
 
     Args:
-        pipe_or_unet: a pipeline with a ``unet``, or a ``UNet2DConditionModel`` itself, compiled or not.
-        config: what to do; None is ``DaToConfig()``: 0.4 of the tokens pruned, nothing reused.
+        pipe_or_unet: a pipeline with a ``unet``, or a ``UNet2DConditionModel``, compiled or not.
+        config: None is ``DaToConfig()``: 0.4 of the tokens pruned, nothing reused.
 
     Raises:
-        ValueError: ``pipe_or_unet`` is neither, or has no self-attention; ``config`` is no ``DaToConfig``, or names a
-            ``todo`` where ToDo is already, on the UNet or on a ControlNet of the pipeline; DeepCache or tomesd has
-            patched the UNet, or group offloading is on it together with a schedule. Nothing has been changed then.
+        ValueError: ``pipe_or_unet`` is neither of these, or has no self-attention; ``config`` is not a ``DaToConfig``,
+            or has a ``todo`` although ToDo is already on the UNet or on a ControlNet of the pipeline; DeepCache or
+            tomesd has patched the UNet; the UNet has group offloading and the configuration a schedule. Nothing has
+            been changed then.
     """
     config = DaToConfig() if config is None else config
     if not isinstance(config, DaToConfig):
@@ -164,7 +168,7 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
                 f"must not have todo= where ToDo is on the {type(model).__name__} already, which it would "
                 "replace: remove_todo first, or leave todo=None to combine with what is there",
             )
-    if config.todo is not None:  # first, because it may refuse; it replaces what an earlier apply_dato put there
+    if config.todo is not None:  # before any change of DaTo's, because it may raise
         apply_todo(pipe_or_unet, config.todo)
     for model in with_todo:
         if model not in models:
@@ -180,7 +184,7 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
 
 
 def remove_dato(pipe_or_unet: Any) -> None:
-    """Take DaTo off, and the ToDo that came with its configuration. Removing twice is harmless.
+    """Take DaTo off, and the ToDo of its configuration. Removing twice is harmless.
 
     Raises:
         ValueError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
@@ -195,7 +199,7 @@ def remove_dato(pipe_or_unet: Any) -> None:
 
 
 def reset_dato(pipe_or_unet: Any) -> None:
-    """Start a new run at the next call of the UNet; what was kept of the last one is freed. Harmless without DaTo.
+    """Start a new run at the next call of the UNet, and free what was kept for the last one. Harmless without DaTo.
 
     Raises:
         ValueError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
@@ -212,7 +216,7 @@ def _take_off(unet: UNet2DConditionModel, state: DaToState) -> None:
 
 
 def _unet_of(pipe_or_unet: Any) -> UNet2DConditionModel:
-    """The UNet, out of any wrapper."""
+    """The UNet, without any wrapper."""
     unet = unwrap(pipe_or_unet if isinstance(pipe_or_unet, nn.Module) else getattr(pipe_or_unet, "unet", None))
     if not isinstance(unet, UNet2DConditionModel):
         raise ArgumentError(
@@ -236,8 +240,8 @@ def _check_structure(unet: UNet2DConditionModel) -> None:
 
 
 def _check_foreign(unet: nn.Module) -> None:
-    """Others that replace the forward of the very blocks; offloading, PEFT and layerwise casting leave those alone."""
-    # By class: tomesd's own mark on the model outlives its remove_patch.
+    """Refuse patches that replace the forward of the blocks, as offloading, PEFT and layerwise casting do not."""
+    # By the class of the blocks: tomesd's mark on the model stays after its remove_patch.
     if any(type(module).__module__.startswith("tomesd") for module in unet.modules()):
         raise ArgumentError("pipe_or_unet", "must not be patched by tomesd: tomesd.remove_patch(pipe) first")
     if has_deepcache(unet):
@@ -245,7 +249,7 @@ def _check_foreign(unet: nn.Module) -> None:
 
 
 def _check_group_offloading(unet: nn.Module) -> None:
-    """It loads the weights of several blocks as the first of them runs, which a schedule may leave out."""
+    """Refuse group offloading: it loads the weights of several blocks when the first runs, which may be skipped."""
     for module in unet.modules():
         registry = module.__dict__.get("_diffusers_hook")
         if registry is not None and any("group_offloading" in name for name in registry.hooks):

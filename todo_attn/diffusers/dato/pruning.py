@@ -24,21 +24,21 @@ _Kwargs: TypeAlias = dict[str, Any]
 
 
 class Pruned(NamedTuple):
-    """One block's choice in one call: ``kept`` (B, K) token indices, ``source`` (B, N) positions into them."""
+    """The choice of one block in one call: ``kept`` (B, K) token indices, ``source`` (B, N) positions in ``kept``."""
 
     kept: torch.Tensor
     source: torch.Tensor
 
 
 def grid_at(unet: Any, level: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The grid of tokens at ``level`` (latent pixels a side of a token) for latents of ``size``, (height, width)."""
+    """The grid of tokens, (height, width), at ``level`` for latents of ``size``, (height, width)."""
     height, width = size
     reached = 1
     for block in unet.down_blocks:
         if reached == level:
             break
         for downsampler in getattr(block, "downsamplers", None) or ():
-            # A convolution padded on both sides rounds up; one padded on one side, and pooling, round down.
+            # A convolution with padding on both sides rounds up. One with padding on one side, and pooling, round down.
             up = isinstance(downsampler, Downsample2D) and downsampler.use_conv and downsampler.padding > 0
             height, width = (height + up) // 2, (width + up) // 2
             reached *= 2
@@ -46,14 +46,14 @@ def grid_at(unet: Any, level: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 class TransformerPruning:
-    """On a Transformer2DModel: each of its blocks chooses its tokens from its own input.
+    """On a Transformer2DModel, each of whose blocks chooses its tokens from its own input.
 
-    Hooks are torch's, which change what goes into an attention and what comes out of it: whatever processor, adapter or
-    offloading is on it stays as it is, and sees fewer tokens.
+    torch's hooks change the inputs and outputs of an attention. Its processor, adapters and offloading stay as they
+    are, and see fewer tokens.
     """
 
     def __init__(self, transformer: Transformer2DModel, run: Run, kinds: tuple[str, ...]) -> None:
-        """``kinds`` are those of the calls that compute ``transformer``."""
+        """``kinds``: the kinds of calls that compute ``transformer``."""
         self.run = run
         self.grid = (0, 0)
         self._kinds = kinds
@@ -67,38 +67,31 @@ class TransformerPruning:
 
     @torch.no_grad()
     def begin(self, sample: torch.Tensor, grid: tuple[int, int]) -> None:
-        """Before a call of the UNet on ``sample``: the scores of each block's tokens, an image's ``grid`` of them.
+        """Before a call of the UNet on ``sample``: score the tokens, a ``grid`` of them, for each block.
 
-        A score follows from noise and from the outputs before, not from what the block is given. So it is made here,
-        outside of any graph: a graph draws nothing from a generator of ours, and would be another one where there is
-        no difference of outputs to take.
+        A score depends on noise and on earlier outputs, not on the block's input. So it is computed here, outside of
+        any graph: a graph cannot use a generator of ours, and calls without earlier outputs would need another graph.
         """
         pruned = self._count(grid) if self.run.kind in self._kinds else 0
         if pruned and self.run.config.prune_feed_forward and any(block.chunks for block in self._blocks):
             self.run.say(
                 "chunks", "prune_feed_forward does nothing while feed-forward layers run in chunks of the tokens"
             )
-        # A number would be a constant of a graph. The size of a tensor can be marked, before the first graph is made,
-        # as one that changes; one element in memory.
+        # In a graph a number would be a constant. The size of a tensor (here of one element, expanded) can be marked as
+        # dynamic before the first graph is compiled.
         like = torch.empty((), device=sample.device).expand(pruned)
         if isinstance(self.run.config.prune_ratio, tuple):
             torch._dynamo.maybe_mark_dynamic(like, 0)
         for block in self._blocks:
-            block.score = self._score(sample, grid) if pruned else None
+            block.score = self.run.score(sample.shape[0], grid, sample.device) if pruned else None
             block.like_pruned = like
 
     def _count(self, grid: tuple[int, int]) -> int:
         """How many tokens of ``grid`` the running call prunes."""
         height, width = self.run.config.patch
         bases = (grid[0] // height) * (grid[1] // width)
-        # A grid without a whole patch has no base token to prune towards.
+        # A grid without a whole patch has no base tokens, so nothing can be pruned.
         return check_ratio(self.run.ratio, grid[0] * grid[1], bases) if bases else 0
-
-    def _score(self, sample: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(B, N) fp32."""
-        paired, batch = self.run.stream.paired, sample.shape[0]
-        score = self.run.score(batch // 2 if paired else batch, grid, sample.device)
-        return torch.cat((score, score)) if paired else score
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -133,28 +126,28 @@ class BlockPruning:
     def __init__(self, transformer: TransformerPruning, block: Any) -> None:
         self.transformer = transformer
         self._block = weakref.ref(block)
-        self.score: torch.Tensor | None = None  # (B, N), of the running call; None where nothing is pruned
-        self.like_pruned: torch.Tensor | None = None  # has as many elements as tokens are pruned in it
+        self.score: torch.Tensor | None = None  # (B, N), of the running call; None if nothing is pruned
+        self.like_pruned: torch.Tensor | None = None  # its size is the number of tokens to prune
         self.pruned: Pruned | None = None
         self._entered = False
 
     @property
     def chunks(self) -> bool:
-        """Whether the block's feed-forward is called for some of the tokens at a time (``set_chunk_feed_forward``)."""
+        """Whether the feed-forward runs in chunks of the tokens (``set_chunk_feed_forward``)."""
         block = self._block()
         return block is not None and block._chunk_size is not None and block._chunk_dim == 1
 
     @torch.no_grad()
     def choose(self, block: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
-        """Before the block: similarity is of its input, before the first norm."""
+        """Before the block: choose by the similarity of its input, before the first norm."""
         hidden_states = args[0] if args else kwargs["hidden_states"]
         run, grid, score, like = self.transformer.run, self.transformer.grid, self.score, self.like_pruned
         self.pruned, self._entered = None, False
         if score is None or like is None:
             return
-        if hidden_states.shape[:2] != score.shape:  # other tokens than the UNet's are left alone
+        if hidden_states.shape[:2] != score.shape:  # not the image's tokens
             return
-        # Offloading may bring the block to another device than the UNet was called on.
+        # With offloading, the block may run on another device than the UNet was called on.
         bases = ops.select_base_tokens(score.to(hidden_states.device), grid, run.config.patch)
         self.pruned = Pruned(*plan_from_bases(hidden_states, bases, like.shape[0]))
 
@@ -162,7 +155,7 @@ class BlockPruning:
         self.pruned = None
 
     def enter(self, module: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
-        """Only the kept tokens go in; all of them where the module is given something other than the block's tokens."""
+        """Pass only the kept tokens; anything but the block's tokens passes unchanged."""
         self._entered = False
         x = args[0] if args else kwargs["hidden_states"]
         if self.pruned is None or x.ndim != 3 or x.shape[:2] != self.pruned.source.shape:
@@ -172,16 +165,19 @@ class BlockPruning:
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
     def enter_self_attention(self, attn: Any, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
-        """A mask has a column for every token, and is left alone. Under ToDo queries are kept, keys are the grid's."""
+        """As :meth:`enter`, but under ToDo only queries are pruned: keys are taken on the coarse grid of all tokens.
+
+        A self-attention with a mask, which has a column for every token, is left alone.
+        """
         self._entered = False
         if self.pruned is None or kwargs.get("attention_mask") is not None:
             return None
-        if keeps_maps(attn.processor):  # of all tokens
+        if keeps_maps(attn.processor):  # its maps are of all tokens
             return None
         if kwargs.get("encoder_hidden_states") is not None:
             return None
         todo = self._todo_on(attn)
-        # ToDo's plan is among the arguments until ToDo's own hook takes it, and then on the transformer's state.
+        # The plan is an argument, or on the transformer's state if the processor was set up in this very call.
         plan: Plan | None = kwargs.get(ATTRIBUTE, None if todo is None else todo.transformer.plan)
         if todo is None or plan is None or plan.factor == (1, 1):
             return self.enter(attn, args, kwargs)
@@ -193,23 +189,23 @@ class BlockPruning:
         return None
 
     def _todo_on(self, attn: Any) -> AttentionState | None:
-        """ToDo's state of ``attn``. None where another processor was set since, which would not follow it."""
+        """ToDo's state of ``attn``; None if its processor is not ToDo's."""
         if not isinstance(attn.processor, ToDoProcessor):
             return None
         state: AttentionState | None = getattr(attn, ATTRIBUTE, None)
         if state is None and not torch.compiler.is_compiling():
-            # One that was set by hand looks for its grid at its first call, and would not find it with fewer tokens.
+            # A processor set by hand would look for its grid at its first call, and not find it with fewer tokens.
             height, width = self.transformer.grid
             state = adopt_from_call_stack(attn, height * width)
         return state
 
     def enter_cross_attention(self, attn: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
-        """An IP-Adapter's masks are laid over all the tokens, so those go in."""
+        """As :meth:`enter`, except with an IP-Adapter's masks, which need all tokens."""
         self._entered = False
         return None if kwargs.get("ip_adapter_masks") is not None else self.enter(attn, args, kwargs)
 
     def leave(self, module: nn.Module, args: _Args, output: torch.Tensor) -> torch.Tensor:
-        """Each pruned token gets what its most similar kept token got."""
+        """Give each pruned token the output of its most similar kept token."""
         if not self._entered or self.pruned is None:
             return output
         self._entered = False

@@ -1,4 +1,4 @@
-"""What a UNet under DaTo is doing: which call of which run this is, and so how much of the UNet it computes."""
+"""The running call of a UNet under DaTo: which call of which run it is, and how much of the UNet it computes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .streams import Stream, Streams, elements_from
 
 
 class Run:
-    """The running call of a UNet under DaTo, as its hooks see it. What is kept between calls is its stream's.
+    """The running call of a UNet under DaTo, as its hooks see it. Its stream holds what is kept between calls.
 
-    ``kind``, ``ratio`` and ``hidden`` are plain attributes, which a compiled graph reads.
+    ``kind``, ``ratio`` and ``hidden`` are plain attributes, because compiled graphs read them.
     """
 
     def __init__(self, config: DaToConfig) -> None:
         self.config = config
         self._said: set[str] = set()
-        # What is computed in full follows from the schedule; without one there is nothing to say.
+        # Without a schedule every call is computed in full, and there is nothing to warn of.
         self.streams = Streams(self.say if config.cache_schedule is not None else lambda key, what: None)
         self.reset()
 
     def reset(self) -> None:
-        """Forget every stream: whatever is called next starts a run."""
+        """Forget every stream: the next call starts a run."""
         self.streams.clear()
         self.kind = FULL
         self.ratio = 0.0  # the share of tokens that the call prunes
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def stream(self) -> Stream:
-        """That of the running call, or of the last one."""
+        """The stream of the running call, or of the last one."""
         assert self._stream is not None
         return self._stream
 
@@ -63,7 +63,7 @@ class Run:
         return stream
 
     def end(self, output: torch.Tensor) -> torch.Tensor:
-        """After the call: what the UNet returns."""
+        """After a call that computed ``output``: what the UNet returns, which is an earlier output if it reuses one."""
         stream = self.stream
         stream.running = False
         stream.before = stream.output
@@ -71,52 +71,54 @@ class Run:
             assert stream.output is not None
             output = stream.output.clone()
         else:
-            stream.output = output.detach().clone()  # a scheduler may write into it, and so does a CUDA graph
+            stream.output = output.detach().clone()  # a scheduler or a CUDA graph may overwrite the original
             stream.hidden = self.hidden
-        if stream.finished or stream.position is None:  # nothing goes on from a call that cannot be placed
+        if stream.finished or stream.position is None:  # no call continues one that cannot be placed
             self.streams.drop(stream)
             stream.release()
             self.hidden = None
         return output
 
     def score(self, batch: int, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-        """How telling each token is (DaTo, section 3.2): (batch, N) fp32 for the first ``batch`` samples.
+        """The score of each token (DaTo, section 3.2): (batch, N) fp32.
 
-        The difference of the last two outputs, and noise; noise alone while there are no two outputs. After a call that
-        reused an output the difference is 0, as published. All samples have the same noise, so that an image does not
-        depend on the batch that it is made in.
+        The weighted sum of the difference of the last two outputs and noise; noise alone before there are two outputs.
+        After a call that reused an output the difference is 0, as published. All samples get the same noise, so that an
+        image does not depend on the rest of its batch. With guidance in one batch, the first half's scores are used for
+        both halves.
         """
         stream = self.stream
+        images = batch // 2 if stream.paired else batch
         if stream.output is None or stream.before is None:
             return self._noise(stream, grid, device).repeat(batch, 1)
         if grid not in self._pooled:
-            # Offloading may hand outputs back on another device than the blocks run on.
+            # With offloading, outputs may be on another device than the blocks.
             change = (stream.output.float() - stream.before.float()).abs().mean(1, keepdim=True).to(device)
             self._pooled[grid] = F.adaptive_avg_pool2d(change, grid).flatten(1)
-        score = self.config.dynamics_weight * self._pooled[grid][:batch]
-        if self.config.noise_weight == 0:
-            return score
-        return score + self.config.noise_weight * self._noise(stream, grid, device)
+        score = self.config.dynamics_weight * self._pooled[grid][:images]
+        if self.config.noise_weight != 0:
+            score = score + self.config.noise_weight * self._noise(stream, grid, device)
+        return torch.cat((score, score)) if stream.paired else score
 
     def _noise(self, stream: Stream, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-        """(1, N) fp32, the next of the stream's."""
+        """(1, N) fp32, the next from the stream's generator."""
         if device not in stream.generators:
             where = "cpu" if device.type == "meta" else device
             stream.generators[device] = torch.Generator(where).manual_seed(self.config.seed)
         return torch.randn((1, grid[0] * grid[1]), generator=stream.generators[device], device=device)
 
     def _start(self, stream: Stream, unet: nn.Module) -> None:
-        """``stream`` starts, or starts anew: ask who calls, and lay the schedule over the calls that will come."""
+        """Start ``stream``: ask the calling pipeline, and fit the schedule to the calls that will come."""
         caller = calling_pipeline(unet)
-        # In a loop of the user's own nobody says; most have both halves in one batch. In a pipeline a second call at a
-        # step is something else than guidance.
+        # A loop of the user's own does not say; most have both halves in one batch. In a guided pipeline, a second call
+        # at the same step is not for guidance.
         guided = True if caller is None else caller.guided and not stream.joined
         stream.paired = self.config.align_guidance and guided and stream.inputs[0][0] % 2 == 0
         if stream.calls is None:
-            there, said = elements_from(stream.timestep), None if caller is None else caller.calls
-            stream.calls = there if said is None or (there is not None and said > there) else said
+            known = (elements_from(stream.timestep), None if caller is None else caller.calls)
+            stream.calls = min((calls for calls in known if calls is not None), default=None)
         if stream.position is None:
-            if stream.calls != 1:  # of which nothing is lost
+            if stream.calls != 1:  # a run of one call loses nothing
                 self.say(
                     "unplaced",
                     "the timestep is not an element of a longer tensor, so which call of which run this is cannot be "

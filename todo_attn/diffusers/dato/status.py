@@ -16,13 +16,13 @@ class DaToStatus:
     """The last call of a UNet under DaTo that began.
 
     Args:
-        kind: "full", "shallow" (the last layers alone) or "reuse" (the output before once more); "not called yet" if
-            there was no call since :func:`todo_attn.apply_dato` or :func:`todo_attn.reset_dato`.
-        call: which call of its run it was, from 1; None without a call.
-        calls: how many the run has; None if that is not known, or without a call.
+        kind: "full", "shallow" (the last layers only) or "reuse" (the previous output again); "not called yet" if there
+            was no call since :func:`todo_attn.apply_dato` or :func:`todo_attn.reset_dato`.
+        call: the number of the call in its run, from 1; None if there was no call.
+        calls: how many calls the run has; None if it is not known or there was no call.
         schedule: the digits that the run follows; None if every call is computed in full.
-        prune_ratio: the share of the tokens that it pruned.
-        streams: of how many runs something is kept for calls to come.
+        prune_ratio: the share of the tokens that the call pruned, from 0 to 1.
+        streams: the number of runs for which something is kept.
     """
 
     kind: str

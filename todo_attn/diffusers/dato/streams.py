@@ -1,13 +1,12 @@
-"""To which stream a call of the UNet belongs: host logic alone, without a UNet, and no tensor is read for it.
+"""Which stream a call of the UNet belongs to. This logic needs no UNet, and reads no tensor's values.
 
-A *stream* is the calls that follow one image, or one batch of images, from step to step: the same timesteps, the same
-prompt embeddings, the same shape. Guidance in one batched call is one stream, guidance in two calls a step is two, and
-requests that take turns on a UNet have one each. What DaTo keeps from call to call belongs to a stream.
+A *stream* is the calls that follow one image, or one batch of images, from step to step: the same timesteps, prompt
+embeddings and shape. Guidance in one batched call is one stream, guidance in two calls a step is two, and requests that
+alternate on a UNet have one each. What DaTo keeps between calls belongs to a stream.
 
-Tensors are told apart by the memory that they lie in, and a stream holds those it is known by, so that no other tensor
-can take their place there. A timestep that is an element of the scheduler's tensor so tells which step it is, and of
-which run. One that is not, a plain number say, tells neither: a run that was broken off and another image that starts
-lower would look like one.
+Tensors are identified by their memory. A stream holds the tensors that identify it, so no other tensor can get their
+memory. A timestep that is an element of the scheduler's tensor thus tells the step and the run. A plain number tells
+neither: an interrupted run and the start of another image at a lower timestep would look alike.
 """
 
 from __future__ import annotations
@@ -18,43 +17,43 @@ from typing import Any, TypeAlias
 
 import torch
 
-# Runs that were given up keep their memory until this many others have been called since.
+# How many streams are kept. A run that was abandoned holds its memory until this many others were called after it.
 _MOST = 16
 
-# What tells a stream from others of the same timesteps and prompt: shape, dtype and device of the sample.
+# Shape, dtype and device of the sample.
 Inputs: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 
 
 class Stream:
-    """One stream: where it is, and what DaTo keeps of it."""
+    """One stream: its place in its run, and what DaTo keeps for it."""
 
     def __init__(self, timestep: Any, prompt: Any, inputs: Inputs) -> None:
         self.timestep = timestep  # of the last call
         self.prompt = prompt
         self.inputs = inputs
-        self.owner: weakref.ref[Any] | None = None  # the pipeline that calls, if it is known
-        self.position: int | None = None  # of the last call among its timesteps; None if that is not known
-        self.index = 0  # of the last call, among the ``calls`` of its run
-        self.calls: int | None = None  # None if that is not known
-        self.running = False  # in a call that has not ended
-        self.repeated = False  # called more than once at ``position``
-        self.gaps = 0  # how often in a row a call was at an element further on than the next
+        self.owner: weakref.ref[Any] | None = None  # the calling pipeline, if it is known
+        self.position: int | None = None  # of the last call in the tensor of timesteps; None if it is not known
+        self.index = 0  # of the last call in its run, from 0
+        self.calls: int | None = None  # how many the run has; None if it is not known
+        self.running = False  # a call has begun and not ended
+        self.repeated = False  # it was called more than once at ``position``
+        self.gaps = 0  # how many calls in a row skipped elements of the timesteps
         self.forget()
 
     def forget(self) -> None:
-        """Start anew: the next call is computed in full."""
+        """Start a new run: its first call is computed in full."""
         self.fresh = True
-        self.joined = False  # another stream was at this step before
+        self.joined = False  # another stream was at this step already
         self.digits: str | None = None  # the schedule of its run; None computes every call in full
-        self.paired = False  # whether the batch is two halves of the same images, without and with their prompts
+        self.paired = False  # the batch has two halves: the same images without and with their prompts
         self.release()
 
     def release(self) -> None:
-        """Keep no tensor of what was computed."""
+        """Free every tensor that was computed."""
         self.hidden: torch.Tensor | None = None  # what a shallow call starts from
-        self.shapes: list[Any] = []  # what the blocks that are left out return, as tensors of one element, expanded
+        self.shapes: list[Any] = []  # of the outputs of the cached blocks, as expanded one-element tensors
         self.output: torch.Tensor | None = None
-        self.before: torch.Tensor | None = None  # the output before that
+        self.before: torch.Tensor | None = None  # the output before ``output``
         self.generators: dict[torch.device, torch.Generator] = {}
 
     @property
@@ -71,19 +70,19 @@ class Stream:
 
 
 class Streams:
-    """The streams of one UNet. ``say(key, what)`` is told what cannot be known, and what is done then."""
+    """The streams of one UNet. ``say(key, what)`` logs, once for each ``key``, what cannot be known."""
 
     def __init__(self, say: Callable[[str, str], None]) -> None:
-        self._streams: list[Stream] = []  # the one called last is the last
+        self._streams: list[Stream] = []  # the most recently called is the last
         self._say = say
 
     def of(self, timestep: Any, prompt: Any, inputs: Inputs) -> Stream:
-        """The stream that a call belongs to, moved on to this call; ``fresh`` if nothing that is kept may serve it.
+        """The stream of a call, advanced to this call; ``fresh`` if the call must not use what is kept.
 
-        A stream goes on with the next element of its timesteps. Anything else starts it anew: an element that is not
-        the next, or a call that never ended. Two calls at the same element with the same prompt may be two images, or
-        one that starts over: both are fresh, and so is the call after them. A timestep that is not an element of a
-        longer tensor cannot be placed: its stream is new, has no ``position``, and is not kept.
+        A stream continues with the next element of its timesteps. It starts a new run at any other element, and after a
+        call that never ended. Two calls at the same element with the same prompt may be two images or a restart: both
+        are fresh, and so is the call after them. A timestep that is not an element of a longer tensor has no place in a
+        run: its stream is new, has no ``position``, and is not kept.
         """
         position = position_of(timestep)
         if position is None:
@@ -92,11 +91,11 @@ class Streams:
         stream = next((s for s in along if s.is_for(timestep, prompt, inputs)), None)
         step = _step(along, stream, position)
         if stream is None:
-            self._meet(along, position)
+            self._warn_of_prompt(along, position)
             stream = Stream(timestep, prompt, inputs)
         else:
             self._streams.remove(stream)
-            self._move(stream, position)
+            self._advance(stream, position)
         if stream.fresh:
             stream.index, stream.calls = step or (0, None)
             stream.joined = any(other is not stream and other.position == position for other in along)
@@ -106,8 +105,8 @@ class Streams:
             del self._streams[0]
             self._say(
                 "many",
-                f"more than {_MOST} runs are under way. The one that was called least lately is forgotten, and starts "
-                "anew, in full, when it is called again",
+                f"more than {_MOST} runs are under way. The least recently called is forgotten: if it is called again, "
+                "it starts anew, in full",
             )
         return stream
 
@@ -116,7 +115,7 @@ class Streams:
         self._streams = [other for other in self._streams if other is not stream]
 
     def give_to(self, stream: Stream, pipe: Any) -> None:
-        """``pipe`` makes ``stream``, which starts a run: what it has not finished before, it never will."""
+        """``pipe`` starts a run with ``stream``: forget its unfinished runs, which it cannot continue."""
         stream.owner = weakref.ref(pipe)
         self._streams = [
             other
@@ -130,8 +129,8 @@ class Streams:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def _meet(self, along: list[Stream], position: int) -> None:
-        """A stream is new: say so if another stood a call before it, whose continuation it may be."""
+    def _warn_of_prompt(self, along: list[Stream], position: int) -> None:
+        """Warn if a new stream at ``position`` may be the continuation of another with other prompt embeddings."""
         positions = {stream.position for stream in along}
         if position not in positions and position - 1 in positions:
             self._say(
@@ -140,12 +139,12 @@ class Streams:
                 "so the call is computed in full. If a loop makes them anew in every step, make them once, before it",
             )
 
-    def _move(self, stream: Stream, position: int) -> None:
-        """Decide whether ``stream`` goes on at ``position``; otherwise it starts anew."""
+    def _advance(self, stream: Stream, position: int) -> None:
+        """Continue ``stream`` at ``position``, or start a new run there."""
         assert stream.position is not None
         gap = position - stream.position
         again = gap == 0 and not stream.running
-        if again and stream.index:  # in a run of one step each is another image, and full in any case
+        if again and stream.index:  # at index 0 it is another image of one step, and full anyway
             self._say(
                 "repeated",
                 "the UNet is called more than once at a timestep with the same prompt embeddings: which call goes "
@@ -167,10 +166,10 @@ class Streams:
 
 
 def _step(along: list[Stream], stream: Stream | None, position: int) -> tuple[int, int | None] | None:
-    """Which call of how many this is, by its own stream or another that is at this step or the one before.
+    """Index and number of calls, from the call's own stream or another at this step or the one before.
 
-    None if it starts a run. So guidance in two calls a step has both computed in full at the same steps, also if one of
-    them joins late.
+    None if the call starts a run. So the two streams of guidance in two calls a step have their full calls at the same
+    steps, even if one of them joins late.
     """
     for other in reversed(along):
         assert other.position is not None
@@ -181,12 +180,12 @@ def _step(along: list[Stream], stream: Stream | None, position: int) -> tuple[in
 
 
 def position_of(timestep: Any) -> int | None:
-    """The place of ``timestep`` in its tensor; None if it is not an element of a longer one. Nothing is read."""
+    """The place of ``timestep`` in its tensor, without reading it; None if it is not an element of a longer one."""
     return int(timestep.storage_offset()) if is_element(timestep) else None
 
 
 def elements_from(timestep: Any) -> int | None:
-    """How many elements its tensor has from ``timestep`` on; None if it is not an element of a longer one."""
+    """How many elements the tensor has from ``timestep`` on; None if it is not an element of a longer one."""
     if not is_element(timestep):
         return None
     return int(timestep.untyped_storage().nbytes() // timestep.element_size() - timestep.storage_offset())
