@@ -222,7 +222,7 @@ def test_a_pipeline_with_a_controlnet_twice(pipe, make_controlnet, generate, hoo
 
 
 def test_a_model_in_data_parallel(make_unet, call, hooks):
-    """Compiled inside and out, too."""
+    """With compiled models inside, or compiled as a whole."""
     unet = make_unet()
     apply_todo(unet, ToDoConfig(factor=2))
     expected = call(unet)
@@ -273,7 +273,7 @@ def test_motion_modules_are_left_alone():
 
 
 def test_attention_that_only_crosses_is_left_alone(make_unet, call):
-    """As in the x4 upscaler, whose finest transformers attend to the text twice."""
+    """The finest transformers of the x4 upscaler attend to the text twice."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         block_out_channels=(8, 16),
@@ -317,7 +317,7 @@ def test_fused_projections(make_unet, call):
 
 
 class RecordingProcessor(AttnProcessor):
-    """As a user writes one, to look at what the attention does."""
+    """A user's own subclass, to watch the attention."""
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_a_configuration_that_acts_logs_nothing(unet, call, caplog):
 
 @pytest.mark.parametrize("config", [ToDoConfig(4096), ToDoConfig(factor={1: 2, 4: 4})], ids=str)
 def test_a_factor_that_reaches_the_side_of_a_grid_warns_once(unet, call, caplog, config):
-    """As of one who meant max_kv_tokens."""
+    """A user who meant max_kv_tokens."""
     apply_todo(unet, config)
     for _ in range(2):
         call(unet)

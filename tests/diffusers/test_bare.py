@@ -1,4 +1,4 @@
-"""``unet.set_attn_processor(ToDoProcessor())`` alone, with nothing else said."""
+"""``unet.set_attn_processor(ToDoProcessor())`` without ``apply_todo``."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_the_model_is_looked_up_once(unet, call, monkeypatch):
 
 
 def test_below_hooks_checkpoints_and_subclasses(unet, call, reference):
-    """What lies between the transformer and the attention on the call stack does not matter."""
+    """Other frames between the transformer and the attention do not matter."""
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     with reference(unet, (16, 16), {1: 3, 2: 2}):
@@ -81,7 +81,7 @@ def test_below_hooks_checkpoints_and_subclasses(unet, call, reference):
 
 
 def test_an_image_is_its_own_grid(pipe, monkeypatch):
-    """As in the VAE, whose attention gets images: 72 x 60 latents are 4320 tokens, read as 36 x 30."""
+    """A VAE's attention gets images: 72 x 60 latents are 4320 tokens, read as 36 x 30."""
     reads = []
     attn = pipe.vae.decoder.mid_block.attentions[0]
     attn.to_k.register_forward_hook(lambda module, args, out: reads.append(args[0].shape[1]))
@@ -106,7 +106,7 @@ def test_where_no_grid_can_be_known_it_is_dense_and_says_so_once(unet, call, cap
 
 
 def test_another_attention_of_the_transformer_is_not_taken_for_attn1(unet, call, caplog):
-    """GLIGEN's fuser, say, attends over image and object tokens together, inside the same transformer."""
+    """GLIGEN's fuser attends over image and object tokens together, inside the same transformer."""
     expected = call(unet)
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     fuser = block.attn1

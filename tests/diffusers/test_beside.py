@@ -1,4 +1,4 @@
-"""ToDo beside diffusers' own calls that set processors, in every order, and copies of what is under ToDo."""
+"""ToDo with diffusers' own methods that set processors, in every order; and copies of models under ToDo."""
 
 import copy
 import gc
@@ -80,7 +80,7 @@ def test_default_processors_are_refused_as_without_todo_and_todo_stays(make_unet
 
 
 def test_where_diffusers_refuses_a_bare_processor_its_error_names_the_way_out():
-    """A VAE has no hook of ours; nor has a model with added keys and values, whose default is another."""
+    """ToDo does not hook a VAE, nor a model with added keys and values, which has another default processor."""
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4)
     vae.set_attn_processor(ToDoProcessor(CONFIG))
     with pytest.raises(ValueError, match=r"todo_attn\.remove_todo\(model\)"):

@@ -193,7 +193,7 @@ def test_inductor(make_unet, unet, call):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [TODO, ToDoConfig(factor={1: 2, 2: 3}, mode="mean")])
 def test_cuda_graphs(make_unet, unet, config):
-    """What a call leaves on the model lies outside of the graph's memory, which the next call writes into."""
+    """What a call leaves on the model is outside of the graph's memory, which the next call overwrites."""
     eager, unet = make_unet("small").cuda(), unet.cuda()
     apply_todo(unet, config)
     apply_todo(eager, config)

@@ -1,4 +1,4 @@
-"""Which self-attentions there are, and at what level: the real architectures (on the meta device) and unusual ones."""
+"""The self-attentions of a model and their levels, in real architectures (on the meta device) and unusual ones."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""``unet.set_attn_processor(ToDoProcessor(config))``: the processor's own configuration, and that nothing loses it."""
+"""``unet.set_attn_processor(ToDoProcessor(config))``: the processor has its own configuration and keeps it."""
 
 import copy
 import pickle
@@ -152,7 +152,7 @@ def test_rebuilt_copied_and_pickled_it_keeps_its_configuration(unet, call, appli
 
 
 def test_made_again_by_its_own_class_it_is_a_todo_processor(unet, call, applied):
-    """As tools copy a processor; with another configuration too."""
+    """Tools copy a processor like this, also with another configuration."""
     first = ToDoProcessor(ToDoConfig(factor=2))
     again = type(first)(ToDoConfig(factor=3))
     assert type(again) is type(ToDoProcessor(ToDoConfig(factor=3)))

@@ -1,4 +1,4 @@
-"""Whole pipelines, and ToDo beside LoRA, IP-Adapter, ControlNet and offloading, in either order.
+"""Whole pipelines, and ToDo with LoRA, IP-Adapter, ControlNet and offloading, in either order.
 
 Each expectation comes from the same pipeline with the independent reference of conftest.py in place of apply_todo.
 """
@@ -203,7 +203,7 @@ def test_ip_adapter(pipe, generate, reference, hooks, ip_adapter, order):
 
 
 def test_ip_adapter_with_the_bare_processor(pipe, generate, ip_adapter):
-    """Every attn1 gets a processor of its own; what they know is on the model."""
+    """Every attn1 gets its own processor; their state is on the model."""
     image = {"ip_adapter_image_embeds": [torch.randn(2, 1, 6)]}
     load(pipe, ip_adapter)
     apply_todo(pipe)
@@ -240,7 +240,7 @@ ORDERS = ["apply,offload,remove", "offload,apply,remove", "apply,offload,hooks,r
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_model_cpu_offload(pipe, generate, reference, hooks, moves, order):
-    """In every order offloading keeps its wrapper for as long as it is on, and ToDo what it does."""
+    """In every order offloading keeps its wrapper while it is on, and ToDo keeps acting."""
     before, dense = dict(pipe.unet.attn_processors), generate(pipe)
     with reference(pipe.unet, (16, 16), FACTORS):
         expected = generate(pipe)

@@ -177,7 +177,7 @@ def test_cross_attention_is_bit_equal(cross_attention_norm):
     inputs = {**inputs_for({}), "encoder_hidden_states": torch.randn(3, 7, 8)}
     expected = run(attn, AttnProcessor2_0(), **inputs)
     assert torch.equal(run(attn, ToDoProcessor(), **inputs), expected)
-    # 54 encoder tokens look like the grid, and are none
+    # 54 encoder tokens could be mistaken for the grid
     inputs["encoder_hidden_states"] = torch.randn(3, GRID[0] * GRID[1], 8)
     assert torch.equal(run(attn, ToDoProcessor(), **inputs), run(attn, AttnProcessor2_0(), **inputs))
 
@@ -253,7 +253,7 @@ def test_it_is_called_through_attention_forward():
 
 
 def test_another_number_of_tokens_than_the_grid_has_is_dense(caplog):
-    """As when another patch merges tokens before the attention."""
+    """Another patch may merge tokens before the attention."""
     attn = make_attention()
     put_in_model(attn, ToDoConfig(factor=2))
     inputs, processor = {"hidden_states": torch.randn(2, 11, DIM)}, ToDoProcessor()

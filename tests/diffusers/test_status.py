@@ -122,7 +122,7 @@ def test_a_pipeline_with_controlnets(pipe, make_controlnet, generate):
 
 
 def test_a_pipeline_that_builds_another_unet_starts_without(unet):
-    """As AnimateDiff does of Stable Diffusion's: the table shows that it is off there, until apply_todo."""
+    """AnimateDiff builds one from Stable Diffusion's: the table shows that ToDo is off there, until apply_todo."""
     apply_todo(unet, ToDoConfig(factor=2))
     motion = UNetMotionModel.from_unet2d(unet, None)
     assert states(motion) == {"off"}

@@ -64,7 +64,7 @@ def test_the_decision_is_of_the_running_call(unet, call):
 
 
 class NoHostSync(TorchDispatchMode):
-    """Raises where a tensor's value is read on the host, or a tensor changes its device."""
+    """Raises if a tensor's value is read on the host, or a tensor changes its device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -87,7 +87,7 @@ def test_the_full_range_never_reads_the_timestep(unet, call, mode, size):
 
 
 def test_a_narrower_range_does(unet, call):
-    """So the check above can fail."""
+    """Shows that the check above can fail."""
     apply_todo(unet, ToDoConfig(factor=3, timestep_range=(1, 999)))
     with NoHostSync(), pytest.raises(AssertionError, match="host sync"):
         call(unet, timestep=torch.tensor([500, 500]))

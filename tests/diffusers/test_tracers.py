@@ -12,7 +12,7 @@ CONFIGS = [ToDoConfig(factor=2), ToDoConfig(factor=3, mode="mean"), ToDoConfig(m
 
 
 class Wrapped(torch.nn.Module):
-    """Tracers want a tensor out."""
+    """Returns a tensor, as tracers require."""
 
     def __init__(self, unet):
         super().__init__()
@@ -72,7 +72,7 @@ def test_a_narrower_range_cannot_be_recorded(unet, call, traced):
 
 
 def test_in_several_threads_each_call_follows_its_own_grid(make_unet, call):
-    """Grids of as many tokens, so that another call's would fit."""
+    """Grids with the same number of tokens, so that the plan of another call would fit."""
     unet = make_unet("sdxl")
     apply_todo(unet, ToDoConfig(factor=2))
     sizes = [(8, 18), (12, 12), (18, 8), (16, 9)] * 6
@@ -83,7 +83,7 @@ def test_in_several_threads_each_call_follows_its_own_grid(make_unet, call):
 
 
 def test_a_call_in_the_midst_of_another_leaves_its_grid(unet, call):
-    """What threads do by chance: the other call between a plan and its use."""
+    """Forces what threads do by chance: another call between the making of a plan and its use."""
     apply_todo(unet, ToDoConfig(factor=2))
     expected = call(unet, (12, 8))
     running = []

@@ -62,7 +62,7 @@ def test_auto_caps_the_keys_of_every_level_by_its_grid(make_unet, call, referenc
 
 
 def test_one_model_at_changing_sizes(unet, call, reference):
-    """The grid is of the running call: 8 x 18 and 12 x 12 have as many tokens."""
+    """The grid is that of the running call: 8 x 18 and 12 x 12 have the same number of tokens."""
     apply_todo(unet, ToDoConfig(factor=2))
     for size in [(8, 18), (12, 12), (18, 8), (9, 7), (8, 18)]:
         actual = call(unet, size)
@@ -89,7 +89,7 @@ def test_half_precision(unet, call, reference, dtype):
         expected = call(unet, size)
 
     def close(actual):
-        """Far nearer to ToDo in fp32 than the dense model is."""
+        """Much closer to ToDo in fp32 than the dense model is."""
         return (actual.float() - expected).norm() < 0.25 * (dense - expected).norm()
 
     apply_todo(unet, ToDoConfig(factor=2))
@@ -136,7 +136,7 @@ def test_gradients_in_training(unet, reference, mode, checkpointing):
     ids=str,
 )
 def test_checkpointing_recomputes_each_call_as_it_was(make_unet, calls):
-    """Several calls of the model before one backward: other sizes with as many tokens or others, other timesteps."""
+    """Several calls before one backward: other sizes (with the same number of tokens or not), other timesteps."""
 
     def gradients(unet):
         generator = torch.Generator().manual_seed(0)

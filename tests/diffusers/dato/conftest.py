@@ -46,7 +46,7 @@ def inputs():
 
 @pytest.fixture
 def calls(inputs):
-    """calls(unet, n) -> the outputs of n calls in a row, a run of so many, each with its own inputs."""
+    """calls(unet, n) -> the outputs of a run of n calls, each with its own inputs."""
 
     @torch.no_grad()
     def calls(unet, n, size=(16, 12), batch=2, same=False, **extra):
@@ -54,7 +54,7 @@ def calls(inputs):
         timesteps = torch.tensor([500 if same else 900 - 50 * i for i in range(n)])
         for i, timestep in enumerate(timesteps):
             given = inputs(unet, size, batch, seed=0 if same else i)
-            # Lists are eaten by the UNet, so each call gets its own.
+            # The UNet empties lists, so each call gets its own.
             more = {key: list(x) if isinstance(x, list) else x for key, x in extra.items()}
             outputs.append(unet(given.sample, timestep, **given.kwargs, **more).sample.clone())
         return outputs

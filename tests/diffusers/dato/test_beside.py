@@ -1,4 +1,4 @@
-"""DaTo beside FreeU, ControlNet, T2I-Adapter, LoRA, IP-Adapter, offloading and layerwise casting.
+"""DaTo with FreeU, ControlNet, T2I-Adapter, LoRA, IP-Adapter, offloading and layerwise casting.
 
 Mostly by replay: on the inputs of the full call a shallow call must give what the dense UNet gives, with whatever is on
 it. A cached tensor that somebody wrote into, or a block that was not to run, would show.
@@ -31,7 +31,7 @@ def lora(unet):
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "small"])
 @pytest.mark.parametrize("first", ["FreeU", "DaTo"])
 def test_freeu(make_unet, calls, kind, first):
-    """It writes into what enters the blocks; in a UNet of two blocks, into what the last one is given."""
+    """FreeU writes into the inputs of blocks; in a UNet of two blocks, into that of the last."""
     unet, plain = make_unet(kind), make_unet(kind)
     if first == "DaTo":
         apply_dato(unet, REPLAY)
@@ -48,7 +48,7 @@ def test_freeu(make_unet, calls, kind, first):
 
 
 def controlled(scale):
-    """What a ControlNet gives for the "sd" UNet on latents of 16 x 12: for each skip, and for the middle."""
+    """The outputs of a ControlNet for the "sd" UNet on latents of 16 x 12: for each skip, and for the middle."""
     torch.manual_seed(6)
     shapes = [(8, 16, 12)] * 2 + [(8, 8, 6)] + [(16, 8, 6)] + [(16, 4, 3)] * 2
     residuals = [torch.randn(2, *shape) * scale for shape in shapes]
@@ -62,7 +62,7 @@ def test_controlnet_residuals(make_unet, calls, inputs):
 
 
 def test_a_shallow_call_takes_the_running_call_s_controlnet_residual(make_unet, inputs):
-    """That of conv_in's output, which is all of them that it reads."""
+    """Only that of conv_in's output, the only one that it reads."""
     unet, plain = make_unet("sd"), make_unet("sd")
     apply_dato(unet, DaToConfig(prune_ratio=0.0, cache_schedule="1"))
     given, hidden = inputs(unet), []
@@ -101,7 +101,7 @@ def test_controlnet_pipeline(pipe, generate, make_controlnet, kinds, guidance_sc
 
 
 def test_t2i_adapter_residuals(make_unet, calls):
-    """Which the UNet adds into what a block without attention returned, in place."""
+    """The UNet adds them in place to the output of a block without attention."""
     torch.manual_seed(6)
     residuals = [torch.randn(2, *shape) for shape in ((8, 16, 12), (16, 8, 6), (16, 4, 3))]
     unet, plain = make_unet("sd"), make_unet("sd")
@@ -177,7 +177,7 @@ def of_the_model(pipe):
 
 
 def of_its_layers(pipe):
-    """Where sequential offloading puts its hooks, which itself works on a GPU only."""
+    """Hooks placed like those of sequential offloading, which works on a GPU only."""
     for module in pipe.unet.modules():
         if module is pipe.unet or [*module.parameters(recurse=False)]:
             add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True), append=True)
@@ -189,7 +189,7 @@ ORDERS = ["apply,offload,remove", "offload,apply,remove", "apply,offload,hooks,r
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("offload", [of_the_model, of_its_layers])
 def test_offloading(pipe, generate, kinds, order, offload):
-    """In every order: DaTo does what it does while it is on, and accelerate's hooks are where they are without it."""
+    """In every order DaTo acts while it is on, and accelerate's hooks are where they are without it."""
     expected = {False: generate(pipe, **EIGHT)}
     apply_dato(pipe, SCHEDULE)
     expected[True] = generate(pipe, **EIGHT)

@@ -1,4 +1,4 @@
-"""What a shallow, a reusing and a full call compute, on whole UNets, against the layers run by hand."""
+"""What full, shallow and reuse calls compute on whole UNets, compared with layers run by hand."""
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_the_blocks_that_run_are_those_of_the_schedule(any_unet, calls, kinds, k
 
 
 def test_the_mid_block_and_conv_in(make_unet, calls):
-    """Not even called in part: the mid block runs in full calls only, conv_in in every one."""
+    """No part of them runs: the mid block runs in full calls only, conv_in in every call."""
     unet, ran = make_unet("sd"), []
     for name in ("conv_in", "mid_block.attentions.0.norm", "mid_block.resnets.1.conv1"):
         unet.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
@@ -143,7 +143,7 @@ def test_other_dtypes(make_unet, inputs, dtype):
 
 
 def test_without_no_grad(make_unet, inputs):
-    """Gradients reach what a call computes and nothing that was kept from another."""
+    """Gradients reach what a call computes, and nothing that was kept from another call."""
     unet = make_unet("sd")
     apply_dato(unet, DaToConfig(cache_schedule="1"))
     given = inputs(unet)

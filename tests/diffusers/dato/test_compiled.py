@@ -25,7 +25,7 @@ def traces():
 
 
 class GraphMemory:
-    """A backend like CUDA graphs: what a graph returns is at the same place every time, and overwritten by the next."""
+    """A backend like CUDA graphs: a graph returns the same memory every time, which its next call overwrites."""
 
     def __init__(self):
         self.outputs = []
@@ -94,7 +94,7 @@ def test_a_run_compiles_three_graphs(make_unet, calls, traces, kind, options, or
 
 @pytest.mark.parametrize("compile_it", [torch.compile, in_place])
 def test_taken_off_again(make_unet, calls, traces, compile_it):
-    """The model is the dense one, and its graph of before is used again where it was compiled then."""
+    """The model is dense again, and reuses its earlier graph if it was compiled before."""
     unet, eager = make_unet("small"), make_unet("small")
     compiled = compile_it(unet, fullgraph=True, backend=traces)
     dense = calls(eager, 1, size=SIZE)
@@ -118,7 +118,7 @@ def test_without_a_schedule_there_is_one_graph(make_unet, calls, traces):
 
 @pytest.mark.parametrize(("kind", "options"), [("sd", "everything"), ("small", "cache")])
 def test_nothing_kept_is_in_the_memory_of_a_graph(make_unet, calls, kind, options):
-    """A full call returns what a shallow one starts from beside its output, and no other tensor leaves a graph."""
+    """A full call returns its output and the start of shallow calls, and no other tensor leaves a graph."""
     config, memory = DaToConfig(cache_schedule="101202110", **CONFIGS[options]), GraphMemory()
     unet, eager = make_unet(kind), make_unet(kind)
     apply_dato(eager, config)
@@ -140,7 +140,7 @@ def test_another_configuration_after_compiling(make_unet, calls, traces):
 
 
 def test_no_graph_a_size_where_sizes_are_dynamic(make_unet, calls, traces):
-    """Shapes reach a graph as tensors: a number that it finds on a hook would be a constant of it."""
+    """Shapes reach a graph as tensors: a number on a hook would be a constant of the graph."""
     config = DaToConfig(cache_schedule="10")
     unet, eager = make_unet("small"), make_unet("small")
     apply_dato(eager, config)
@@ -157,7 +157,7 @@ def test_no_graph_a_size_where_sizes_are_dynamic(make_unet, calls, traces):
     ids=["pruned", "cache", "todo"],
 )
 def test_a_ratio_for_each_call(make_unet, calls, traces, digits, todo, graphs):
-    """The number of tokens that stay is a size that changes, from the first call on: no graph more than with one."""
+    """The number of kept tokens is a dynamic size from the first call on: as many graphs as with one ratio."""
     ratios = tuple(0.7 - i / 50 for i in range(10))
     config = DaToConfig(prune_ratio=ratios, cache_schedule=digits, todo=todo)
     unet, eager = make_unet("small"), make_unet("small")
@@ -189,7 +189,7 @@ def test_compiled_blocks(make_unet, calls, traces, order):
 
 
 def test_inside_a_larger_compiled_function(make_unet, calls):
-    """There a graph ends before the UNet, which is compiled on its own."""
+    """The graph ends before the UNet, which is compiled on its own."""
     config = DaToConfig(cache_schedule="102")
     unet, eager = make_unet("small"), make_unet("small")
     apply_dato(eager, config)

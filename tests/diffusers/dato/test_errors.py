@@ -1,4 +1,4 @@
-"""What apply_dato refuses, and that the model is as it was then."""
+"""What apply_dato refuses, and that the model is unchanged then."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ TODO = ToDoConfig(factor=2)
 
 
 def state(module):
-    """All that hooks and patches leave on a module and in it."""
+    """Everything that hooks and patches leave on a module or in it."""
     return [
         (
             *(m, type(m), set(m.__dict__), m.__dict__.get("forward"), getattr(m, "processor", None)),
@@ -111,7 +111,7 @@ def test_todo_is_there_already(unet, calls, put):
 
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: [net], lambda net: MultiControlNetModel([net])])
 def test_todo_is_on_a_controlnet_already(pipe, make_controlnet, wrap):
-    """Which it would replace too."""
+    """A ControlNet's ToDo would be replaced too."""
     controlnet = make_controlnet()
     pipe.controlnet = wrap(controlnet)
     apply_todo(controlnet, TODO)
@@ -130,7 +130,7 @@ def test_todo_is_on_a_controlnet_already(pipe, make_controlnet, wrap):
 
 
 def test_a_todo_that_does_not_fit(unet, calls):
-    """The one before stays, with its ToDo."""
+    """The earlier DaTo stays, with its ToDo."""
     before = state(unet)
     with pytest.raises(ValueError, match="factor must name levels"):
         apply_dato(unet, DaToConfig(todo=ToDoConfig(factor={8: 2})))
@@ -144,7 +144,7 @@ def test_a_todo_that_does_not_fit(unet, calls):
 
 
 def test_a_ratio_above_what_the_patch_allows(unet, calls, kinds):
-    """The grid is known at the call, so that one raises; the next is as usual."""
+    """The grid is known only at the call, which raises; the next call works."""
     apply_dato(unet, DaToConfig(prune_ratio=(0.4, 0.8), cache_schedule="2"))
     with pytest.raises(ValueError, match=r"ratio must be at most 0.75.*got 0.8"):
         calls(unet, 2, size=(8, 8))
@@ -182,7 +182,7 @@ def test_applying_again_replaces(unet, calls, kinds, make_unet):
 
 
 def test_group_offloading_with_a_schedule(unet):
-    """It loads several blocks as the first runs, which a schedule may leave out."""
+    """It loads several blocks when the first runs, which a schedule may skip."""
     unet.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=2)
     before = state(unet)
     with pytest.raises(ValueError, match="cache_schedule must be None on a UNet with diffusers' group offloading"):

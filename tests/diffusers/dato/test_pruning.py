@@ -144,7 +144,7 @@ def test_one_block(make_unet, inputs, case):
 
 
 def test_after_a_reused_output_the_score_is_noise_alone(make_unet, inputs):
-    """The two outputs before are the same then. With the next but one there is a difference again."""
+    """The last two outputs are the same then. From the next call but one there is a difference again."""
     config = DaToConfig(cache_schedule="220222", dynamics_weight=50.0)
     unet, dense = make_unet("small"), make_unet("small")
     reference = Reference(dense, config, level=1)
@@ -164,7 +164,7 @@ def test_after_a_reused_output_the_score_is_noise_alone(make_unet, inputs):
 
 
 def test_without_noise_each_patch_keeps_its_first_token_after_a_reused_output(make_unet, inputs):
-    """The difference is 0 everywhere then, as published, and noise of weight 0 must not decide instead."""
+    """The difference is then 0 everywhere, as published, and noise of weight 0 must not decide."""
     unet, chosen = make_unet("small"), []
     apply_dato(unet, DaToConfig(cache_schedule="22022", noise_weight=0.0, dynamics_weight=1.0))
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]

@@ -1,4 +1,4 @@
-"""After remove_dato the UNet is what it was before: bit-equal, no hook, no attribute."""
+"""After remove_dato the UNet is as before: bit-equal, no hook, no attribute."""
 
 import copy
 
@@ -16,7 +16,7 @@ EVERYTHING = DaToConfig(
 
 
 def inside(unet):
-    """Every attribute of every module, and how many hooks of each sort it has."""
+    """Every attribute of every module, and the number of its hooks of each kind."""
     return {
         name: (set(m.__dict__), {k: len(v) for k, v in m.__dict__.items() if "hook" in k and hasattr(v, "__len__")})
         for name, m in unet.named_modules()
@@ -73,7 +73,7 @@ def test_a_deep_copy_afterwards_is_on_its_own(unet, calls):
 
 
 def test_two_unets_do_not_know_each_other(make_unet, inputs):
-    """Called in turns, each keeps its own place in its own run."""
+    """Called in turns, each keeps its place in its own run."""
     config = DaToConfig(cache_schedule="21021")
     alone = []
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_two_unets_do_not_know_each_other(make_unet, inputs):
 
 
 class Doubling(ModelHook):
-    """Somebody else's hook on the same blocks."""
+    """Another package's hook on the same blocks."""
 
     def post_forward(self, module, output):
         return output * 2

@@ -1,4 +1,4 @@
-"""Pipelines: which calls of the UNet make a run, and that one run leaves nothing to the next."""
+"""Pipelines: which calls of the UNet are a run, and that a run leaves nothing to the next."""
 
 import copy
 import logging
@@ -42,7 +42,7 @@ def warnings_of(caplog):
 
 
 def resampled(caplog):
-    """What was said of it: at INFO, because it is the ordinary case."""
+    """What was logged about it: at INFO, because it is the ordinary case."""
     found = [r for r in caplog.records if r.name == "todo_attn" and "resampled" in r.getMessage()]
     assert all(record.levelno == logging.INFO for record in found)
     return [record.getMessage() for record in found]
@@ -50,7 +50,7 @@ def resampled(caplog):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler(pipe, generate, kinds, caplog, name):
-    """The first image and the next are one: the same calls, the same latents; also after one cut short."""
+    """The first image and the next are equal, with the same calls; also after an interrupted one."""
     pipe.scheduler = SCHEDULERS[name]()
     pipe.scheduler.set_timesteps(STEPS)
     calls = len(pipe.scheduler.timesteps)
@@ -123,7 +123,7 @@ def test_an_image_cut_short_at_another_size(pipe, generate):
 
 @pytest.mark.parametrize("scheduler", ["DDIM", "Heun", "PNDM"])
 def test_image_to_image_starts_late(pipe, generate, kinds, caplog, scheduler):
-    """A schedule for all the steps is made to fit the calls that happen, and that is said once."""
+    """A schedule for all the steps is resampled to the calls that happen, and that is logged once."""
     caplog.set_level(logging.INFO, "todo_attn")
     pipe.scheduler = SCHEDULERS[scheduler]()
     img2img = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
@@ -159,7 +159,7 @@ def test_a_schedule_for_another_number_of_steps(pipe, generate, kinds, caplog):
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0], ids=["no-guidance", "guidance"])
 @pytest.mark.parametrize("images", [1, 2, 3])
 def test_guidance_on_and_off(pipe, generate, kinds, images, guidance_scale):
-    """The halves of a batch are pairs only with guidance: without, each image has a choice of its own."""
+    """The halves of a batch are pairs only with guidance: without, each image has its own choice of tokens."""
     apply_dato(pipe, DaToConfig(cache_schedule="10121"))
     drawn = []
     run = pipe.unet._todo_attn_dato.run
@@ -174,7 +174,7 @@ def test_guidance_on_and_off(pipe, generate, kinds, images, guidance_scale):
 
 
 def test_the_order_of_images_does_not_matter(pipe, generate):
-    """Guidance, size, steps and batch change from image to image; each is as if it were the first."""
+    """Guidance, size, steps and batch change from image to image; each image is the same as if it were the first."""
     config = DaToConfig(cache_schedule="1211")
     settings = [
         {"num_inference_steps": 5, **SMALL},
@@ -238,7 +238,7 @@ def test_a_loop_of_ones_own(pipe, unet, inputs, kinds):
 
 
 def test_a_pipeline_that_is_gone(make_unet, pipe, inputs, kinds):
-    """Nothing keeps it alive; the UNet goes on alone."""
+    """Nothing keeps the pipeline alive; the UNet works without it."""
     unet = pipe.unet
     shell = copy.copy(pipe)
     apply_dato(shell, DaToConfig(cache_schedule="11"))

@@ -1,4 +1,4 @@
-"""A UNet without its pipeline: runs are told from the timesteps that it is given, none of which is read."""
+"""A UNet without a pipeline: runs are recognised by their timesteps, whose values are not read."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_a_run_starts_at_the_first_timestep(unet, played):
 
 
 def test_the_same_timestep_twice(unet, played, caplog):
-    """Another image, a perturbed call: they and the next are full, which is right for both."""
+    """Another image or a perturbed call: it and the next call are full, which is right for both."""
     apply_dato(unet, DaToConfig(cache_schedule="11111"))
     t = torch.tensor([981, 961, 941, 921, 901, 881])
     assert played([t[0], t[1], t[1], t[2], t[3], t[4]]) == "212211"
@@ -57,7 +57,7 @@ def test_the_same_timestep_twice(unet, played, caplog):
 
 @pytest.mark.parametrize("form", [as_number, float, as_tensor, as_batch])
 def test_an_image_after_one_that_was_broken_off_with_numbers_as_timesteps(unet, played, caplog, form):
-    """It starts lower, with the same prompt embeddings: nothing tells it from the next step of the first."""
+    """It starts at a lower timestep with the same prompt embeddings, and looks like the next step of the first run."""
     apply_dato(unet, DaToConfig(cache_schedule="1111"))
     assert played([form(t) for t in (981, 781)]) == "22"
     assert played([form(t) for t in (581, 381, 181)]) == "222"
@@ -97,7 +97,7 @@ def test_by_keyword(unet, inputs, kinds):
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says it is on a GPU, and that nobody may read."""
+    """A tensor that claims to be on a GPU, and must not be read."""
 
     LAYOUT = (
         "storage_offset", "untyped_storage", "element_size", "dim", "stride", "expand", "unbind", "as_subclass",
@@ -130,7 +130,7 @@ def device_unet(unet):
 
 
 def test_a_device_timestep_is_the_next_element_of_the_same_tensor(device_unet, played):
-    """The schedule is laid over the elements that are left."""
+    """The schedule is resampled to the elements that are left."""
     config = DaToConfig(cache_schedule="1012")
     short = "2" + config.schedule_for(3)
     device_unet(config)
@@ -202,7 +202,7 @@ def test_a_new_run_forgets_the_last(unet, inputs):
 
 
 def kept(unet):
-    """How many streams of ``unet`` DaTo keeps something of."""
+    """The number of streams of ``unet`` that DaTo keeps."""
     return len(unet._todo_attn_dato.run.streams)
 
 

@@ -1,4 +1,4 @@
-"""A UNet that several runs, pipelines or calls a step share: each gives what it gives alone."""
+"""A UNet shared by several runs, pipelines or calls a step: each gives what it gives alone."""
 
 import logging
 
@@ -25,7 +25,7 @@ def warnings_of(caplog):
 
 
 def another(pipe, cls=StableDiffusionPipeline, **components):
-    """A pipeline over the same models, with a scheduler of its own."""
+    """A pipeline with the same models and its own scheduler."""
     components = {"scheduler": DDIMScheduler(steps_offset=1, clip_sample=False), **components}
     other = cls(**{**pipe.components, **components}, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
@@ -34,7 +34,7 @@ def another(pipe, cls=StableDiffusionPipeline, **components):
 
 @torch.no_grad()
 def loop(unet, parts, steps=6, latents=None):
-    """Each step calls ``unet`` once for each of ``parts``, its prompts, on the same latents; the sum is the next."""
+    """Each step calls ``unet`` once for each prompt of ``parts`` on the same latents; the next latents are the sum."""
     scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
     scheduler.set_timesteps(steps)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4)) if latents is None else latents
@@ -46,7 +46,7 @@ def loop(unet, parts, steps=6, latents=None):
 
 
 def test_guidance_in_two_calls_a_step(make_unet, kinds, caplog):
-    """Each half is as in a run of its own, though both have the same latents and timestep."""
+    """Each half is as in its own run, though both have the same latents and timestep."""
     cond, uncond = torch.randn(2, 1, 5, 8)
     alone = make_unet()
     apply_dato(alone, CONFIG)
@@ -63,7 +63,7 @@ def test_guidance_in_two_calls_a_step(make_unet, kinds, caplog):
 
 @pytest.mark.parametrize("first", [0, 1], ids=["prompt first", "prompt last"])
 def test_two_calls_a_step_are_one_batched_call(make_unet, first):
-    """Where the choice does not depend on the outputs of one half, as with noise alone it does not."""
+    """If the choice does not depend on the outputs of one half: with noise alone."""
     config = DaToConfig(cache_schedule="10121", dynamics_weight=0.0)
     parts = torch.randn(2, 1, 5, 8)
     parts = [parts[first], parts[1 - first]]
@@ -96,7 +96,7 @@ def test_pipelines_in_turn_each_with_its_scheduler(pipe, generate, kinds):
 
 
 def test_an_interrupted_run_and_another_pipelines(pipe, generate, kinds):
-    """Image to image, of the same shape: it does not start in the middle of the first one's schedule."""
+    """Image to image, of the same shape: it does not start in the middle of the first run's schedule."""
     img2img = another(pipe, StableDiffusionImg2ImgPipeline)
     arguments = {"image": torch.rand(1, 3, 16, 16), "strength": 0.7, "num_inference_steps": 10}
     apply_dato(pipe, CONFIG)
@@ -113,7 +113,7 @@ def test_an_interrupted_run_and_another_pipelines(pipe, generate, kinds):
 
 
 def test_requests_that_take_turns(pipe, generate, kinds, caplog):
-    """A second run, of the same shape, goes on inside each step of the first."""
+    """A second run of the same shape advances inside each step of the first."""
     other, config = another(pipe), DaToConfig(cache_schedule="10121", dynamics_weight=3.0)
     apply_dato(pipe, config)
     first = generate(pipe, num_inference_steps=6, **SMALL)
@@ -132,7 +132,7 @@ def test_requests_that_take_turns(pipe, generate, kinds, caplog):
 
 @torch.no_grad()
 def test_requests_step_by_step_of_two_sizes(make_unet, kinds):
-    """Also of different shapes: what a skipped block stands in for is the stream's own."""
+    """Also of different shapes: the shapes of skipped blocks belong to the stream."""
     prompts, sizes = torch.randn(2, 1, 5, 8), [(8, 8), (12, 6)]
     samples = [torch.randn(6, 1, 4, *size) for size in sizes]
     schedulers = [DDIMScheduler(steps_offset=1), DDIMScheduler(steps_offset=1)]
@@ -163,7 +163,7 @@ def paired(pipe):
 
 @pytest.mark.parametrize("order", [(5.0, 1.0), (1.0, 5.0)], ids=["guided first", "guided last"])
 def test_guidance_of_the_pipeline_that_calls(pipe, generate, order):
-    """Not of the one that DaTo was applied to, nor of its last call."""
+    """Not the guidance of the pipeline that DaTo was applied to, nor of its last call."""
     img2img = another(pipe, StableDiffusionImg2ImgPipeline)
     apply_dato(pipe, CONFIG)
     generate(pipe, images=2, guidance_scale=order[0], num_inference_steps=2, **SMALL)
@@ -175,7 +175,7 @@ def test_guidance_of_the_pipeline_that_calls(pipe, generate, order):
 
 @torch.no_grad()
 def test_a_call_before_a_run_does_not_change_it(make_unet):
-    """A first call by hand, to warm up, at the step where the run starts."""
+    """A warm-up call by hand, at the step at which the run starts."""
     config, prompts, latents = DaToConfig(cache_schedule="1012"), torch.randn(2, 2, 5, 8), torch.randn(5, 2, 4, 8, 8)
     timesteps, outputs = torch.tensor([900, 700, 500, 300, 100]), []
     for warm in (False, True):
@@ -188,7 +188,7 @@ def test_a_call_before_a_run_does_not_change_it(make_unet):
 
 
 class Unguided(StableDiffusionPipeline):
-    """A pipeline that knows no guidance: each of its images has a call's row of its own."""
+    """A pipeline without guidance: each row of a call is another image."""
 
     do_classifier_free_guidance = property()
 
@@ -230,7 +230,7 @@ def test_a_schedule_is_laid_over_the_calls_that_run(make_unet, pipe, kinds):
 
 
 def test_a_modular_pipeline(make_unet, pipe, kinds):
-    """Its guider calls the UNet for each part of a step: the same schedule for both, and no row is another's half."""
+    """Its guider calls the UNet for each part of a step: both follow the same schedule, and rows are not paired."""
     from diffusers import ClassifierFreeGuidance
     from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
 
@@ -272,7 +272,7 @@ def test_self_attention_guidance(pipe, generate, kinds, caplog, guidance_scale, 
 
 @torch.no_grad()
 def test_an_image_is_the_same_in_any_batch(make_unet):
-    """Noise, the choice of tokens and what is reused do not depend on the images beside it."""
+    """Noise, the choice of tokens and what is reused do not depend on the other images of the batch."""
     unet = make_unet()
     x, prompts = torch.randn(4, 3, 4, 8, 8), torch.randn(3, 5, 8)
     batches = [prompts, prompts[:1], prompts[1:2], prompts[:2]]

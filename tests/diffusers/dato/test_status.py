@@ -1,4 +1,4 @@
-"""What status says of DaTo."""
+"""What status says about DaTo."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""To which stream a call belongs: without a UNet, by timesteps, prompts and shapes alone."""
+"""Which stream a call belongs to, from timesteps, prompts and shapes, without a UNet."""
 
 import gc
 import itertools
@@ -13,7 +13,7 @@ OTHER = (torch.Size((2, 4, 8, 8)), torch.float32, torch.device("cpu"))
 
 
 class Calls:
-    """Calls in a row; ``calls(...)`` gives the number of the stream, and "new" or where in its run it is."""
+    """Calls in a row; ``calls(...)`` gives the number of the stream, and "new" or the index in its run."""
 
     def __init__(self):
         self.said = []
@@ -55,7 +55,7 @@ def test_guidance_in_two_calls_a_step(calls):
 
 
 def test_prompts_that_are_slices_of_one_tensor(calls):
-    """Made anew in every step, as a loop with little memory does."""
+    """Computed again in every step, as a loop with little memory does."""
     both = torch.zeros(2, 5, 8)
     seen = [calls(t, part) for t in steps(3) for part in both.chunk(2)]
     assert seen == [(0, "new"), (1, "new"), (0, 1), (1, 1), (0, 2), (1, 2)]
@@ -69,7 +69,7 @@ def test_the_order_of_the_calls_of_a_step_does_not_matter(calls):
 
 
 def test_guidance_that_joins_late_and_leaves(calls):
-    """It counts the steps as the other does, so that both are computed in full together."""
+    """Both streams count the steps alike, so that their full calls are at the same steps."""
     cond, uncond = prompts(2)
     timesteps = steps(6)
     assert [calls(t, cond) for t in timesteps[:2]] == [(0, "new"), (0, 1)]
@@ -101,7 +101,7 @@ def test_the_same_prompt_at_the_same_step_of_other_timesteps(calls):
 
 
 def test_timesteps_in_memory_that_was_given_back(calls):
-    """Held, so that none that come after can be taken for them."""
+    """They are held, so that no later tensor gets their memory."""
     (prompt,) = prompts(1)
     for _ in range(20):
         assert calls(steps(4)[1], prompt)[1] == "new"
@@ -116,7 +116,7 @@ def test_a_run_that_was_cut_short(calls):
 
 
 def test_cut_short_after_its_first_call(calls):
-    """The second call at that step starts over, or is another image's: which one the next goes on from is not known."""
+    """A second call at a step is a restart or another image: which of the two the next continues is not known."""
     (prompt,) = prompts(1)
     timesteps = steps(4)
     assert calls(timesteps[0], prompt) == (0, "new")
@@ -139,7 +139,7 @@ def test_a_call_of_another_shape_in_each_step(calls):
 
 
 def test_a_step_that_was_left_out(calls):
-    """What is kept is a step older than the schedule thinks."""
+    """What is kept is one step older than the schedule assumes."""
     (prompt,) = prompts(1)
     timesteps = steps(5)
     assert [calls(timesteps[i], prompt) for i in (0, 1, 3, 4)] == [(0, "new"), (0, 1), (0, "new"), (0, 4)]
@@ -164,7 +164,7 @@ def test_prompts_made_anew_for_every_call(calls):
 
 @pytest.mark.parametrize("form", [int, float, lambda t: t.clone(), lambda t: t[None].clone()])
 def test_timesteps_that_are_no_elements_of_a_tensor(calls, form):
-    """A run that was broken off and another image that starts lower would look like one."""
+    """An interrupted run and another image that starts at a lower timestep would look alike."""
     (prompt,) = prompts(1)
     assert {calls(form(t), prompt)[1] for t in steps(5)} == {"new"}
     assert len(calls.streams) == 0
@@ -184,7 +184,7 @@ def test_runs_of_one_step(calls):
 
 
 def test_more_runs_than_are_kept(calls):
-    """It is said what the reason is, and not that the prompts were others."""
+    """The warning names this reason, and not other prompts."""
     runs = [(steps(3), prompt) for prompt in prompts(17)]
     for i in range(2):
         for timesteps, prompt in runs:
@@ -207,7 +207,7 @@ class Pipe:
 
 
 def test_a_pipeline_that_starts_again_has_given_up_its_last_run(calls):
-    """Also all of its streams; those of another pipeline stay."""
+    """All streams of the pipeline; those of another pipeline stay."""
     pipe, other = Pipe(), Pipe()
     cond, uncond = prompts(2)
 

@@ -1,4 +1,4 @@
-"""DaTo with ToDo: the kept queries read the coarse grid's keys, whichever came first."""
+"""DaTo with ToDo, in either order: the kept queries read the keys of the coarse grid."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_kept_queries_read_the_coarse_grid(make_unet, inputs, order, batch):
-    """The choice of tokens is DaTo's own (tested apart); what they read, and where it goes, is done by hand here."""
+    """The choice of tokens is DaTo's own (tested elsewhere); the attention is computed by hand here."""
     unet = make_unet("small")
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     given, seen = inputs(unet, SIZE, batch), []
@@ -84,7 +84,7 @@ def test_with_nothing_pruned_it_is_todo(make_unet, calls):
 @pytest.mark.parametrize("todo", [ToDoConfig(), ToDoConfig(factor=2, timestep_range=(0, 2))])
 @pytest.mark.parametrize("kind", ["small", "sdxl"])
 def test_with_todo_idle_it_is_dato(make_unet, calls, kind, todo, caplog):
-    """The kept tokens read each other, as without ToDo; nothing is said about grids that are not known."""
+    """The kept tokens read each other, as without ToDo, and no warning says that a grid is not known."""
     unet, dato = make_unet(kind), make_unet(kind)
     apply_dato(unet, DaToConfig(todo=todo))
     apply_dato(dato, DaToConfig())
@@ -93,7 +93,7 @@ def test_with_todo_idle_it_is_dato(make_unet, calls, kind, todo, caplog):
 
 
 def test_the_processor_set_by_hand(make_unet, calls, caplog):
-    """Whose grid is found at its first call, also where DaTo has pruned tokens by then."""
+    """Its grid is found at the first call, even if DaTo has pruned tokens before."""
     size = (72, 68)  # above 4096 tokens, so that it has something to do
     unet, expected = make_unet("small"), make_unet("small")
     apply_dato(expected, DaToConfig(todo=ToDoConfig()))
@@ -104,7 +104,7 @@ def test_the_processor_set_by_hand(make_unet, calls, caplog):
 
 
 def test_another_processor_set_after_todo(make_unet, calls):
-    """It knows of no coarse grid: it is given the kept tokens."""
+    """It has no coarse grid, and is given the kept tokens."""
     unet, dato = make_unet("sd"), make_unet("sd")
     apply_todo(unet, TODO)
     apply_dato(unet, DaToConfig())
@@ -150,7 +150,7 @@ def has_todo(model):
 
 @pytest.mark.parametrize("forget", [False, True], ids=["the pipeline is there", "the pipeline is gone"])
 def test_todo_on_controlnets_goes_with_the_configuration_it_came_with(pipe, make_controlnet, forget):
-    """Whether the UNet or the pipeline is given the next time."""
+    """No matter whether the UNet or the pipeline is given the next time."""
     unet, controlnet = pipe.unet, make_controlnet()
     nexts = [
         (False, lambda: apply_dato(unet, DaToConfig(todo=ToDoConfig(factor=3)))),
