@@ -57,6 +57,7 @@ napoleon_custom_sections = [(RETURNS_SEVERAL, "params_style")]
 html_theme = "furo"
 html_title = f"todo_attn {release}"
 html_extra_path = ["site"]  # index.html, which leads to README.html
+html_static_path, html_css_files = ["static"], ["wide.css"]
 html_copy_source = False
 
 
