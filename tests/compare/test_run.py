@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from todo_attn.compare import run as comparing
 from todo_attn.compare.bind import BoundMethod
@@ -245,9 +246,8 @@ class TestSized:
     """Height and width in pixels from what is given and what the model says."""
 
     def pipe(self, sample_size: Any, scale: int = 8) -> Any:
-        return SimpleNamespace(
-            unet=SimpleNamespace(config=SimpleNamespace(sample_size=sample_size)), vae_scale_factor=scale
-        )
+        unet = SimpleNamespace(config=FrozenDict(sample_size=sample_size))  # diffusers' own configurations are such
+        return SimpleNamespace(unet=unet, vae_scale_factor=scale)
 
     @pytest.mark.parametrize(("sample", "size"), [(64, (1024, 1024)), ((64, 96), (1024, 1536)), ([32, 16], (512, 256))])
     def test_twice_the_normal(self, settings, sample, size):
