@@ -161,14 +161,18 @@ def test_a_schedule_for_another_number_of_steps(pipe, generate, kinds, caplog):
 def test_guidance_on_and_off(pipe, generate, kinds, images, guidance_scale):
     """The halves of a batch are pairs only with guidance: without, each image has its own choice of tokens."""
     apply_dato(pipe, DaToConfig(cache_schedule="10121"))
-    drawn = []
+    scores = []
     run = pipe.unet._todo_attn_dato.run
     score = run.score
-    run.score = lambda batch, *rest: drawn.append(batch) or score(batch, *rest)
+    run.score = lambda *args: scores.append(score(*args)) or scores[-1]
     log = kinds(pipe.unet)
     arguments = {"num_inference_steps": 6, "images": images, "guidance_scale": guidance_scale, **SMALL}
     first = generate(pipe, **arguments)
-    assert set(drawn) == {images}
+    halves = [given.unflatten(0, (-1, images)) for given in scores]  # (parts, images, N)
+    assert {len(parts) for parts in halves} == {2 if guidance_scale > 1 else 1}
+    assert all(torch.equal(part, parts[0]) for parts in halves for part in parts)
+    if images > 1:
+        assert any(not torch.equal(parts[0][0], parts[0][1]) for parts in halves)
     assert torch.equal(generate(pipe, **arguments), first)
     assert "".join(log) == "210121" * 2
 
