@@ -168,7 +168,7 @@ def filled(value, part=0):
 
 
 def in_the_midst(value, part=0):
-    """Spoils the second picture of three, which no sample looks at."""
+    """Spoils the second image of three, which no sample looks at."""
 
     def spoil(out):
         (out[part] if isinstance(out, tuple) else out)[1] = value

@@ -56,7 +56,7 @@ def token_row(benchmark, megabytes, name, rate, ours=3900.0, **case):
 
 @pytest.fixture
 def cli(tmp_path):
-    """cli(rows) -> what is said, and the names of the files, each of which is a picture of some size."""
+    """cli(rows) -> what is said, and the names of the files, each of which is an image of some size."""
     app = typer.Typer()
     app.command()(plot.main)
 

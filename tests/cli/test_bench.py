@@ -59,7 +59,7 @@ def test_a_wrong_result_of_ours_ends_in_a_failure(run, monkeypatch):
     assert ran.err.splitlines()[-1].startswith(said)
 
 
-def test_a_picture_of_which_only_one_side_is_given_is_square(monkeypatch):
+def test_an_image_of_which_only_one_side_is_given_is_square(monkeypatch):
     asked = []
     monkeypatch.setattr(kernels, "run", lambda cases, device, rounds: asked.extend(cases) or [])
     bench_command.bench("cpu", "float32", "sdxl", None, 1536, lambda rows: None)
