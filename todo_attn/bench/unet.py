@@ -95,11 +95,14 @@ class Run:
     share: bool = False
     runs: int = 0
 
+    def __post_init__(self) -> None:
+        self._call = self.model if self.call is None else self.call
+
     def __call__(self) -> torch.Tensor:
         self.runs += 1
         if self.runs == self.warmup:
             return self._observed()
-        return self._run(self.call or self.model, self.times.first if self.runs < self.warmup else len(self.timesteps))
+        return self._run(self._call, self.times.first if self.runs < self.warmup else len(self.timesteps))
 
     def rehearse(self) -> torch.Tensor:
         """A short run, not compiled, that is not counted as a warm-up run."""
@@ -123,16 +126,16 @@ class Run:
 
     def _observed(self) -> torch.Tensor:
         device = self.inputs["sample"].device
-        peak = watch_peak(device) if device.type == "cpu" else nothing  # on a GPU the harness measures memory
-        call, calls = self.call or self.model, self.times.first
+        # On a GPU the harness measures memory.
+        peak: Callable[[], int | None] = watch_peak(device) if device.type == "cpu" else nothing
         if self.share:
             with self_attention(self.model, device) as spans:
                 ends = [0]
-                output = self._run(call, calls, lambda: ends.append(len(spans)))
+                output = self._run(self._call, self.times.first, lambda: ends.append(len(spans)))
             attention = [sum(elapsed(*span) for span in spans[slice(*call)]) for call in pairwise(ends)]
             self.info["self_attention_share"] = self.times.whole(attention) / self.times.whole(self.times.seconds())
         else:
-            output = self._run(call, calls)
+            output = self._run(self._call, self.times.first)
         if (held := peak()) is not None:
             self.info["peak_gib"] = round(held / 2**30, 3)
         return output

@@ -53,8 +53,9 @@ def bench(
     check_area(height, width)
     dtype = ("fp16" if gpu else "fp32") if dtype == "auto" else _SHORT.get(dtype, dtype)
     batch = 2 if gpu else 1
-    own = () if architecture is None else (_heads(architecture), architecture.pixels_per_latent)
-    chosen = cases.short(model, height, width, batch, dtype, *own)
+    levels = None if architecture is None else _heads(architecture)
+    pixels_per_latent = cases.PIXELS_PER_LATENT if architecture is None else architecture.pixels_per_latent
+    chosen = cases.short(model, height, width, batch, dtype, levels, pixels_per_latent)
     if not gpu:
         machine.keep_freed_memory()
     rows = []

@@ -52,7 +52,8 @@ def time_calls(
     """
     unet = _load(architecture, device, dtype)
     inputs = random_inputs(unet, batch, *latents)
-    runs = {name: _run(unet, config, inputs) for name, config in {"dense": None, **configs}.items()}
+    methods: dict[str, ToDoConfig | DaToConfig | None] = {"dense": None, **configs}
+    runs = {name: _run(unet, config, inputs) for name, config in methods.items()}
     if expected > _LONG:
         rounds = Rounds(warmup=0, rounds=1)
         small = inputs | {"sample": inputs["sample"][..., :16, :16]}
