@@ -10,7 +10,7 @@ import torch
 import todo_attn
 from todo_attn import ArgumentError, DaToConfig, ToDoConfig, apply_dato, apply_todo, ops
 from todo_attn.bench.cases import short
-from todo_attn.bench.harness import check_appendable
+from todo_attn.bench.jsonl import check_appendable
 from todo_attn.config import schedule
 from todo_attn.options.methods import MethodOptions, SettingError, UnreachableError, parse_factor
 from todo_attn.options.settings import CompareSettings

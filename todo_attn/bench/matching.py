@@ -53,9 +53,9 @@ def trial(case: Case, device: torch.device) -> Trial:
 
     inputs = rotation(make, device)
     match = case.benchmark == "match_tokens"
-    oracle = cache(partial(_match_oracle if match else _plan_oracle, inputs[-1], case))
+    oracle: Callable[[], Any] = cache(partial(_match_oracle if match else _plan_oracle, inputs[-1], case))
     calls = _calls(case)
-    check = _check_match if match else _check_plan
+    check: Callable[..., None] = _check_match if match else _check_plan
 
     def candidate(name: str) -> Candidate:
         allowed = _OURS if name == "todo" else max(_OURS, 4 * torch.finfo(DTYPES[case.dtype]).eps)
