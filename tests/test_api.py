@@ -31,6 +31,7 @@ align_guidance=True, prune_cross_attention=False, prune_feed_forward=False, todo
     apply_dato(pipe_or_unet, config=None)
     remove_dato(pipe_or_unet)
     reset_dato(pipe_or_unet)
+    ArgumentError(argument, problem)
     status(pipe_or_model)
     example_pipeline()
     ops
@@ -45,6 +46,7 @@ todo_attn.ops
     match_tokens(x, query_index, key_index)
     plan_pruning(x, score, grid, ratio, patch=(2, 2))
 todo_attn.config
+    ArgumentError
     ToDoConfig
     DaToConfig
 todo_attn.diffusers
