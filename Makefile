@@ -1,4 +1,4 @@
-# make demo   environment, install, dense against ToDo on the shipped pipeline; prints where the pictures are
+# make demo   environment, install, dense against ToDo on the shipped pipeline; prints where the images are
 # make test   environment, install, lint, types, all tests
 # make docs   these pages and the API reference, in build/docs/README.html; fails on any warning
 # make wheel  a wheel in dist/ with the compiled libraries; TODO_ATTN_CUDA and TODO_ATTN_CUDA_ARCHS as in setup.py
