@@ -10,8 +10,6 @@ import numpy as np
 from .noise import Noise, fbm, smoothstep
 from .scenes import MIRRORED, Scene
 
-RGB = np.float32
-
 
 def rgb(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
@@ -33,7 +31,7 @@ PALETTES = {
     },
     "night": {
         "top": rgb(0.015, 0.025, 0.09), "middle": rgb(0.04, 0.07, 0.19), "horizon": rgb(0.15, 0.22, 0.38),
-        "disc": rgb(0.97, 0.97, 0.90), "lit": rgb(0.40, 0.47, 0.64), "shade": rgb(0.10, 0.13, 0.24),
+        "disc": rgb(0.97, 0.97, 0.90), "lit": rgb(0.46, 0.53, 0.70), "shade": rgb(0.12, 0.15, 0.27),
     },
 }  # fmt: skip
 ROCK = {
@@ -172,30 +170,34 @@ def stars(c: Canvas) -> None:
         dx = c.x[None] - (column + 0.2 + 0.6 * jx) / density
         dy = y - (line + 0.2 + 0.6 * jy) / density
         r = max(0.0021, 0.62 * c.px)
-        spot = np.exp(-(dx * dx + dy * dy) / (r * r)) * brightest * smoothstep(0.45, 1.0, bright)
+        spot = np.exp(-(dx * dx + dy * dy) / (r * r)) * min(1, 0.0032 / r) * brightest * smoothstep(0.45, 1.0, bright)
         c.over(rows, rgb(1.0, 0.98, 0.94), np.clip(spot * np.clip((c.horizon - y) * 5, 0, 1), 0, 1))
 
 
 def clouds(c: Canvas) -> None:
     """Clouds on a plane overhead, smaller and flatter towards the horizon."""
     rows = slice(0, int(c.horizon / c.px))
-    d = (c.horizon - c.y[rows, None]) / c.h + 0.13
+    shift = max(1, round(0.022 / c.px))  # for the shading, clouds are drawn some rows beyond the top
+    y = np.concatenate([c.y[:shift] - shift * c.px, c.y[rows]])[:, None]
+    d = (c.horizon - y) / c.h + 0.13
     u, v = (c.x[None] - c.w / 2) / d * 0.62 + 30 * c.u[12], 0.85 / d + 30 * c.u[13]
     noise = c.noise[5]
     fade = smoothstep(0.0, 0.10, (c.horizon - c.y[rows, None]))
+    # The disc shines through.
+    away = ((c.x[None] - c.disc_x) ** 2 + (c.y[rows, None] - c.disc_y) ** 2) / c.disc_r**2
+    fade = fade * (1 - 0.9 * np.exp(-((away / 2.2) ** 2)))
     white = 0.80 * c.colour["lit"] + 0.20 * c.colour["horizon"]
     grey = 0.55 * c.colour["shade"] + 0.45 * c.colour["middle"]
     if c.scene.sky == "wisps":
         bend = noise.at(u * 0.7, v * 0.7)
-        n = fbm(noise.at, u * 0.8 + 1.5 * bend, v * 3.2 + 2.0 * bend, 5, 0.55)
+        n = fbm(noise.at, u * 0.8 + 1.5 * bend, v * 3.2 + 2.0 * bend, 5, 0.55)[shift:]
         alpha = 0.75 * smoothstep(0.46, 0.80, n) * fade
         c.over(rows, white * (1 if c.scene.time != "night" else 0.8), alpha)
         return
     n = fbm(noise.at, u * 1.15, v * 1.5, 5, 0.5)
+    n, above = n[shift:], n[:-shift]
     cover = 0.49 - 0.03 * c.u[14]
     alpha = 0.95 * smoothstep(cover, cover + 0.13, n) * fade
-    shift = max(1, round(0.022 / c.px))
-    above = np.concatenate([np.full_like(n[:shift], n[:1].mean()), n[:-shift]])
     light = np.clip(0.62 + 3.2 * (n - above) - 1.6 * np.clip(n - cover - 0.10, 0, 1), 0, 1)
     if c.scene.time == "sunset":  # lit from below
         light = 1 - 0.85 * light
@@ -227,7 +229,7 @@ def mountain_colour(c: Canvas, ridge: Ridge, x, y, depth) -> np.ndarray:
     else:
         warp = noise.at(x * 3.1 + ridge.offset, y * 3.1)
         lean = noise.at(x * 2.3 + 5, np.float32(33.5 + 7 * k)) - 0.5  # spurs run down to both sides
-        px, py, relief = x * scale * 1.2 + 0.9 * warp + 4.5 * lean * depth * scale, depth * scale * 0.9 - 0.9 * warp, 2.6
+        px, py, relief = x * scale * 1.2 + 0.9 * warp + 2.6 * lean * depth * scale, depth * scale * 0.9 - 0.9 * warp, 2.6
     ridged = kind in ("snowy mountains", "rocky mountains")
     step = 0.22
     here = fbm(noise.at, px + ridge.offset, py, 5, 0.55, ridged)
@@ -329,7 +331,7 @@ def lake(c: Canvas) -> None:
     part = (source - whole)[..., None]
     columns = np.arange(c.width)[None]
     mirror = c.image[whole, columns] * (1 - part) + c.image[np.minimum(whole + 1, start - 1), columns] * part
-    deep = c.surface(rgb(0.08, 0.24, 0.32), np.full((1, 1), 0.5))
+    deep = 0.5 * c.surface(rgb(0.08, 0.24, 0.32), np.full((1, 1), 0.5)) + 0.25 * c.colour["middle"]
     clear = (0.90 - 0.30 * smoothstep(0.0, 0.5, near))[:, None, None]
     water = mirror * clear + deep * (1 - clear)
     water *= 1 + 0.5 * (ripple_fine * smoothstep(0.0, 0.12, near)[:, None])[..., None]
@@ -409,7 +411,7 @@ def forest(c: Canvas) -> None:
             (0.100, 0.085, 0.034, 0.24),
             (0.165, 0.125, 0.046, 0.15),
             (0.260, 0.180, 0.066, 0.07),
-            (0.420, 0.280, 0.100, 0.00),
+            (0.450, 0.290, 0.100, 0.00),
         )
     ):
         n = fbm(c.noise[k % 3].at, c.x * 2.4 + 30 * c.u[26 + k], np.float32(70.5 + k), 3)
