@@ -102,13 +102,13 @@ def build_unet(widths: tuple[int, ...] = (40, 80, 160, 160)) -> UNet2DConditionM
     return unet
 
 
-def build_vae(width: int = 48, blocks: int = 2) -> AutoencoderTiny:
+def build_vae(width: int = 32) -> AutoencoderTiny:
     """Four pixels to a latent, four channels, no norms: flat colours survive, and cost grows with the pixels only."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32),
         decoder_block_out_channels=(width, width, width),
         num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(blocks, 2, 1),
+        num_decoder_blocks=(3, 2, 1),
         latent_channels=4,
         scaling_factor=1.0,
     )
@@ -118,29 +118,30 @@ def build_vae(width: int = 48, blocks: int = 2) -> AutoencoderTiny:
 
 @torch.no_grad()
 def start_as_thumbnail(vae: AutoencoderTiny) -> None:
-    """Start the encoder as an exact mean over 4 x 4 pixels, in the colours of ``COLOURS``; the fourth channel is zero.
+    """Start the encoder as a mean over 4 x 4 pixels in the colours of ``COLOURS``, and the decoder as its enlargement.
 
-    Three channels carry the image past every block, whose other branch starts at zero there.
+    Three channels carry the image past every block: the blocks' other branch starts at zero there. What is left to
+    learn is detail.
     """
-    colours = torch.tensor(COLOURS)
-    layers = list(vae.encoder.layers)
-    convolutions = [layer for layer in layers if isinstance(layer, torch.nn.Conv2d)]
-    first, *downs, last = convolutions
-    first.weight[:3] = 0
-    first.weight[:3, :, 1, 1] = torch.eye(3)
-    first.bias[:3] = 0
-    for layer in layers:
-        if hasattr(layer, "conv"):
-            layer.conv[-1].weight[:3] = 0
-            layer.conv[-1].bias[:3] = 0
-    for down in downs:
-        down.weight[:3] = 0
-        for i in range(3):
-            down.weight[i, i, 1:, 1:] = 0.25
-    last.weight[:3] = 0
-    last.weight[:3, :3, 1, 1] = colours
-    last.bias[:3] = torch.tensor(COLOURS_SHIFT)
-    last.bias[3] = 0
+    colours, shift = torch.tensor(COLOURS), torch.tensor(COLOURS_SHIFT)
+    for half in (vae.encoder, vae.decoder):
+        for layer in half.layers:
+            if hasattr(layer, "conv"):
+                layer.conv[-1].weight[:3] = 0
+                layer.conv[-1].bias[:3] = 0
+        first, *between, last = (layer for layer in half.layers if isinstance(layer, torch.nn.Conv2d))
+        for layer in (first, *between, last):
+            layer.weight[:3] = 0
+            if layer.bias is not None:
+                layer.bias[:3] = 0
+        for layer in between:
+            kernel = ((0.25, 0.25), (0.25, 0.25)) if half is vae.encoder else ((1.0, 0.0), (0.0, 0.0))
+            layer.weight[range(3), range(3), 1:, 1:] = torch.tensor(kernel)
+        into, out = (torch.eye(3), colours) if half is vae.encoder else (colours.inverse(), torch.eye(3))
+        first.weight[:3, :3, 1, 1], last.weight[:3, :3, 1, 1] = into, out
+    vae.encoder.layers[-1].bias[:3] = shift
+    vae.decoder.layers[0].bias[:3] = -colours.inverse() @ shift
+    vae.encoder.layers[-1].bias[3] = 0
 
 
 def thumbnail(pixels: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ PALETTES = {
     },
     "night": {
         "top": rgb(0.015, 0.025, 0.09), "middle": rgb(0.04, 0.07, 0.19), "horizon": rgb(0.15, 0.22, 0.38),
-        "disc": rgb(0.97, 0.97, 0.90), "lit": rgb(0.46, 0.53, 0.70), "shade": rgb(0.12, 0.15, 0.27),
+        "disc": rgb(0.97, 0.97, 0.90), "lit": rgb(0.50, 0.57, 0.74), "shade": rgb(0.15, 0.18, 0.31),
     },
 }  # fmt: skip
 ROCK = {
@@ -229,7 +229,8 @@ def mountain_colour(c: Canvas, ridge: Ridge, x, y, depth) -> np.ndarray:
     else:
         warp = noise.at(x * 3.1 + ridge.offset, y * 3.1)
         lean = noise.at(x * 2.3 + 5, np.float32(33.5 + 7 * k)) - 0.5  # spurs run down to both sides
-        px, py, relief = x * scale * 1.2 + 0.9 * warp + 2.6 * lean * depth * scale, depth * scale * 0.9 - 0.9 * warp, 2.6
+        px = x * scale * 1.2 + 0.9 * warp + 2.6 * lean * depth * scale
+        py, relief = depth * scale * 0.9 - 0.9 * warp, 2.6
     ridged = kind in ("snowy mountains", "rocky mountains")
     step = 0.22
     here = fbm(noise.at, px + ridge.offset, py, 5, 0.55, ridged)

@@ -21,7 +21,9 @@ class Stage:
     square root of the step. With ``steps`` it also falls linearly to 0 over the last ``decay`` of them.
     """
 
-    def __init__(self, name, work: Path, models, groups, seed, *, steps=None, decay=0, warmup=200, constant=2000, begun=0):
+    def __init__(
+        self, name, work: Path, models, groups, seed, *, steps=None, decay=0, warmup=200, constant=2000, begun=0
+    ):
         self.name, self.models, self.seed, self.steps, self.decay = name, models, seed, steps, decay
         self.warmup, self.constant = warmup, constant
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
@@ -96,9 +98,9 @@ class Stage:
             bar.update()
             if self.step % log_every == 0:
                 mean = {k: round(float(np.mean([r[k] for r in recent if k in r])), 6) for r in recent for k in r}
-                seconds = round((time.monotonic() - started) / len(recent), 3)
+                mean["s_per_step"] = round((time.monotonic() - started) / len(recent), 3)
                 with self.log.open("a") as file:
-                    file.write(json.dumps({"stage": self.name, "step": self.step, **mean, "s_per_step": seconds}) + "\n")
+                    file.write(json.dumps({"stage": self.name, "step": self.step, **mean}) + "\n")
                 recent, started = [], time.monotonic()
             if time.monotonic() - saved > 60 * save_minutes:
                 self.save()

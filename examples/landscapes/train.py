@@ -54,8 +54,8 @@ SIZES = {(32, 32): (16, 6000), (64, 64): (4, 3000), (48, 80): (4, 500), (128, 12
 # From which step on each size has which share of the steps.
 SHARES = {
     0: {(32, 32): 1.0},
-    4000: {(32, 32): 0.25, (64, 64): 0.70, (48, 80): 0.05},
-    8000: {(32, 32): 0.15, (64, 64): 0.70, (48, 80): 0.10, (128, 128): 0.05},
+    3000: {(32, 32): 0.25, (64, 64): 0.70, (48, 80): 0.05},
+    6000: {(32, 32): 0.15, (64, 64): 0.70, (48, 80): 0.10, (128, 128): 0.05},
 }
 CHANNEL_WEIGHTS = (1.2, 1.0, 1.0, 0.5)  # less for the texture, which is half noise
 
@@ -69,7 +69,7 @@ def shares_at(step: int, shares=None) -> dict[tuple[int, int], float]:
 # --- stage vae ---
 
 
-def crops(rng: np.random.Generator, size: int, side: int, scenes: int = 2, each: int = 8) -> torch.Tensor:
+def crops(rng: np.random.Generator, size: int, side: int, scenes: int = 2, each: int = 4) -> torch.Tensor:
     """Square cuts (scenes * each, 3, side, side) in [-1, 1] from new scenes."""
     cuts = []
     for _ in range(scenes):
@@ -244,8 +244,8 @@ def main(
     context: typer.Context,
     hours: Annotated[float, typer.Option(help="Stop after so long, with a checkpoint and an export.")] = 2.0,
     stage: Annotated[str, typer.Option(help="all, vae, latents or unet")] = "all",
-    vae_steps: Annotated[int, typer.Option(help="Length of stage vae.")] = 1500,
-    steps: Annotated[int | None, typer.Option(help="End stage unet at this step; without it, only hours ends it.")] = None,
+    vae_steps: Annotated[int, typer.Option(help="Length of stage vae.")] = 1000,
+    steps: Annotated[int | None, typer.Option(help="End stage unet at this step, not only by the clock.")] = None,
     decay: Annotated[int, typer.Option(help="Learning rate falls to 0 over the last steps before --steps.")] = 0,
     lr: Annotated[float, typer.Option(help="Highest learning rate of the UNet.")] = 1e-3,
     fresh: Annotated[float, typer.Option(help="New scenes rendered for each sample drawn.")] = 0.1,

@@ -126,11 +126,14 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
         train.start_from(tmp_path, tmp_path / "work")
 
 
-def test_a_new_encoder_is_the_mean_of_its_pixels():
+def test_a_new_autoencoder_starts_as_a_thumbnail_and_its_enlargement():
     pixels = torch.rand(1, 3, 16, 24) * 2 - 1
-    latents = build_vae().encode(pixels).latents
+    vae = build_vae()
+    latents = vae.encode(pixels).latents
     assert latents.shape == (1, 4, 4, 6)
     torch.testing.assert_close(latents[:, :3], thumbnail(pixels), atol=1e-4, rtol=1e-4)
+    flat = torch.full((1, 3, 16, 16), 0.2)
+    torch.testing.assert_close(vae.decode(vae.encode(flat).latents).sample, flat, atol=0.1, rtol=0)
 
 
 def test_a_pool_makes_each_scene_once_and_renews_what_leaves_the_window(trained, tmp_path):
