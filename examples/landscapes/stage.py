@@ -21,6 +21,8 @@ class Stage:
     square root of the step. With ``steps`` it also falls linearly to 0 over the last ``decay`` of them.
     """
 
+    stopped = False  # set by a signal, on the class: every stage ends after its step, with a checkpoint
+
     def __init__(
         self, name, work: Path, models, groups, seed, *, steps=None, decay=0, warmup=200, constant=2000, begun=0
     ):
@@ -75,6 +77,11 @@ class Stage:
         rng = np.random.default_rng((self.seed, self.step))
         return rng, torch.Generator().manual_seed(int(rng.integers(1 << 62)))
 
+    @classmethod
+    def over(cls, deadline: float | None) -> bool:
+        """Whether a signal or the clock ends the run."""
+        return cls.stopped or (deadline is not None and time.monotonic() >= deadline)
+
     def run(self, loss_of_step, after_step=None, *, deadline=None, save_minutes=3.0, log_every=10) -> None:
         """Train until ``steps`` or the deadline (in seconds of ``time.monotonic``).
 
@@ -83,7 +90,7 @@ class Stage:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         recent, started, saved, start = [], time.monotonic(), time.monotonic(), self.step
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10)
-        while (self.steps is None or self.step < self.steps) and (deadline is None or time.monotonic() < deadline):
+        while (self.steps is None or self.step < self.steps) and not self.over(deadline):
             self.step += 1
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * self.scale()

@@ -12,6 +12,7 @@ Each saves a checkpoint every few minutes; the same command goes on after a kill
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -69,13 +70,19 @@ def shares_at(step: int, shares=None) -> dict[tuple[int, int], float]:
 # --- stage vae ---
 
 
-def crops(rng: np.random.Generator, size: int, side: int, scenes: int = 2, each: int = 4) -> torch.Tensor:
-    """Square cuts (scenes * each, 3, side, side) in [-1, 1] from new scenes."""
+@functools.lru_cache(maxsize=96)
+def rendered(index: int, size: int) -> np.ndarray:
+    return render(scene_of_index(VAE_SEED, index), size, size)
+
+
+def crops(rng: np.random.Generator, step: int, sizes: tuple[int, ...], side: int, count: int = 12) -> torch.Tensor:
+    """Square cuts (count, 3, side, side) in [-1, 1] from scenes of a window that moves on by two scenes a step."""
     cuts = []
-    for _ in range(scenes):
-        image = render(scene_of_index(VAE_SEED, int(rng.integers(1 << 40))), size, size)
-        for y, x in rng.integers(0, size - side + 1, (each, 2)):
-            cuts.append(image[y : y + side, x : x + side, :: 1 if rng.random() < 0.5 else -1])
+    for index in 2 * step + rng.integers(0, 48, count):
+        size = sizes[index % len(sizes)]
+        image = rendered(int(index), size)
+        y, x = rng.integers(0, size - side + 1, 2)
+        cuts.append(image[y : y + side, x : x + side, :: (-1, 1)[rng.integers(2)]])
     return torch.from_numpy(np.stack(cuts)).permute(0, 3, 1, 2) * 2 - 1
 
 
@@ -94,16 +101,16 @@ def train_vae(work: Path, steps: int, *, sizes=(256, 256, 128), side: int = 64, 
     stage = Stage("vae", work, {"vae": vae}, groups, VAE_SEED, steps=steps, decay=steps // 4, warmup=50)
 
     def loss_of_step(rng, generator):
-        pixels = crops(rng, size=int(rng.choice(sizes)), side=side).contiguous(memory_format=torch.channels_last)
+        pixels = crops(rng, stage.step, sizes, side).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             latents = vae.encode(pixels).latents.float()
             noise = torch.randn(latents.shape, generator=generator)
-            out = vae.decode(latents + 0.06 * noise).sample.float()
+            out = vae.decode(latents + 0.04 * noise).sample.float()
         pixel = F.l1_loss(out, pixels)
         edge = sum(F.l1_loss(a, b) for a, b in zip(edges(out), edges(pixels), strict=True))
         anchor = F.mse_loss(latents[:, :3], thumbnail(pixels))
         texture = latents[:, 3].square().mean()
-        loss = pixel + edge + 0.5 * anchor + 0.1 * F.relu(texture - 0.5)
+        loss = pixel + edge + 0.3 * anchor + 0.1 * F.relu(texture - 0.5)
         return loss, {"pixel": pixel.item(), "anchor": anchor.item(), "texture": texture.sqrt().item()}
 
     stage.run(loss_of_step, **run)
@@ -244,7 +251,7 @@ def main(
     context: typer.Context,
     hours: Annotated[float, typer.Option(help="Stop after so long, with a checkpoint and an export.")] = 2.0,
     stage: Annotated[str, typer.Option(help="all, vae, latents or unet")] = "all",
-    vae_steps: Annotated[int, typer.Option(help="Length of stage vae.")] = 1000,
+    vae_steps: Annotated[int, typer.Option(help="Length of stage vae.")] = 1500,
     steps: Annotated[int | None, typer.Option(help="End stage unet at this step, not only by the clock.")] = None,
     decay: Annotated[int, typer.Option(help="Learning rate falls to 0 over the last steps before --steps.")] = 0,
     lr: Annotated[float, typer.Option(help="Highest learning rate of the UNet.")] = 1e-3,
@@ -262,13 +269,18 @@ def main(
         raise typer.BadParameter(f"stage must be all, vae, latents or unet, not {stage!r}")
     os.nice(nice)
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(Stage, "stopped", True))
     run = {"deadline": time.monotonic() + 3600 * hours, "save_minutes": save_minutes}
     if source:
         start_from(source, work)
     if stage in ("all", "vae") and not (source and stage == "all"):
         train_vae(work, vae_steps, **run)
+        if Stage.over(run["deadline"]):
+            print("The time was up in stage vae; the same command goes on from here.")
+            return
     if stage != "vae":
+        if not (work / "vae.pt").exists():
+            raise typer.BadParameter(f"{work} has no vae.pt: run stage vae first, or name a pipeline with --from")
         options = {"decay": decay, "lr": lr, "fresh": fresh, "source": source, "only_latents": stage == "latents"}
         train_unet(work, steps, **options, **run)
     if stage in ("all", "unet"):

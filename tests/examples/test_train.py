@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
+from typer.testing import CliRunner
 
 from examples.landscapes import train
 from examples.landscapes.latents import Pool, load_vae
@@ -121,6 +122,30 @@ def test_the_export_loads_the_ordinary_way_and_training_starts_from_it(trained, 
     assert [step for step, _ in losses(other, "unet")] == [8]
 
 
+def test_one_command_runs_every_stage_and_the_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SIZES", TINY["sizes"])
+    monkeypatch.setattr(train, "SHARES", TINY["shares"])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    arguments = ["--work", tmp_path / "work", "--vae-steps", 1, "--steps", 1, "--nice", 0, "--threads", 1]
+    result = CliRunner().invoke(train.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    folder, sheet = tmp_path / "work" / "pipeline", tmp_path / "sheet.png"
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert 15e6 < size <= 20e6
+    train.samples(folder, sheet, size=32, steps=1, threads=1)
+    assert Image.open(sheet).size == (4 * 32, 4 * (32 + 34))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--stage", "unett"], "stage must be all, vae, latents or unet"), (["--stage", "unet"], "has no vae.pt")],
+)
+def test_a_command_that_cannot_run_says_why(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    result = CliRunner().invoke(train.app, [*arguments, "--work", str(tmp_path / "none"), "--nice", "0"])
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+
+
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
     with pytest.raises(Exception, match=r"is no pipeline folder: it has no model_index\.json"):
         train.start_from(tmp_path, tmp_path / "work")
@@ -154,7 +179,7 @@ def test_a_pool_makes_each_scene_once_and_renews_what_leaves_the_window(trained,
 
 
 def test_the_shipped_size():
-    """Head dims 40, 80 and 160; one token for each word; at most 20 MB in half precision."""
+    """Head dims 40, 80 and 160."""
     unet = build_unet()
     dims = {module.to_q.out_features // module.heads for name, module in unet.named_modules() if name.endswith("attn1")}
     assert dims == {40, 80, 160}
