@@ -16,18 +16,20 @@ import torch
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
-from .model import PIXELS, build_vae
+from .model import LATENTS, PIXELS, build_vae
 from .scenes import render, scene_of_index
 
 
 class Pool:
-    """``capacity`` scenes of one size: latents (slots, 2, 4, h, w) in float16, each scene as it is and mirrored."""
+    """``capacity`` scenes of one size: float16 latents (slots, 2, LATENTS, h, w), as they are and mirrored."""
 
     def __init__(self, folder: Path, height: int, width: int, capacity: int, seed: int, fresh: float):
         self.height, self.width, self.capacity, self.seed, self.fresh = height, width, capacity, seed, fresh
         self.slots = capacity + max(1, capacity // 8)  # the spare slots hold what comes next
         folder.mkdir(parents=True, exist_ok=True)
-        self.latents = self.map(folder / f"{height}x{width}.latents", (self.slots, 2, 4, height, width), np.float16)
+        self.latents = self.map(
+            folder / f"{height}x{width}.latents", (self.slots, 2, LATENTS, height, width), np.float16
+        )
         self.indices = self.map(folder / f"{height}x{width}.indices", (self.slots,), np.int64)  # scene index + 1, or 0
 
     @staticmethod
@@ -56,7 +58,7 @@ class Pool:
         self.indices[index % self.slots] = index + 1
 
     def draw(self, rng: np.random.Generator, count: int, drawn: int):
-        """``count`` random scenes of the window and their latents (count, 4, h, w)."""
+        """``count`` random scenes of the window and their latents (count, LATENTS, h, w)."""
         picked = self.start(drawn) + rng.integers(0, self.capacity, count)
         flips = rng.integers(0, 2, count)
         latents = np.stack([self.latents[i % self.slots, f] for i, f in zip(picked, flips, strict=True)])

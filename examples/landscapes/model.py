@@ -17,6 +17,7 @@ MAX_TOKENS = 24
 TEXT_WIDTH = 96
 START, END = "<|startoftext|>", "<|endoftext|>"
 PIXELS = 4  # pixels to a latent's side
+LATENTS = 6  # latent channels: three of colour, the rest of texture
 # Colours as the latents hold them, each of about unit deviation over the scenes: brightness, orange against blue,
 # magenta against green. Rows are the latent's channels, columns red, green and blue.
 COLOURS = ((1.25, 1.45, 1.25), (2.8, 0.0, -2.8), (2.2, -4.4, 2.2))
@@ -84,8 +85,8 @@ def build_unet(widths: tuple[int, ...] = (40, 80, 160, 160)) -> UNet2DConditionM
     """
     unet = UNet2DConditionModel(
         sample_size=64,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
         block_out_channels=widths,
         layers_per_block=1,
         down_block_types=(*("CrossAttnDownBlock2D",) * (len(widths) - 1), "DownBlock2D"),
@@ -103,13 +104,13 @@ def build_unet(widths: tuple[int, ...] = (40, 80, 160, 160)) -> UNet2DConditionM
 
 
 def build_vae(width: int = 32) -> AutoencoderTiny:
-    """Four pixels to a latent, four channels, no norms: flat colours survive, and cost grows with the pixels only."""
+    """Four pixels to a latent, no norms: flat colours survive, and cost grows with the pixels only."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32),
         decoder_block_out_channels=(width, width, width),
         num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(3, 2, 1),
-        latent_channels=4,
+        latent_channels=LATENTS,
         scaling_factor=1.0,
     )
     start_as_thumbnail(vae)
@@ -141,8 +142,8 @@ def start_as_thumbnail(vae: AutoencoderTiny) -> None:
         first.weight[:3, :3, 1, 1], last.weight[:3, :3, 1, 1] = into, out
     vae.encoder.layers[-1].bias[:3] = shift
     vae.decoder.layers[0].bias[:3] = -colours.inverse() @ shift
-    vae.encoder.layers[-1].weight[3] *= 8  # large enough to be heard over the noise of training
-    vae.encoder.layers[-1].bias[3] = 0
+    vae.encoder.layers[-1].weight[3:] *= 8  # large enough to be heard over the noise of training
+    vae.encoder.layers[-1].bias[3:] = 0
 
 
 def thumbnail(pixels: torch.Tensor) -> torch.Tensor:

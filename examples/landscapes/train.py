@@ -30,6 +30,7 @@ from transformers import CLIPTextModel
 
 from .latents import Pools, load_vae
 from .model import (
+    LATENTS,
     build_scheduler,
     build_text_encoder,
     build_unet,
@@ -58,7 +59,7 @@ SHARES = {
     3000: {(32, 32): 0.25, (64, 64): 0.70, (48, 80): 0.05},
     6000: {(32, 32): 0.15, (64, 64): 0.70, (48, 80): 0.10, (128, 128): 0.05},
 }
-CHANNEL_WEIGHTS = (1.2, 1.0, 1.0, 0.5)  # less for the texture, which is half noise
+CHANNEL_WEIGHTS = (1.2, 1.0, 1.0, *[0.5] * (LATENTS - 3))  # less for the texture, which is half noise
 
 
 def shares_at(step: int, shares=None) -> dict[tuple[int, int], float]:
@@ -91,7 +92,7 @@ def edges(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def train_vae(work: Path, steps: int, *, sizes=(256, 256, 128), side: int = 64, dtype=torch.bfloat16, **run) -> None:
-    """L1 on pixels and their differences; three latent channels stay near the thumbnail, the fourth finds its own use.
+    """L1 on pixels and their differences; three latent channels stay near the thumbnail, the others find their own use.
 
     Noise on the latents makes the decoder tolerate what the UNet gets wrong.
     """
@@ -109,7 +110,7 @@ def train_vae(work: Path, steps: int, *, sizes=(256, 256, 128), side: int = 64, 
         pixel = F.l1_loss(out, pixels)
         edge = sum(F.l1_loss(a, b) for a, b in zip(edges(out), edges(pixels), strict=True))
         anchor = F.mse_loss(latents[:, :3], thumbnail(pixels))
-        texture = latents[:, 3].square().mean()
+        texture = latents[:, 3:].square().mean()
         loss = pixel + edge + 0.3 * anchor + 0.1 * F.relu(texture - 0.5)
         return loss, {"pixel": pixel.item(), "anchor": anchor.item(), "texture": texture.sqrt().item()}
 

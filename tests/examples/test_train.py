@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from examples.landscapes import train
 from examples.landscapes.latents import Pool, load_vae
-from examples.landscapes.model import build_unet, build_vae, thumbnail, write_tokenizer
+from examples.landscapes.model import LATENTS, build_unet, build_vae, thumbnail, write_tokenizer
 from examples.landscapes.stage import Stage
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +155,7 @@ def test_a_new_autoencoder_starts_as_a_thumbnail_and_its_enlargement():
     pixels = torch.rand(1, 3, 16, 24) * 2 - 1
     vae = build_vae()
     latents = vae.encode(pixels).latents
-    assert latents.shape == (1, 4, 4, 6)
+    assert latents.shape == (1, LATENTS, 4, 6)
     torch.testing.assert_close(latents[:, :3], thumbnail(pixels), atol=1e-4, rtol=1e-4)
     flat = torch.full((1, 3, 16, 16), 0.2)
     torch.testing.assert_close(vae.decode(vae.encode(flat).latents).sample, flat, atol=0.1, rtol=0)
@@ -175,7 +175,7 @@ def test_a_pool_makes_each_scene_once_and_renews_what_leaves_the_window(trained,
     pool.make(3, vae)
     assert np.array_equal(pool.latents[3], first)
     scenes, latents = pool.draw(np.random.default_rng(0), 5, 0)
-    assert len(scenes) == 5 and latents.shape == (5, 4, 8, 8) and latents.dtype == torch.float32
+    assert len(scenes) == 5 and latents.shape == (5, LATENTS, 8, 8) and latents.dtype == torch.float32
 
 
 def test_the_shipped_size():
