@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from examples.landscapes.render import Canvas
+from examples.landscapes.canvas import Canvas
 from examples.landscapes.samples import PROMPTS
 from examples.landscapes.scenes import (
     CAPTION_WORDS,
