@@ -19,7 +19,7 @@ from examples.landscapes.latents import Pool, load_vae
 from examples.landscapes.model import LATENTS, build_unet, build_vae, thumbnail, write_tokenizer
 from examples.landscapes.stage import Stage
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = {
     "widths": (8, 16, 32, 32),
     "sizes": {(8, 8): (2, 6), (8, 16): (1, 4)},
