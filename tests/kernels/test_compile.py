@@ -145,7 +145,7 @@ WRONG = [
     (["--arch", "75"], "among"),
     (["--dtype", "fp8"], "among"),
     (["--head-dim", "12"], "multiple of 8"),
-    (["--kernel", "gather"], "one of"),
+    (["--kernel", "gather"], "among"),
     (["--channels", "0"], "at least 1, got 0"),
     (["--jobs", "0"], "at least 1, got 0"),
     (["--settings", "128x64"], "QUERIESxKEYSxWARPSxSTAGES"),

@@ -1,6 +1,5 @@
 """Which stream a call belongs to, from timesteps, prompts and shapes, without a UNet."""
 
-import gc
 import itertools
 
 import pytest
@@ -105,7 +104,6 @@ def test_timesteps_in_memory_that_was_given_back(calls):
     (prompt,) = prompts(1)
     for _ in range(20):
         assert calls(steps(4)[1], prompt)[1] == "new"
-        gc.collect()
 
 
 def test_a_run_that_was_cut_short(calls):
