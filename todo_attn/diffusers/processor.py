@@ -126,7 +126,8 @@ class ToDoProcessor(TakesPlan):
             hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        # Dividing by 1 would be a pass over the whole output.
+        return hidden_states if attn.rescale_output_factor == 1 else hidden_states / attn.rescale_output_factor
 
     def _plan(self, attn: Attention, hidden_states: torch.Tensor, sent: Plan | None) -> Plan | None:
         """The plan of this self-attention; None if its grid is not known, which makes it dense."""

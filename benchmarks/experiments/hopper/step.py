@@ -92,7 +92,7 @@ def step(
 
     A: gl.constexpr = acc_a.type.layout
     B: gl.constexpr = acc_b.type.layout
-    # As in kernels/attention.py, _weights.
+    # As in kernels/attention.py, _softmax_tile.
     top = gl.max(s, 1)
     slope = gl.where(gl.abs(top * scale[0]) < 268435456.0, scale[0], scale[1])
     higher = gl.maximum(shift, top * slope)

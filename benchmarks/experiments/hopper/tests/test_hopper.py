@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks.experiments.hopper import check, launch
 from benchmarks.experiments.hopper.launch import RUNS, Run
-from todo_attn.kernels import attention as shipped
+from todo_attn.kernels import launch as shipped
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
