@@ -4,7 +4,7 @@ The arithmetic and the packed rows are those of ``kernels/attention.py``; what d
 consumer warpgroup has 64 query rows, and a ring of tiles in shared memory that all of them read. Its step for tile j is
 
     issue S[j+1] = Q K[j+1]^T                 asynchronous, in the tensor cores
-    P[j] = exp2(S[j] * slope - shift)         meanwhile; in two halves of the keys
+    P[j] = exp2(S[j] * slope - row_max)         meanwhile; in two halves of the keys
     issue O += P[j] V[j]                      the first half's while the second's exp2 runs
     wait, give the tiles back
 
@@ -84,14 +84,14 @@ def _load_query(query, q, token, tokens, stride_n, stride_d, FIRST: gl.constexpr
 
 
 @gluon.jit
-def _store_out(out, acc, total, token, tokens, stride_n, stride_d, FIRST: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """acc / total to columns from FIRST on: acc (ROWS, columns), total (ROWS,)."""
+def _store_out(out, acc, row_sum, token, tokens, stride_n, stride_d, FIRST: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """acc / row_sum to columns from FIRST on: acc (ROWS, columns), row_sum (ROWS,)."""
     L: gl.constexpr = acc.type.layout
     row = token + gl.arange(0, ROWS, gl.SliceLayout(1, L))[:, None]
     column = FIRST + gl.arange(0, acc.shape[1], gl.SliceLayout(0, L))[None, :]
     at = row.to(gl.int64) * stride_n + column.to(gl.int64) * stride_d
-    total = gl.convert_layout(total, gl.SliceLayout(1, L), assert_trivial=True)
-    gl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(row < tokens) & (column < HEAD_DIM))
+    row_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, L), assert_trivial=True)
+    gl.store(out + at, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=(row < tokens) & (column < HEAD_DIM))
 
 
 @gluon.jit
@@ -136,8 +136,8 @@ def _consume(
             _load_query(rows_of_q, q[1], token, tokens, stride_qn, stride_qd, PLAN.k_a, PLAN.head_dim)
         fence_async_shared()  # wgmma reads shared memory through another proxy than these stores wrote it
 
-        shift = gl.full([ROWS], -3.4028234663852886e38, gl.float32, ROW)
-        total = gl.zeros([ROWS], gl.float32, ROW)
+        row_max = gl.full([ROWS], -3.4028234663852886e38, gl.float32, ROW)
+        row_sum = gl.zeros([ROWS], gl.float32, ROW)
         acc_a = gl.zeros([ROWS, V_A], gl.float32, A)
         acc_b = gl.zeros([ROWS, V_B], gl.float32, B)
         slot = unit & (PLAN.stages - 1)
@@ -147,7 +147,7 @@ def _consume(
         unit += 1
 
         # Two tiles a trip: this tile's products and the next one's change places without moving.
-        state = (s, shift, total, acc_a, acc_b)
+        state = (s, row_max, row_sum, acc_a, acc_b)
         for _pair in range(0, tiles - 2, 2):
             state = step(state, unit, 0, q, ring, scale, PLAN, False, False)
             state = step(state, unit + 1, 0, q, ring, scale, PLAN, False, False)
@@ -155,19 +155,19 @@ def _consume(
         if tiles % 2 == 0:
             state = step(state, unit, 0, q, ring, scale, PLAN, False, False)
             unit += 1
-        live = keys - (tiles - 1) * PLAN.block_n
-        s, shift, total, acc_a, acc_b = step(state, unit, live, q, ring, scale, PLAN, True, not PLAN.ones)
+        valid_keys = keys - (tiles - 1) * PLAN.block_n
+        s, row_max, row_sum, acc_a, acc_b = step(state, unit, valid_keys, q, ring, scale, PLAN, True, not PLAN.ones)
         unit += 1
 
         if PLAN.ones:
             if PLAN.head_dim < V_A:
-                total = _column(acc_a, ROW, PLAN.head_dim)
+                row_sum = _column(acc_a, ROW, PLAN.head_dim)
             else:
-                total = _column(acc_b, ROW, PLAN.head_dim - V_A)
+                row_sum = _column(acc_b, ROW, PLAN.head_dim - V_A)
         rows_of_out = out + (b * stride_ob + h * stride_oh)
-        _store_out(rows_of_out, acc_a, total, token, tokens, stride_on, stride_od, 0, PLAN.head_dim)
+        _store_out(rows_of_out, acc_a, row_sum, token, tokens, stride_on, stride_od, 0, PLAN.head_dim)
         if PLAN.v_b > 0:
-            _store_out(rows_of_out, acc_b, total, token, tokens, stride_on, stride_od, V_A, PLAN.head_dim)
+            _store_out(rows_of_out, acc_b, row_sum, token, tokens, stride_on, stride_od, V_A, PLAN.head_dim)
 
 
 @gluon.jit

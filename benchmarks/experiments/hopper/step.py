@@ -36,17 +36,17 @@ def _halves(s, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _weights(s, slope, higher, live, FIRST: gl.constexpr, MASK: gl.constexpr, POLYNOMIAL: gl.constexpr):
-    """P = exp2(s * slope - higher): (ROWS, columns), factors and shifts (ROWS,); 0 from column ``live`` - FIRST on."""
+def _softmax(s, slope, new_max, valid_keys, FIRST: gl.constexpr, MASK: gl.constexpr, POLYNOMIAL: gl.constexpr):
+    """P = exp2(s * slope - new_max), (ROWS, columns); zero from column ``valid_keys`` - FIRST on."""
     ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     slope = gl.convert_layout(slope, ROW, assert_trivial=True)
-    higher = gl.convert_layout(higher, ROW, assert_trivial=True)
+    new_max = gl.convert_layout(new_max, ROW, assert_trivial=True)
     zero = gl.zeros_like(s)
-    x = gl.fma(s, zero + slope[:, None], zero - higher[:, None])
+    x = gl.fma(s, zero + slope[:, None], zero - new_max[:, None])
     p = exp2_mixed(x) if POLYNOMIAL else gl.exp2(x)
     if MASK:
         column = FIRST + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
-        p = gl.where(column < live, p, 0.0)
+        p = gl.where(column < valid_keys, p, 0.0)
     return p
 
 
@@ -63,17 +63,17 @@ def _product(p, v_a, v_b, acc_a, acc_b, A: gl.constexpr, B: gl.constexpr, TWO: g
 
 
 @gluon.jit
-def _rescale(acc, shrink):
+def _rescale(acc, alpha):
     """(ROWS, columns) times (ROWS,)."""
     ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    return acc * gl.convert_layout(shrink, ROW, assert_trivial=True)[:, None]
+    return acc * gl.convert_layout(alpha, ROW, assert_trivial=True)[:, None]
 
 
 @gluon.jit
 def step(
-    state,  # this tile's products (ROWS, block_n); shift, sum (ROWS,) and outputs (ROWS, v_a), (ROWS, v_b) before it
+    state,  # products of this tile (ROWS, block_n); row_max, row_sum (ROWS,), acc (ROWS, v_a), (ROWS, v_b) before it
     unit,  # that of this tile's values and the next one's keys
-    live,  # how many of the tile's keys count, where MASK
+    valid_keys,  # of the tile, if MASK
     q,  # two tiles
     ring,
     scale,  # log2_scale, log2_power
@@ -81,8 +81,8 @@ def step(
     LAST: gl.constexpr,
     MASK: gl.constexpr,
 ):
-    """Take in one tile: the next one's products, and shift, sum and outputs after this one."""
-    s, shift, total, acc_a, acc_b = state
+    """Accumulate one tile and start the products of the next: returns these, row_max, row_sum and accumulators."""
+    s, row_max, row_sum, acc_a, acc_b = state
     full, empty = ring[4], ring[5]
     TWO: gl.constexpr = PLAN.v_b > 0
     slot = unit & (PLAN.stages - 1)
@@ -93,30 +93,30 @@ def step(
     A: gl.constexpr = acc_a.type.layout
     B: gl.constexpr = acc_b.type.layout
     # As in kernels/attention.py, _softmax_tile.
-    top = gl.max(s, 1)
-    slope = gl.where(gl.abs(top * scale[0]) < 268435456.0, scale[0], scale[1])
-    higher = gl.maximum(shift, top * slope)
-    shrink = gl.exp2(shift - higher)
-    acc_a = _rescale(acc_a, shrink)
+    tile_max = gl.max(s, 1)
+    slope = gl.where(gl.abs(tile_max * scale[0]) < 268435456.0, scale[0], scale[1])
+    new_max = gl.maximum(row_max, tile_max * slope)
+    alpha = gl.exp2(row_max - new_max)
+    acc_a = _rescale(acc_a, alpha)
     if TWO:
-        acc_b = _rescale(acc_b, shrink)
+        acc_b = _rescale(acc_b, alpha)
 
     v_a = ring[2].index(slot)
     v_b = ring[3].index(slot)
     if PLAN.halves:
         H: gl.constexpr = PLAN.block_n // 2
         left, right = _halves(s, H)
-        p = _weights(left, slope, higher, live, 0, MASK, PLAN.polynomial)
+        p = _softmax(left, slope, new_max, valid_keys, 0, MASK, PLAN.polynomial)
         acc_a, acc_b = _product(p, v_a.slice(0, H), v_b.slice(0, H), acc_a, acc_b, A, B, TWO)
-        p_right = _weights(right, slope, higher, live, H, MASK, PLAN.polynomial)
+        p_right = _softmax(right, slope, new_max, valid_keys, H, MASK, PLAN.polynomial)
         acc_a, acc_b = _product(p_right, v_a.slice(H, H), v_b.slice(H, H), acc_a, acc_b, A, B, TWO)
         if not PLAN.ones:
             more = gl.sum(p + p_right, 1)
-            total = total * shrink + gl.convert_layout(more, shrink.type.layout, assert_trivial=True)
+            row_sum = row_sum * alpha + gl.convert_layout(more, alpha.type.layout, assert_trivial=True)
     else:
-        p = _weights(s, slope, higher, live, 0, MASK, PLAN.polynomial)
+        p = _softmax(s, slope, new_max, valid_keys, 0, MASK, PLAN.polynomial)
         if not PLAN.ones:
-            total = total * shrink + gl.sum(p, 1)
+            row_sum = row_sum * alpha + gl.sum(p, 1)
         acc_a, acc_b = _product(p, v_a, v_b, acc_a, acc_b, A, B, TWO)
 
     # wgmmas end in the order in which they were issued; each call above is one group to wait for.
@@ -129,4 +129,4 @@ def step(
     if not PLAN.ahead and not LAST:
         s = warpgroup_mma_wait(0, deps=[scores(q, ring, slot, PLAN)])
     mbarrier.arrive(empty.index(slot))  # by one thread, after a barrier of the warpgroup: all four warps have waited
-    return s, higher, total, acc_a, acc_b
+    return s, new_max, row_sum, acc_a, acc_b

@@ -136,7 +136,7 @@ MUTANTS = {
     "values of the next tile": (HOPPER, "[row - PLAN.block_n, 0]", "[row, 0]"),
     "the mask left out": (HOPPER, "True, not PLAN.ones)", "True, False)"),
     "an odd tile left out": (HOPPER, "if tiles % 2 == 0:", "if tiles % 2 == 2:"),
-    "older outputs not rescaled": (STEP, "    acc_a = _rescale(acc_a, shrink)\n", ""),
+    "older outputs not rescaled": (STEP, "    acc_a = _rescale(acc_a, alpha)\n", ""),
     "the left half's values twice": (STEP, "v_a.slice(H, H)", "v_a.slice(0, H)"),
 }
 # Even and odd numbers of tiles, more units than slots, two blocks and more of one program, with and without ones.
