@@ -6,7 +6,7 @@ One program computes BLOCK_M queries of one head::
     row_max, row_sum, acc = lowest, 0, 0
     for k, v in tiles of BLOCK_N packed keys and values:
         qk = q @ k                                         # fp32
-        new_max = max(row_max, max(qk) * slope)            # slope = |scale| * log2(e)
+        new_max = max(row_max, max(qk) * slope)            # slope: log2_scale = |scale| * log2(e)
         alpha = exp2(row_max - new_max)
         p = exp2(qk * slope - new_max)
         row_sum = row_sum * alpha + sum(p)                 # unless ONES
@@ -22,9 +22,10 @@ and used rounded everywhere, so its error scales a row's output and its sum alik
 flag               set if                                  why
 =================  ======================================  ==========================================================
 K_B > 0, V_B > 0   head_dim fits two tiles better          a tile is a power of two: 40 is read as 32 + 16, not as 64
+                                                           (TWO_K and TWO_V in ``_attend``)
 ONES               V has a spare column                    it holds ones, so P @ V also computes the row sum
-TAIL               the last tile is partial, without ONES  that tile is masked, ahead of a loop without masks
-LARGE_SCALE        slope > 1                               the scaled product could overflow fp32
+TAIL               the last tile is partial, without ONES  that tile is masked (MASK), ahead of a loop without masks
+LARGE_SCALE        log2_scale > 1                          the scaled product could overflow fp32
 POLYNOMIAL         exp2 limits the loop, fp16 or bf16      one exp2 in eight runs on the multiply-add units
 USE_TMA            compute capability 9.0 and later        tiles are copied by descriptor
 =================  ======================================  ==========================================================

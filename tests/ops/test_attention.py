@@ -341,7 +341,7 @@ def test_bad_input(change, message):
 )
 def test_triton_that_cannot_run_says_why(head_dim, dtype, reason):
     query, key, value = inputs(head_dim, dtype, (3, 4))
-    with pytest.raises(ValueError, match=f"backend='triton' cannot run here: .*{reason}"):
+    with pytest.raises(ValueError, match=f"backend must be 'auto' or 'torch' here, got 'triton': .*{reason}"):
         ops.downsampled_attention(query, key, value, (3, 4), backend="triton")
     check(query, key, value, (3, 4), backend="auto")
 

@@ -253,7 +253,7 @@ def short(
     Arguments are those of :class:`Case`.
 
     Raises:
-        ValueError: ``model``, ``height``, ``width`` or ``dtype`` does not fit.
+        ArgumentError: ``model``, ``height``, ``width`` or ``dtype`` does not fit.
     """
     known_models = MODELS if levels is None else {model: levels}
     for name, value, known in (("model", model, known_models), ("dtype", dtype, DTYPES)):

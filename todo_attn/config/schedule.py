@@ -137,7 +137,13 @@ def loads(text: str) -> Schedule:
 
 
 def save(schedule: Schedule, path: str | os.PathLike[str]) -> None:
-    """Write ``schedule`` to ``path`` as JSON."""
+    """Write ``schedule`` to ``path`` as JSON.
+
+    Raises:
+        ArgumentError: ``schedule`` is not a :class:`Schedule`.
+    """
+    if not isinstance(schedule, Schedule):
+        raise ArgumentError("schedule", f"must be a Schedule, got {schedule!r}")
     Path(path).write_text(dumps(schedule), encoding="utf-8")
 
 
@@ -148,8 +154,8 @@ def load(source: str | os.PathLike[str]) -> Schedule:
         source: a name in :func:`names`, which comes first, or else a path.
 
     Raises:
-        ArgumentError: there is neither such a name nor such a file.
-        ValueError: the file is no schedule: its path and what is wrong in it.
+        ArgumentError: ``source`` is neither a name nor a path.
+        ValueError: the file cannot be read or is no schedule: its path and what is wrong.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise ArgumentError("schedule", f"must be a name or a file, got {source!r}")

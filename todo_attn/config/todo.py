@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -104,7 +104,12 @@ class ToDoConfig:
 
         Returns:
             At least (1, 1) and at most ``grid``; (1, 1) is dense.
+
+        Raises:
+            ArgumentError: ``grid`` is not a pair of at least (1, 1).
         """
+        if not (isinstance(grid, Sequence) and len(grid) == 2 and min(grid) >= 1):
+            raise ArgumentError("grid", f"must be a pair (height, width) of at least 1 each, got {grid!r}")
         height, width = grid
         if self.factor == "auto":
             factor = 1

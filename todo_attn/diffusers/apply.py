@@ -45,9 +45,10 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     ``apply_todo`` after it. A pipeline that builds its own UNet from this one (``AnimateDiffPipeline.from_pipe``)
     starts without ToDo.
 
-    Several threads may call a model at once, because each call carries its own plan. There are two exceptions. A
+    Several threads may call a model at once, because each call carries its own plan. There are three exceptions. A
     ``timestep_range`` narrower than 0 to 1000 is decided once for the model, so concurrent calls must be all inside it
-    or all outside. And nothing may be applied or removed during a call.
+    or all outside. Nothing may be applied or removed during a call. The first call with a ``ToDoProcessor`` that was
+    set by hand must be made alone.
 
     Args:
         pipe_or_model: a pipeline with a ``unet``, whose ControlNets are included, or a model (``UNet2DConditionModel``,
@@ -56,8 +57,8 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
         config: None is ``ToDoConfig()``: at most 4096 keys at every level.
 
     Raises:
-        ValueError: ``pipe_or_model`` is neither of these, or has no self-attention over an image; ``config`` is not a
-            ``ToDoConfig``, or names a level that the model lacks (for a pipeline, its UNet; a ControlNet without that
+        ArgumentError: ``pipe_or_model`` is neither of these, or has no self-attention over an image; ``config`` is not
+            a ``ToDoConfig``, or names a level that the model lacks (for a pipeline, its UNet; a ControlNet without that
             level stays dense); an attn1 has a processor other than diffusers' plain ones. Nothing has been changed
             then.
     """
@@ -85,7 +86,7 @@ def remove_todo(pipe_or_model: Any) -> None:
     ``set_attn_processor`` is replaced by diffusers' default processor. Removing twice is harmless.
 
     Raises:
-        ValueError: ``pipe_or_model`` is neither a pipeline with a ``unet`` nor a model.
+        ArgumentError: ``pipe_or_model`` is neither a pipeline with a ``unet`` nor a model.
     """
     models, controlnets = models_of(pipe_or_model)
     for model in (*models, *controlnets):

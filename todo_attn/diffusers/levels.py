@@ -56,8 +56,8 @@ def check_levels(config: ToDoConfig, model: nn.Module) -> None:
     """Refuse a ``config`` that names levels which ``model`` lacks.
 
     Raises:
-        ValueError: ``model`` has no self-attention over an image, or not at a level of the factor; or the factor names
-            a level twice.
+        ArgumentError: ``model`` has no self-attention over an image, or not at a level of the factor; or the factor
+            names a level twice.
     """
     levels = sorted({level for level, _ in transformers_by_level(model)})
     if not levels:

@@ -40,8 +40,8 @@ class ToDoProcessor(TakesPlan):
             or ControlNet only, because it needs the model's levels or timestep.
 
     Raises:
-        ValueError: ``config`` is neither a ``ToDoConfig`` nor None. At the first call: it names a level that the model
-            lacks, or needs levels or a timestep that are not known (in a VAE, for example).
+        ArgumentError: ``config`` is neither a ``ToDoConfig`` nor None. At the first call: it names a level that the
+            model lacks, or needs levels or a timestep that are not known (in a VAE, for example).
     """
 
     # diffusers rebuilds a processor as ``processor.__class__()`` when an IP-Adapter is loaded or unloaded, even before
@@ -73,7 +73,7 @@ class ToDoProcessor(TakesPlan):
         """``hidden_states`` (B, N, C) or (B, C, H, W) -> the same shape and dtype. See ``AttnProcessor2_0``.
 
         Raises:
-            ValueError: ``encoder_hidden_states`` is a tuple of text and image tokens, as an IP-Adapter gives; or, at
+            ArgumentError: ``encoder_hidden_states`` is a tuple of text and image tokens, as an IP-Adapter gives; or, at
                 the first call, the configuration does not fit the model.
         """
         if isinstance(encoder_hidden_states, tuple):

@@ -75,7 +75,7 @@ def status(pipe_or_model: Any) -> Status:
         A :class:`~todo_attn.diffusers.status.Status`: ``layers``, ``dato``, and the table as its text.
 
     Raises:
-        ValueError: ``pipe_or_model`` is neither a pipeline with a ``unet`` nor a model.
+        ArgumentError: ``pipe_or_model`` is neither a pipeline with a ``unet`` nor a model.
     """
     models, controlnets = models_of(pipe_or_model)
     several = len(models) + len(controlnets) > 1

@@ -160,8 +160,8 @@ def downsampled_attention(
         Differentiable once in query, key and value. The backward recomputes scores in blocks, so memory stays linear.
 
     Raises:
-        ValueError: a shape, dtype, device or value that does not fit, naming the argument, what it must be and what it
-            was; a backend that cannot run here, with the reason. Raised before anything is computed.
+        ArgumentError: a shape, dtype, device or value that does not fit, naming the argument, what it must be and what
+            it was; a backend that cannot run here, with the reason. Raised before anything is computed.
     """
     checks.tensor("query", query, "B, N, H, D", checks.FLOATS)
     query, key, value = (_autocast(t) for t in (query, key, value))

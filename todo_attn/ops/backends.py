@@ -62,7 +62,7 @@ def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: 
     cores, and the interpreter is slow.
 
     Raises:
-        ValueError: an unknown backend, or "triton" if it cannot run here, with the reason.
+        ArgumentError: an unknown backend, or "triton" if it cannot run here, with the reason.
     """
     if backend not in BACKENDS:
         raise ArgumentError("backend", f"must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -74,5 +74,5 @@ def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: 
     if reason is None:
         return "triton"
     if backend == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {reason}")
+        raise ArgumentError("backend", f"must be 'auto' or 'torch' here, got 'triton': {reason}")
     return "torch"

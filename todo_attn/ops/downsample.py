@@ -62,7 +62,7 @@ def downsample_tokens(
         (B, (gh // fh) * (gw // fw), C). With factor 1 ``x`` itself; otherwise a new tensor. Differentiable.
 
     Raises:
-        ValueError: a shape, dtype, grid, factor or mode that does not fit, naming the argument.
+        ArgumentError: a shape, dtype, grid, factor or mode that does not fit, naming the argument.
     """
     checks.tokens("x", x)
     grid = checks.grid(grid, x.shape[1], "x")

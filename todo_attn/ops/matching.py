@@ -196,7 +196,7 @@ def match_tokens(
             of zeros gets no gradient. Autocast has no effect.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, naming the argument, or queries without any key.
+        ArgumentError: a shape, dtype or device that does not fit, naming the argument, or queries without any key.
         IndexError: a token index out of range (on CUDA a device assert instead).
     """
     checks.tokens("x", x)

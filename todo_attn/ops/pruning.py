@@ -92,8 +92,8 @@ def plan_pruning(
             ``gather_tokens(x, kept)``. Neither is differentiable.
 
     Raises:
-        ValueError: a shape, dtype, device, grid, patch or ratio that does not fit, naming the argument; a ratio above
-            what the patch allows, naming that.
+        ArgumentError: a shape, dtype, device, grid, patch or ratio that does not fit, naming the argument; a ratio
+            above what the patch allows, naming that.
     """
     checks.tokens("x", x)
     grid = checks.grid(grid, x.shape[1], "x")

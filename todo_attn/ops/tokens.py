@@ -163,7 +163,7 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         (B, K, C), contiguous, in the dtype of ``x``. Differentiable in ``x``, summed in fp32 for the half dtypes.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, naming the argument.
+        ArgumentError: a shape, dtype or device that does not fit, naming the argument.
         IndexError: an index out of range, negative ones included, on the CPU; on CUDA a device assert.
     """
     checks.tokens("x", x)
@@ -193,7 +193,7 @@ def scatter_tokens(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -
         and in ``source``.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, naming the argument.
+        ArgumentError: a shape, dtype or device that does not fit, naming the argument.
         IndexError: an index out of range, negative ones included, on the CPU; on CUDA a device assert.
     """
     _check_scatter(x, index, source)
@@ -210,7 +210,7 @@ def scatter_tokens_(x: torch.Tensor, index: torch.Tensor, source: torch.Tensor) 
         source: (B, K, C), dtype and device of ``x``; any strides. It must not share memory with ``x``.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, naming the argument; ``x`` is expanded; ``x`` or
+        ArgumentError: a shape, dtype or device that does not fit, naming the argument; ``x`` is expanded; ``x`` or
             ``source`` requires grad in grad mode (:func:`scatter_tokens` is differentiable).
         IndexError: an index out of range, negative ones included, on the CPU, before anything is written; on CUDA a
             device assert.
@@ -238,7 +238,7 @@ def recover_tokens(y: torch.Tensor, source: torch.Tensor, residual: torch.Tensor
         in ``residual``.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, naming the argument.
+        ArgumentError: a shape, dtype or device that does not fit, naming the argument.
         IndexError: a source out of range, negative ones included, on the CPU; on CUDA a device assert.
     """
     checks.tokens("y", y)
@@ -265,7 +265,7 @@ def select_base_tokens(score: torch.Tensor, grid: tuple[int, int], patch: tuple[
         the first in the patch, in row-major order. Not differentiable.
 
     Raises:
-        ValueError: a shape, dtype, grid or patch that does not fit, naming the argument.
+        ArgumentError: a shape, dtype, grid or patch that does not fit, naming the argument.
     """
     score = checks.tensor("score", score, "B, N", checks.FLOATS)
     height, width = checks.grid(grid, score.shape[1], "score")

@@ -106,6 +106,14 @@ def test_timesteps_in_memory_that_was_given_back(calls):
         assert calls(steps(4)[1], prompt)[1] == "new"
 
 
+def test_timesteps_made_anew_for_every_call(calls):
+    """As by ``timesteps.float()[i]`` in a loop. What is left behind is not kept."""
+    (prompt,) = prompts(1)
+    assert {calls(steps(9).float()[i], prompt)[1] for i in range(9)} == {"new"}
+    assert calls.said == ["timesteps"]
+    assert len(calls.streams) <= 3
+
+
 def test_a_run_that_was_cut_short(calls):
     (prompt,) = prompts(1)
     timesteps = steps(4)

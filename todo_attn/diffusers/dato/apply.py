@@ -70,6 +70,11 @@ class DaToState:
             pruning.detach()
 
     @property
+    def pruned(self) -> float:
+        """The share of tokens that the running or last call pruned."""
+        return self.run.ratio if any(self.run.kind in pruning.kinds for pruning in self._pruning) else 0.0
+
+    @property
     def todo(self) -> list[nn.Module]:
         """The models to which ToDo was applied, as far as they still exist."""
         return [model for model in (ref() for ref in self._todo) if model is not None]
@@ -145,10 +150,10 @@ def apply_dato(pipe_or_unet: Any, config: DaToConfig | None = None) -> None:
         config: None is ``DaToConfig()``: 0.4 of the tokens pruned, nothing reused.
 
     Raises:
-        ValueError: ``pipe_or_unet`` is neither of these, or has no self-attention; ``config`` is not a ``DaToConfig``,
-            or has a ``todo`` although ToDo is already on the UNet or on a ControlNet of the pipeline; DeepCache or
-            tomesd has patched the UNet; the UNet has group offloading and the configuration a schedule. Nothing has
-            been changed then.
+        ArgumentError: ``pipe_or_unet`` is neither of these, or has no self-attention; ``config`` is not a
+            ``DaToConfig``, or has a ``todo`` although ToDo is already on the UNet or on a ControlNet of the pipeline;
+            DeepCache or tomesd has patched the UNet; the UNet has group offloading and the configuration a schedule.
+            Nothing has been changed then.
     """
     config = DaToConfig() if config is None else config
     if not isinstance(config, DaToConfig):
@@ -187,7 +192,7 @@ def remove_dato(pipe_or_unet: Any) -> None:
     """Take DaTo off, and the ToDo of its configuration. Removing twice is harmless.
 
     Raises:
-        ValueError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
+        ArgumentError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
     """
     unet = _unet_of(pipe_or_unet)
     state: DaToState | None = getattr(unet, ATTRIBUTE, None)
@@ -202,7 +207,7 @@ def reset_dato(pipe_or_unet: Any) -> None:
     """Start a new run at the next call of the UNet, and free what was kept for the last one. Harmless without DaTo.
 
     Raises:
-        ValueError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
+        ArgumentError: ``pipe_or_unet`` is neither a pipeline with a ``unet`` nor a ``UNet2DConditionModel``.
     """
     unet = _unet_of(pipe_or_unet)
     state: DaToState | None = getattr(unet, ATTRIBUTE, None)

@@ -56,7 +56,7 @@ class TransformerPruning:
         """``kinds``: the kinds of calls that compute ``transformer``."""
         self.run = run
         self.grid = (0, 0)
-        self._kinds = kinds
+        self.kinds = kinds
         self._blocks: list[BlockPruning] = []
         self._handles: list[RemovableHandle] = [
             transformer.register_forward_pre_hook(self._measure, with_kwargs=True),
@@ -72,7 +72,7 @@ class TransformerPruning:
         A score depends on noise and on earlier outputs, not on the block's input. So it is computed here, outside of
         any graph: a graph cannot use a generator of ours, and calls without earlier outputs would need another graph.
         """
-        pruned = self._count(grid) if self.run.kind in self._kinds else 0
+        pruned = self._count(grid) if self.run.kind in self.kinds else 0
         if pruned and self.run.config.prune_feed_forward and any(block.chunks for block in self._blocks):
             self.run.say(
                 "chunks", "prune_feed_forward does nothing while feed-forward layers run in chunks of the tokens"

@@ -54,4 +54,4 @@ def dato_status(unet: Any) -> DaToStatus | None:
         return DaToStatus("not called yet", None, None, None, 0.0, 0)
     stream = run.stream
     kind, call = _KINDS[run.kind], stream.index + 1
-    return DaToStatus(kind, call, stream.calls, stream.digits, run.ratio, len(run.streams))
+    return DaToStatus(kind, call, stream.calls, stream.digits, state.pruned, len(run.streams))

@@ -92,6 +92,7 @@ class Streams:
         step = _step(along, stream, position)
         if stream is None:
             self._warn_of_prompt(along, position)
+            self._drop_of_other_timesteps(prompt, inputs, position)
             stream = Stream(timestep, prompt, inputs)
         else:
             self._streams.remove(stream)
@@ -137,6 +138,18 @@ class Streams:
                 "prompt",
                 "in the middle of a run the prompt embeddings (encoder_hidden_states) are another tensor than before, "
                 "so the call is computed in full. If a loop makes them anew in every step, make them once, before it",
+            )
+
+    def _drop_of_other_timesteps(self, prompt: Any, inputs: Inputs, position: int) -> None:
+        """A loop that makes the timesteps anew for every call leaves a stream at each step, which none can continue."""
+        behind = [s for s in self._streams if s.inputs == inputs and _same(s.prompt, prompt)]
+        behind = [s for s in behind if s.position in (position - 1, position - 2)]
+        if len({s.position for s in behind}) == 2:
+            self._streams = [s for s in self._streams if s not in behind]
+            self._say(
+                "timesteps",
+                "the timesteps are another tensor in every call, so every call is computed in full. If a loop converts "
+                "or copies them in every step, do it once, before it",
             )
 
     def _advance(self, stream: Stream, position: int) -> None:
