@@ -69,7 +69,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class Measured:
-    """The results of a candidate: a sample for each round, and the error that ended it, if any."""
+    """The results of a candidate: seconds of each round, the highest memory, and the error that ended it, if any."""
 
     candidate: Candidate
     seconds: list[float] = field(default_factory=list)

@@ -22,9 +22,9 @@ class Trial:
 
     Args:
         inputs: the sets, used in turn.
-        ours: the first is compared with every peer, the others with the fastest rival.
+        ours: the first is compared with every peer, each other one with the fastest rival alone.
         peers: the baselines.
-        rivals: the names of the peers that compute the same on the same inputs; the fastest is the one to beat.
+        rivals: the names of the peers that compute the same on the same inputs.
     """
 
     inputs: Sequence[Any]

@@ -106,7 +106,7 @@ class Schedule:
         return self.digits.count(REUSE)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that ``json.dumps`` takes: unknown fields are left out."""
+        """Plain data that ``json.dumps`` takes. Fields that are None or empty are left out."""
         return {key: value for key, value in asdict(self).items() if value not in (None, "")}
 
     @classmethod

@@ -103,7 +103,7 @@ def _match_compiled(
     """Match with the CPU library, which stores no scores (csrc/match.h)."""
     query, _ = _normalise(_rows(x, query_index))
     key, _ = _normalise(_rows(x, key_index))
-    # Of keys whose scores differ by rounding alone any may win; take the first of those that equal it.
+    # Of keys whose scores differ by rounding alone any may win. The first key that equals the winner replaces it.
     position = _first_of_equals(key).gather(1, torch.ops.todo_attn.match_rows(query, key))
     return position, (query * _rows(key, position)).sum(-1)
 
