@@ -49,6 +49,8 @@ todo_attn.config
     ArgumentError
     ToDoConfig
     DaToConfig
+todo_attn.config.schedule
+SCHEDULE_ROWS
 todo_attn.diffusers
     ToDoProcessor
     apply_todo
