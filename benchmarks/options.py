@@ -9,6 +9,7 @@ import torch
 import typer
 
 from todo_attn.bench import jsonl
+from todo_attn.config import ArgumentError
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,6 +46,6 @@ def checked_out(path: Path) -> Path:
     """
     try:
         jsonl.check_appendable(path)
-    except ValueError as error:  # its first word is the option
-        raise typer.BadParameter(f"--{error}") from error
+    except ArgumentError as error:
+        raise typer.BadParameter(f"--{error.argument.replace('_', '-')} {error.problem}") from error
     return path
