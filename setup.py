@@ -4,7 +4,7 @@
 diffusers imports) and the shipped demo pipeline as data in ``todo_attn/tiny_sd``.
 
 ``csrc/`` becomes two libraries on torch's stable ABI, which todo_attn/ops/libraries.py loads by path: one for the CPU
-and, where there is an nvcc, one for NVIDIA GPUs. Neither needs a GPU to be built. What cannot be built is left out with
+and, if there is an nvcc, one for NVIDIA GPUs. Neither needs a GPU to be built. What cannot be built is left out with
 a message, and the package then runs on torch's own kernels. They need torch at build time, so:
 ``pip install --no-build-isolation .``
 
@@ -36,7 +36,7 @@ def say(message):
 
 
 def cuda_archs():
-    """The compute capabilities to compile for, 90 for 9.0, ascending; none where this nvcc knows none of ours.
+    """The compute capabilities to compile for, 90 for 9.0, ascending; none if this nvcc knows none of ours.
 
     An nvcc lacks the newest ones if it is older than they are.
     """
@@ -115,7 +115,7 @@ def extensions():
                 ["csrc/tokens_cuda.cpp", "csrc/launch.cu"],
                 extra_compile_args=flags,
                 define_macros=[*MACROS, ("USE_CUDA", None)],
-                # libtorch brings libtorch_cuda where torch has it; the torch at hand while building need not. The CUDA
+                # libtorch brings libtorch_cuda if torch has it; the torch at hand while building need not. The CUDA
                 # runtime is linked in and kept to ourselves, so that torch's may be of another version.
                 extra_link_args=[
                     "-Wl,--no-as-needed",
@@ -133,7 +133,7 @@ def extensions():
 
 
 class Build(build_ext):
-    """Compiles .cu files with nvcc, and says what is missing where a library cannot be built.
+    """Compiles .cu files with nvcc, and says what is missing if a library cannot be built.
 
     Not torch's BuildExtension: it refuses an nvcc of another CUDA version than torch's, which does not matter to a
     library that shares no CUDA code with torch, and without a GPU build of torch it does not look for nvcc at all.

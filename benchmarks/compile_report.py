@@ -53,7 +53,7 @@ class Variant:
     """One kernel to compile.
 
     ``mode``: of the packing kernel; of attention "plain", "tail" (the last tile is partial) or "large-scale" (a scale
-    above 0.69). ``head_dim``: for the match kernel and the one that packs its rows, the channels. ``settings``: for the
+    above 0.69). ``head_dim``: for the match kernel and the one that packs its rows, the channels. ``config``: for the
     attention kernel, other than the shipped.
     """
 
@@ -62,17 +62,17 @@ class Variant:
     dtype: str
     head_dim: int
     mode: str
-    settings: configs.KernelConfig | None = None
+    config: configs.KernelConfig | None = None
 
     @property
     def name(self) -> str:
-        other = f"-{spelled(self.settings)}" if self.settings else ""
+        other = f"-{spelled(self.config)}" if self.config else ""
         return f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}-{self.mode}{other}"
 
 
-def spelled(run: configs.KernelConfig) -> str:
-    """``run`` as ``--settings`` takes it, but with "-poly" for ":poly", which some file systems refuse in a name."""
-    return f"{run.block_m}x{run.block_n}x{run.num_warps}x{run.num_stages}{'-poly' * run.polynomial}"
+def spelled(config: configs.KernelConfig) -> str:
+    """``config`` as ``--settings`` takes it, but with "-poly" for ":poly", which some file systems refuse in a name."""
+    return f"{config.block_m}x{config.block_n}x{config.num_warps}x{config.num_stages}{'-poly' * config.polynomial}"
 
 
 def parsed(text: str) -> configs.KernelConfig:
@@ -98,56 +98,56 @@ def variants(
     dtypes: Sequence[str],
     head_dims: Sequence[int],
     channels: Sequence[int],
-    settings: list[configs.KernelConfig] | None = None,
+    others: Sequence[configs.KernelConfig] = (),
 ) -> Iterator[Variant]:
     """Every kernel in every mode. "tail" is another attention kernel only for head dims without a ones column.
 
-    With ``settings`` only the attention kernel, with each of them.
+    With ``others`` only the attention kernel, in each of these configurations.
     """
     for arch in arches:
         for dtype in dtypes:
             for head_dim in head_dims:
-                for run in settings or (None,):
-                    yield Variant("attention", arch, dtype, head_dim, "plain", run)
+                for config in others or (None,):
+                    yield Variant("attention", arch, dtype, head_dim, "plain", config)
                     if not configs.tiles(head_dim).ones:
-                        yield Variant("attention", arch, dtype, head_dim, "tail", run)
-                    yield Variant("attention", arch, dtype, head_dim, "large-scale", run)
-                if settings:
+                        yield Variant("attention", arch, dtype, head_dim, "tail", config)
+                    yield Variant("attention", arch, dtype, head_dim, "large-scale", config)
+                if others:
                     continue
                 for mode in MODES:
                     yield Variant("pack", arch, dtype, head_dim, mode)
-            for count in [] if settings else channels:
+            for count in [] if others else channels:
                 yield Variant("match", arch, dtype, count, "plain")
                 yield Variant("rows", arch, dtype, count, "plain")
 
 
 def source(variant: Variant) -> tuple[ASTSource, dict[str, object], configs.KernelConfig | None]:
-    """The kernel as launched on contiguous tensors, its compiler options, and its settings."""
+    """The kernel as launched on contiguous tensors, its compiler options, and its configuration."""
     capability, half = divmod(variant.arch, 10), variant.dtype != "fp32"
     tile = configs.tiles(variant.head_dim) if variant.kernel in ("attention", "pack") else None
-    run = None
+    config = None
     types: dict[str, str] = {}
     kernel: Any
     constants: dict[str, Any]
     if variant.kernel == "attention":
         assert tile is not None
-        run = variant.settings or configs.attention_config(capability, variant.head_dim, half)
-        kernel, options = attention.attention_kernel, run.options
+        config = variant.config or configs.attention_config(capability, variant.head_dim, half)
+        kernel, options = attention.attention_kernel, config.options
         tail, large_scale = variant.mode == "tail", variant.mode == "large-scale"
         constants = launch.constants(
-            variant.head_dim, tile, run, configs.has_tma(capability), tail=tail, large_scale=large_scale
+            variant.head_dim, tile, config, configs.has_tma(capability), tail=tail, large_scale=large_scale
         )
         for name, columns in zip(("key_a", "key_b", "value_a", "value_b"), (*tile.k, *tile.v), strict=True):
-            types[name] = f"tensordesc<{variant.dtype}[{run.block_n}, {columns or max(tile.k)}]>"
+            types[name] = f"tensordesc<{variant.dtype}[{config.block_n}, {columns or max(tile.k)}]>"
     elif variant.kernel == "pack":
         assert tile is not None
         window = 2 if variant.mode == "mean" else 1
         kernel, options = pack.pack_kernel, pack.OPTIONS
         constants = pack.constants(variant.head_dim, tile, variant.mode, window, window)
     elif variant.kernel == "match":
-        run = configs.match_config(capability, half)
-        kernel, options = match.match_kernel, run.options
-        constants = match.match_constants(variant.head_dim, half, run)
+        config = configs.match_config(capability, half)
+        kernel, options = match.match_kernel, config.options
+        constants = match.match_constants(variant.head_dim, half, config)
     else:
         kernel, options = match.rows_kernel, match.OPTIONS
         constants = match.rows_constants(variant.head_dim, half, rescale=variant.dtype != "fp16")
@@ -171,7 +171,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, object], configs.Kern
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attributes,
     )
-    return ast, options, run
+    return ast, options, config
 
 
 def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
@@ -180,20 +180,20 @@ def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
     Clocks are for fp16 and bf16: of attention, and on sm_90 of the match kernel (whose loop over channels is not
     unrolled elsewhere).
     """
-    ast, options, run = source(variant)
+    ast, options, config = source(variant)
     tile = configs.tiles(variant.head_dim) if variant.kernel == "attention" else None
     compiled = triton.compile(ast, target=GPUTarget("cuda", variant.arch, 32), options=options)
     row: dict[str, Any] = {**asdict(variant), **options}
-    del row["settings"]  # in single columns, the shipped ones too
-    if run is not None:
-        row |= {"block_m": run.block_m, "block_n": run.block_n, "polynomial": run.polynomial}
+    del row["config"]  # in single columns, the shipped ones too
+    if config is not None:
+        row |= {"block_m": config.block_m, "block_n": config.block_n, "polynomial": config.polynomial}
     with TemporaryDirectory() as folder:
         cubin = (dump or Path(folder)) / f"{variant.name}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         row |= {**asdict(sass.usage(cubin)), "shared": compiled.metadata.shared}
-        if run is not None and variant.dtype != "fp32" and (tile or variant.arch == 90):
+        if config is not None and variant.dtype != "fp32" and (tile or variant.arch == 90):
             columns = sum(tile.k) + sum(tile.v) if tile else 0
-            row |= sass.clocks_per_score(cubin, variant.arch, run.block_m, run.block_n, run.num_warps, columns)
+            row |= sass.clocks_per_score(cubin, variant.arch, config.block_m, config.block_n, config.num_warps, columns)
         if dump and variant.kernel == "attention":
             cubin.with_suffix(".json").write_text(json.dumps(row, indent=1) + "\n")
         elif dump:
@@ -219,7 +219,10 @@ def main(
     kernel: Annotated[str, typer.Option(help=f"{', '.join(KERNELS)} or all.")] = "all",
     settings: Annotated[
         list[str] | None,
-        typer.Option(help="Only attention, QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; repeatable."),
+        typer.Option(
+            help="Only attention, in this configuration: QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; "
+            "repeatable."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     dump: Annotated[Path | None, typer.Option(help="Write each attention kernel there, with its row.")] = None,
@@ -238,7 +241,7 @@ def main(
     others = list(dict.fromkeys(parsed(text) for text in settings or ()))
     if others and kernel not in ("attention", "all"):
         raise typer.BadParameter(f"--settings are the attention kernel's, got --kernel {kernel}")
-    if any(run.polynomial for run in others) and "fp32" in (dtype or ()):
+    if any(config.polynomial for config in others) and "fp32" in (dtype or ()):
         raise typer.BadParameter("--settings with :poly must be compiled with --dtype fp16 or bf16, got fp32")
     if jobs < 1:
         raise typer.BadParameter(f"--jobs must be at least 1, got {jobs}")

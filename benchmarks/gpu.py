@@ -3,7 +3,7 @@
 python -m benchmarks.gpu --minutes 9 --out results --wheels wheels
 python -m benchmarks.gpu --minutes 9 --out results --dry-run       only print the steps
 python -m benchmarks.gpu --minutes 2 --out results --device cpu    the same on small sizes, to try it without a GPU
-python -m benchmarks.gpu --minutes 5 --out results --tune          the attention kernel's other settings and candidates
+python -m benchmarks.gpu --minutes 5 --out results --tune          only the configurations to try, and candidate kernels
 
 It needs torch, Triton and numpy, and a checkout, or a copy of one with its commit in $GIT_COMMIT. It installs only the
 wheels in --wheels, into a temporary folder: whatever the machine lacks of diffusers, pytest, typer, tabulate, tqdm and
@@ -116,7 +116,7 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
     if tune:
         return [
             Step("every op against its oracle", "doctor.log", 30, doctor),
-            Step("settings", "tune.log", 260, tuning("benchmarks.tune")),
+            Step("configurations", "tune.log", 260, tuning("benchmarks.tune")),
             # Last: a candidate that hangs takes its whole time limit.
             Step("candidates", "tune.log", 230, tuning("benchmarks.experiments.hopper.tune")),
         ]
@@ -266,7 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and logs")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes, to try it out")
-    parser.add_argument("--tune", action="store_true", help="only the attention kernel's other settings and candidates")
+    parser.add_argument(
+        "--tune", action="store_true", help="only other configurations of the attention kernel, and candidates"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the steps, run none")
     given = parser.parse_args(arguments)
     if not given.minutes * 60 > _TABLE_SECONDS:

@@ -39,13 +39,13 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, no table.")] = False,
 ) -> None:
     """Time ours and its peers, alternating in one run."""
-    where = chosen_device(device)
+    resolved = chosen_device(device)
     check_among("only", only or (), cases.BENCHMARKS)
-    path = checked_out(out or RESULTS / f"kernels-{machine.slug(where)}.jsonl")
-    if where.type == "cpu":
+    path = checked_out(out or RESULTS / f"kernels-{machine.slug(resolved)}.jsonl")
+    if resolved.type == "cpu":
         machine.keep_freed_memory()
-    chosen = [c for c in (cases.full(where) if full else cases.plan(where)) if not only or c.benchmark in only]
-    run(chosen, where, path, minutes, as_json, rounds)
+    chosen = [c for c in (cases.full(resolved) if full else cases.plan(resolved)) if not only or c.benchmark in only]
+    run(chosen, resolved, path, minutes, as_json, rounds)
 
 
 def run(

@@ -1,13 +1,13 @@
-"""The attention kernel with other settings against the shipped ones, at the shapes that have a target.
+"""The attention kernel in other configurations against the shipped ones, at the shapes that have a target.
 
 python -m benchmarks.tune                                every head dim
 python -m benchmarks.tune --head-dim 40 --head-dim 64    some
 python -m benchmarks.tune --minutes 4 --out rows.jsonl   starts no head dim after four minutes
 
-Compiled code shows what a loop costs, but only a GPU shows how well its parts overlap. Each row is another setting
-(``contender``) against the shipped one (``baseline``). Both are checked first and timed in one run, with the packing of
-keys and values. ``ALTERNATIVES`` has what is tried; docs/kernel-notes.md says why. Exits with 1 if the result of the
-shipped kernel was wrong.
+Compiled code shows what a loop costs, but only a GPU shows how well its parts overlap. Each row is another
+configuration (``contender``) against the shipped one (``baseline``). Both are checked first and timed in one run, with
+the packing of keys and values. ``ALTERNATIVES`` has what is tried; docs/kernel-notes.md says why. Exits with 1 if the
+result of the shipped kernel was wrong.
 """
 
 from __future__ import annotations
@@ -69,15 +69,18 @@ CASES = {
 def variants(case: Case) -> dict[str, Call]:
     """The other ways to launch the kernel at the head dim of ``case``, by name."""
     usual = tiles(case.head_dim)
-    calls = {_name(run): call(case, partial(downsampled_attention, config=run)) for run in ALTERNATIVES[case.head_dim]}
+    calls = {
+        _name(config): call(case, partial(downsampled_attention, config=config))
+        for config in ALTERNATIVES[case.head_dim]
+    }
     if usual.v != usual.k:  # P V as one product of 64 columns, or as 32 + 16
         calls["P V as Q K"] = call(case, partial(downsampled_attention, tile=replace(usual, v=usual.k)))
     return calls
 
 
-def _name(run: KernelConfig) -> str:
-    polynomial = ", polynomial" * run.polynomial
-    return f"{run.block_m}x{run.block_n}, {run.num_warps} warps, {run.num_stages} stages{polynomial}"
+def _name(config: KernelConfig) -> str:
+    polynomial = ", polynomial" * config.polynomial
+    return f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages{polynomial}"
 
 
 def call(case: Case, attend: Callable[..., torch.Tensor]) -> Call:
@@ -106,7 +109,7 @@ def main(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the attention kernel's other settings against the shipped, alternating in one run."""
+    """Time the attention kernel's other configurations against the shipped, alternating in one run."""
     run(trial, head_dim, size, device, minutes, out, as_json)
 
 
@@ -120,13 +123,13 @@ def run(
     as_json: bool,
 ) -> None:
     """Time the candidates that ``make`` gives for each head dim; write and print the rows."""
-    where = chosen_device(device)
+    resolved = chosen_device(device)
     check_among("head-dim", head_dim or (), CASES)
     if size % 64:
         raise typer.BadParameter(f"--size must be a multiple of 64, got {size}")
     chosen = [replace(CASES[each], height=size, width=size) for each in head_dim or CASES]
-    path = checked_out(out or RESULTS / f"tune-{machine.slug(where)}.jsonl")
-    benchmark.run(chosen, where, path, minutes, as_json, make=make)
+    path = checked_out(out or RESULTS / f"tune-{machine.slug(resolved)}.jsonl")
+    benchmark.run(chosen, resolved, path, minutes, as_json, make=make)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def rows_at(
         for candidate, result in zip(candidates, measured, strict=True):
             if calls > 1 and result.error is None and result.seconds:
                 candidate.info["by_kind"] = candidate.times.by_kind()
-    where = {"height": height, "width": width, "batch": batch, "calls": calls, "compile": compiled}
-    return [row for pair in pairs(measured) for row in harness.compare("unet", case | where, about, pair)]
+    shape = {"height": height, "width": width, "batch": batch, "calls": calls, "compile": compiled}
+    return [row for pair in pairs(measured) for row in harness.compare("unet", case | shape, about, pair)]
 
 
 @contextmanager
@@ -162,8 +162,8 @@ def main(
 
     One sample is one call, or a run of --calls if a method reuses results of an earlier call.
     """
-    where = chosen_device(device)
-    cpu = where.type == "cpu"
+    resolved = chosen_device(device)
+    cpu = resolved.type == "cpu"
     dtype = dtype or ("fp32" if cpu else "fp16")
     batch = batch or (1 if cpu else 2)
     if (height is None) != (width is None):
@@ -175,21 +175,21 @@ def main(
     check_among("dtype", [dtype], DTYPES)
     check_sizes(sizes)
     kinds = kinds_of(methods)
-    calls = calls_of(calls, kinds, where)
+    calls = calls_of(calls, kinds, resolved)
     choice = Choice(
         kinds, max_kv_tokens or (), factor or (), schedule or ("coco",), prune_ratio, cache_interval or (3, 5)
     )
-    cases = plan(where, calls, sizes, choice)
-    often = rounds_of(where, calls, compile, warmup, rounds, seconds)
-    path = checked_out(out or RESULTS / f"unet-{machine.slug(where)}.jsonl")
+    cases = plan(resolved, calls, sizes, choice)
+    often = rounds_of(resolved, calls, compile, warmup, rounds, seconds)
+    path = checked_out(out or RESULTS / f"unet-{machine.slug(resolved)}.jsonl")
     case: dict[str, Any] = {"model": model, "dtype": dtype}
     if cpu:
         case["keeps_freed_memory"] = machine.keep_freed_memory()
 
     typer.echo(f"{model}, {dtype}, batch {batch}, calls {calls}: drawing the weights", err=True)
-    unet = models.build(model, where, DTYPES[dtype])
+    unet = models.build(model, resolved, DTYPES[dtype])
     check_exact(unet, kinds)
-    meter, rows = Stoppable(checked(Meter(where))), []
+    meter, rows = Stoppable(checked(Meter(resolved))), []
     for at, contenders in cases:
         new = rows_at(at, unet, contenders, batch, calls, meter, often, case, compile)
         jsonl.append(path, new)

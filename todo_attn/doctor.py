@@ -60,50 +60,52 @@ def _devices() -> list[torch.device]:
 def _cuda() -> dict[str, Any]:
     """torch's CUDA build, the driver, the GPUs; ``why_not`` says why torch has no GPU, or is None."""
     gpus = []
-    why_not = None
+    reason = None
     if torch.cuda.is_available():
         for device in (d for d in _devices() if d.type == "cuda"):
             major, minor = torch.cuda.get_device_capability(device)
             memory = torch.cuda.get_device_properties(device).total_memory
             gpus.append({"name": device_name(device), "capability": f"{major}.{minor}", "memory_bytes": memory})
     elif torch.version.cuda is None:
-        why_not = "this torch is built without CUDA"
+        reason = "this torch is built without CUDA"
     else:
-        why_not = "torch has CUDA but sees no GPU that it can use"
-    return {"torch_cuda": torch.version.cuda, "driver": driver(), "gpus": gpus, "why_not": why_not}
+        reason = "torch has CUDA but sees no GPU that it can use"
+    return {"torch_cuda": torch.version.cuda, "driver": driver(), "gpus": gpus, "why_not": reason}
 
 
 def _op_rows(device: torch.device) -> list[dict[str, Any]]:
     """A row per op and dtype: the backend of "auto", why it is not Triton, and a check of each backend that can run."""
     rows = []
     for dtype in _TOLERANCE:
-        where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-        why_not = backends.triton_unavailable_reason(device, dtype, _HEAD_DIM)
+        columns = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        reason = backends.triton_unavailable_reason(device, dtype, _HEAD_DIM)
         chosen = backends.choose("auto", device, dtype, _HEAD_DIM)
         checks = [
             _check(name, dtype, partial(_attention_error, device, dtype, name))
-            for name in (["torch"] if why_not else ["torch", "triton"])
+            for name in (["torch"] if reason else ["torch", "triton"])
         ]
-        if why_not is None and chosen == "torch":
-            why_not = "only by backend='triton', torch being faster or exacter"
+        if reason is None and chosen == "torch":
+            reason = "only by backend='triton', torch being faster or exacter"
         rows.append(
-            {"op": "downsampled_attention", **where, "backend": chosen, "why_not_triton": why_not, "checks": checks}
+            {"op": "downsampled_attention", **columns, "backend": chosen, "why_not_triton": reason, "checks": checks}
         )
         checks = [_check("torch", dtype, partial(_downsample_error, device, dtype))]
-        rows.append({"op": "downsample_tokens", **where, "backend": "torch", "why_not_triton": None, "checks": checks})
-        chosen, why_not = backends.choose("auto", device, dtype), backends.triton_unavailable_reason(device, dtype)
+        rows.append(
+            {"op": "downsample_tokens", **columns, "backend": "torch", "why_not_triton": None, "checks": checks}
+        )
+        chosen, reason = backends.choose("auto", device, dtype), backends.triton_unavailable_reason(device, dtype)
         checks = [_check(chosen, dtype, partial(_match_error, device, dtype))]
-        rows.append({"op": "match_tokens", **where, "backend": chosen, "why_not_triton": why_not, "checks": checks})
+        rows.append({"op": "match_tokens", **columns, "backend": chosen, "why_not_triton": reason, "checks": checks})
     return rows
 
 
 def _token_rows(device: torch.device) -> list[dict[str, Any]]:
     """A row per op that moves tokens, for all dtypes at once: by the compiled library or by torch."""
-    why_not = libraries.unavailable_reason(device.type)
-    backend = {"cpu": "C++", "cuda": "CUDA"}[device.type] if why_not is None else "torch"
-    where = {"device": str(device), "dtype": "any", "backend": backend, "why_not_compiled": why_not}
+    reason = libraries.unavailable_reason(device.type)
+    backend = {"cpu": "C++", "cuda": "CUDA"}[device.type] if reason is None else "torch"
+    columns = {"device": str(device), "dtype": "any", "backend": backend, "why_not_compiled": reason}
     return [
-        {"op": op, **where, "checks": [_check(backend, torch.float32, partial(_move_error, device, op))]}
+        {"op": op, **columns, "checks": [_check(backend, torch.float32, partial(_move_error, device, op))]}
         for op in ("gather_tokens", "scatter_tokens", "recover_tokens", "select_base_tokens")
     ]
 
@@ -115,7 +117,7 @@ def _check(backend: str, dtype: torch.dtype, error_of: Callable[[], float]) -> d
     except Exception as raised:  # of any kind: it is reported, and the examination goes on
         return {"backend": backend, "max_error": None, "problem": one_line(raised)}
     right = error <= _TOLERANCE[dtype]  # False for NaN
-    problem = None if right else f"wrong by {error:.3g}, where {_TOLERANCE[dtype]:.3g} would be rounding"
+    problem = None if right else f"wrong by {error:.3g}; up to {_TOLERANCE[dtype]:.3g} would be rounding"
     return {"backend": backend, "max_error": error if error == error else None, "problem": problem}
 
 
@@ -175,8 +177,8 @@ def _move_error(device: torch.device, op: str) -> float:
 def _check_diffusers() -> dict[str, Any]:
     """Whether diffusers is there and ToDo works in it: ``installed``, ``why_not``, ``problem``."""
     if importlib.util.find_spec("diffusers") is None:
-        why_not = "diffusers is not installed: pip install 'todo_attn[diffusers]'"
-        return {"installed": False, "why_not": why_not, "problem": None}
+        reason = "diffusers is not installed: pip install 'todo_attn[diffusers]'"
+        return {"installed": False, "why_not": reason, "problem": None}
     try:
         problem = _try_processor()
     except Exception as raised:  # as in _check

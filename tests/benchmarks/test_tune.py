@@ -1,4 +1,4 @@
-"""Other settings of the attention kernel against the shipped: run in Triton's interpreter where there is no GPU."""
+"""Other configurations of the attention kernel against the shipped: run in Triton's interpreter if there is no GPU."""
 
 from dataclasses import replace
 
@@ -91,7 +91,7 @@ def test_what_there_is_not_is_refused(cli, arguments):
     assert not path.exists()
 
 
-def test_the_settings_tried_are_others_than_the_shipped(monkeypatch):
+def test_the_configurations_tried_are_others_than_the_shipped(monkeypatch):
     monkeypatch.setattr(tune, "ALTERNATIVES", ALTERNATIVES)
     for head_dim, case in TINY.items():
         shipped = configs.attention_config((9, 0), head_dim, half=True)

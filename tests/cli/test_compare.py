@@ -177,7 +177,7 @@ def test_out_of_memory_is_one_line(run, small, tmp_path, monkeypatch):
 
 @pytest.fixture
 def breaking(monkeypatch):
-    """breaking(error, after): the pipeline raises once it has made so many images, the warm-ups among them."""
+    """breaking(error, after): the pipeline raises once it has made ``after`` images, warm-ups included."""
 
     def breaking(error: BaseException, after: int) -> None:
         decode, calls = diffusers.AutoencoderKL.decode, []

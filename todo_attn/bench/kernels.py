@@ -88,8 +88,7 @@ def _rows(case: Case, trial: Trial, results: list[Measured], about: dict[str, An
         if case.best_only:
             peers = [best, *(peer for peer in peers if peer not in rivals)]
     pairs = [(peer, main) for peer in peers] + [(best, form) for form in forms]
-    where = case.describe()
-    return [row for pair in pairs for row in harness.compare(case.benchmark, where, about, pair)]
+    return [row for pair in pairs for row in harness.compare(case.benchmark, case.describe(), about, pair)]
 
 
 def _median(result: Measured) -> float:

@@ -28,7 +28,7 @@ def _line(row: Row) -> dict[str, str]:
     baseline, contender = row["baseline"], row["contender"]
     return {
         "benchmark": row["benchmark"],
-        "case": where(row),
+        "case": shape_text(row),
         "against": baseline["name"] + "*" * ("best_of" in baseline),
         "ms": _milliseconds(baseline),
         "ours": contender["name"],
@@ -39,7 +39,7 @@ def _line(row: Row) -> dict[str, str]:
     }
 
 
-def where(row: Row) -> str:
+def shape_text(row: Row) -> str:
     """The shape in short: "sd15 2048x2048 level 1, batch 2, fp16"."""
     case = row["case"]
     level = f" level {case['level']}" if "level" in case else ""
@@ -52,7 +52,7 @@ def where(row: Row) -> str:
 def slower(rows: Iterable[Row]) -> list[str]:
     """A sentence for each row in which ours is not faster than the fastest rival or than dense attention."""
     return [
-        f"{row['benchmark']}, {where(row)}: {row['contender']['name']} is not faster here, it takes "
+        f"{row['benchmark']}, {shape_text(row)}: {row['contender']['name']} is not faster here, it takes "
         f"{1 / row['speedup']['p50']:.2f}x the time of {row['baseline']['name']}"
         for row in rows
         if row["speedup"] and row["speedup"]["p50"] <= 1
@@ -73,7 +73,7 @@ def noisy(rows: Sequence[Row]) -> list[str]:
     worst = max(loud, key=spread)
     return [
         f"this machine is noisy: in {len(loud)} of {len(timed)} rows the speed-up changes by more than "
-        f"{_NOISY - 1:.0%} between rounds, most in {worst['benchmark']}, {where(worst)}, against "
+        f"{_NOISY - 1:.0%} between rounds, most in {worst['benchmark']}, {shape_text(worst)}, against "
         f"{worst['baseline']['name']}: {worst['speedup']['p20']:.2f}x to {worst['speedup']['p80']:.2f}x. Run it again "
         "when nothing else runs"
     ]
@@ -88,7 +88,7 @@ def found_no_memory(rows: Sequence[Row]) -> bool:
 def refused(rows: Iterable[Row]) -> list[str]:
     """A sentence for each candidate of ours that was not timed because its result was wrong."""
     sentences = (
-        f"{row['benchmark']}, {where(row)}: {candidate['name']} was refused: {candidate['error']}"
+        f"{row['benchmark']}, {shape_text(row)}: {candidate['name']} was refused: {candidate['error']}"
         for row in rows
         for candidate in (row["baseline"], row["contender"])
         if candidate["name"].startswith("todo") and WRONG in (candidate["error"] or "")

@@ -78,8 +78,8 @@ def _unwritten(error: OSError) -> tuple[int, str]:
     """Output that found no space, or no reader."""
     if error.errno == errno.EPIPE:
         return 1, ""
-    where = f"{error.filename} " if error.filename else "output "
-    return 1, _error(f"{where}cannot be written: {error.strerror}")
+    name = error.filename or "output"
+    return 1, _error(f"{name} cannot be written: {error.strerror}")
 
 
 def _error(message: str) -> str:

@@ -44,8 +44,8 @@ def bench(
     Raises:
         ArgumentError: an argument does not fit. Nothing is timed then.
     """
-    where = torch.device(resolved_device(device, mps=False))
-    gpu = where.type == "cuda"
+    resolved = torch.device(resolved_device(device, mps=False))
+    gpu = resolved.type == "cuda"
     if height is None:
         height = width if width is not None else 2048 if gpu else 768
     if width is None:
@@ -59,14 +59,14 @@ def bench(
     if not gpu:
         machine.keep_freed_memory()
     rows = []
-    for new in kernels.run(chosen, where, kernels.rounds_for(where)):
+    for new in kernels.run(chosen, resolved, kernels.rounds_for(resolved)):
         show(new)
         rows += new
     notes = report.slower(rows) + report.noisy(rows)
     if not any(case.benchmark == "attention" for case in chosen):
         size = f"{width}x{height}"
         notes.insert(0, f"ToDo changes nothing at {size}: no self-attention of {model} has more than 4096 keys there")
-    return {"rows": rows, "notes": notes, "machine": machine.describe(where)}
+    return {"rows": rows, "notes": notes, "machine": machine.describe(resolved)}
 
 
 def _heads(architecture: Architecture) -> dict[int, tuple[int, int]]:

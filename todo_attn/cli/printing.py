@@ -88,7 +88,7 @@ def schedules_notes(listing: dict[str, Any]) -> list[str]:
         "nothing pruned and the middle block computed in shallow calls too",
         f"here: times fewer operations than dense in a whole run, counted on the UNet of {listing['model']}",
         f"operations of a call, in 1e9: {calls} (batch {listing['batch']}, {listing['prune_ratio']:g} of the tokens "
-        "pruned where it is not dense; a multiplication with its addition is two)",
+        "pruned unless the call is dense; a multiplication with its addition is two)",
         *([few] if listing["calls"] < FEWEST_CALLS else []),
     ]
 

@@ -29,8 +29,8 @@ def _nothing() -> None:
 class BoundMethod:
     """A method bound to one pipeline.
 
-    ``label`` names it, ``options`` says as plain data what it does, ``unavailable`` why it cannot run here (None where
-    it can).
+    ``label`` names it, ``options`` says as plain data what it does, ``unavailable`` why it cannot run here (None if it
+    can).
     """
 
     label: str

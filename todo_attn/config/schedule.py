@@ -194,7 +194,7 @@ def resample(digits: str, length: int) -> str:
     - the same length gives the same digits;
     - at every moment of the run, the full calls so far differ by at most half a call from the old schedule's share, and
       the shallow and reuse calls by at most 1.25, so that neither the cost nor the moments drift;
-    - where the old schedule lacks a kind for a while, so does the new one, up to those 1.25 calls.
+    - while the old schedule lacks a kind, so does the new one, up to those 1.25 calls.
 
     Args:
         digits: a schedule.

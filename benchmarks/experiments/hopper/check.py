@@ -42,7 +42,7 @@ _SHAPES = [
 
 
 def worst(head_dim: int, run: Run) -> float:
-    """The largest error over that of torch's own attention, in this process; infinite where one is not finite."""
+    """The largest error over that of torch's own attention, in this process; infinite if one is not finite."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = 0.0
@@ -68,7 +68,7 @@ def worst(head_dim: int, run: Run) -> float:
 
 
 def row(head_dim: int, run: Run, seconds: float = SECONDS) -> dict[str, Any]:
-    """:func:`worst` from a process of its own: the settings, "worst" (None where there is none) and "error"."""
+    """:func:`worst` from a process of its own: the configuration, "worst" (None if there is none) and "error"."""
     child = json.dumps([head_dim, asdict(run)])
     result: dict[str, Any] = {"head_dim": head_dim, **asdict(run), "worst": None, "error": None}
     try:
@@ -92,11 +92,11 @@ def row(head_dim: int, run: Run, seconds: float = SECONDS) -> dict[str, Any]:
 
 def main(
     head_dim: Annotated[list[int] | None, typer.Option(help=f"Of {', '.join(map(str, RUNS))}; repeatable.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="For each setting.")] = SECONDS,
+    seconds: Annotated[float, typer.Option(min=1, help="For each configuration.")] = SECONDS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     child: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Check every setting of the Hopper candidate on this GPU; fails where one is wrong or does not end."""
+    """Check every configuration of the Hopper candidate on this GPU; fails if one is wrong or does not end."""
     if child is not None:
         number, run = json.loads(child)
         print(worst(number, Run(**run)))

@@ -133,7 +133,9 @@ def report(head_dim: int, dtype: str, run: Run, dump: Path | None = None) -> dic
 def main(
     head_dim: Annotated[list[int] | None, typer.Option(help=f"{', '.join(map(str, RUNS))}; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp16 or bf16; repeatable. fp16 unless given.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every setting to measure, not only the one chosen.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every configuration to measure, not only the one chosen.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     dump: Annotated[Path | None, typer.Option(help="Write machine code and PTX into this folder.")] = None,
 ) -> None:

@@ -157,7 +157,7 @@ class Program:
         return result
 
     def wait_wgmmas(self, outstanding):
-        """Return when no more than so many are in flight."""
+        """Return when at most ``outstanding`` are in flight."""
         while len(self.mine()) > outstanding:
             self.mine().pop(0).finish()
         self.switch()
