@@ -70,7 +70,8 @@ def doctor_command(
     steps: Annotated[
         int,
         typer.Option(
-            help="DaTo: steps of the scheduler, one fewer than calls of the UNet; schedules are resampled to them."
+            help="DaTo: steps of the scheduler, one fewer than calls of the UNet, as with PNDM; schedules are "
+            "resampled to them."
         ),
     ] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -159,7 +160,9 @@ def bench_command(
     height: Annotated[int | None, typer.Option(help="In pixels.", show_default="2048 on a GPU, 768 on a CPU")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the height")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (fp16 on CUDA, else fp32), fp32, fp16 or bf16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option(help="A file that the rows are added to, one JSON object a line.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and notes as JSON.")] = False,
 ) -> None:
