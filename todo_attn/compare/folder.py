@@ -52,11 +52,11 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         return
     if _files_of_comparison(folder) is not None:
         if not overwrite:
-            problem = f"must be a new or an empty folder, and {str(folder)!r} holds an older comparison"
-            raise SettingError("out", f"{problem}: --overwrite removes that, or name another folder")
+            found = "an older comparison, which --overwrite removes"
+            raise SettingError("out", f"must be a new or an empty folder, got {str(folder)!r} with {found}")
     elif not overwrite or entries & {IMAGES, SHEET, REPORT}:
         known = " that no comparison's report names" if overwrite else ""
-        raise SettingError("out", f"must be a new or an empty folder, and {str(folder)!r} holds files{known}")
+        raise SettingError("out", f"must be a new or an empty folder, got {str(folder)!r} with files{known}")
 
 
 def _entries(folder: Path) -> set[str]:
