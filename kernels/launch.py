@@ -17,13 +17,14 @@ LOG2_E = 1.4426950408889634
 
 
 class Packed(NamedTuple):
-    """Keys and values as :func:`attend` reads them, and the configuration that they are packed for."""
+    """Keys and values as :func:`attend` reads them, and the configuration and GPU that they are packed for."""
 
     key: torch.Tensor  # (B*H*rows, k_columns)
     value: torch.Tensor  # (B*H*rows, v_columns)
     keys: int  # of one head; rows is this, rounded up to the tile of keys
     config: KernelConfig
     tile: Tiles
+    use_tma: bool
 
 
 def attention(
@@ -61,11 +62,12 @@ def packed(
 ) -> Packed:
     """Launch the packing kernel, on the current device; ``negative`` negates the keys, for a negative scale."""
     head_dim = key.shape[3]
-    config = config or attention_config(capability(key), head_dim, half=key.dtype != torch.float32)
+    gpu = capability(key)
+    config = config or attention_config(gpu, head_dim, half=key.dtype != torch.float32)
     tile = tile or tiles(head_dim)
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, config.block_n) * config.block_n
-    return Packed(*pack(key, value, grid, coarse, mode, negative, rows, tile), keys, config, tile)
+    return Packed(*pack(key, value, grid, coarse, mode, negative, rows, tile), keys, config, tile, has_tma(gpu))
 
 
 def attend(query: torch.Tensor, kv: Packed, scale: float) -> torch.Tensor:
@@ -96,7 +98,7 @@ def attend(query: torch.Tensor, kv: Packed, scale: float) -> torch.Tensor:
         rows,
         log2_scale,
         log2_power,
-        **constants(head_dim, tile, config, has_tma(capability(query)), rows > kv.keys, log2_scale > 1),
+        **constants(head_dim, tile, config, kv.use_tma, rows > kv.keys, log2_scale > 1),
         **config.options,
     )
     return out
