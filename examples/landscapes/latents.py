@@ -155,11 +155,10 @@ def produce(vae_path: Path, arguments, starts, parent: int) -> None:
     vae, _ = load_vae(vae_path)
     pools = {size: Pool(*values) for size, values in arguments.items()}
     while os.getppid() == parent:
-        busy = False
-        for size, pool in pools.items():
+        for size, pool in pools.items():  # a larger size waits until the smaller ones are complete
             lacking = pool.missing(starts[size].value, pool.slots)
             if len(lacking):
                 pool.make(int(lacking[0]), vae)
-                busy = True
-        if not busy:
+                break
+        else:
             time.sleep(0.1)
