@@ -1,4 +1,4 @@
-"""How the kernel of ``kernel.py`` is launched: its settings, and a function with the shipped kernel's signature."""
+"""How the kernel of ``kernel.py`` is launched: its configurations, and a function with the shipped one's signature."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class Plan:
     halves: bool
 
 
-# (columns of a K tile, settings): the first row whose columns suffice is taken.
+# (columns of a K tile, configuration): the first row whose columns suffice is taken.
 _RUNS = [(64, Run(128, 4)), (MAX_HEAD_DIM, Run(64, 4))]
 
 
 _NONE = {"ahead": False, "halves": False}
-# Worth a measurement, by head dim, the settings above first. Programs that differ in ``persistent`` alone share code.
+# Worth a measurement, by head dim, the chosen one first. Programs that differ in ``persistent`` alone share code.
 RUNS: dict[int, list[Run]] = {
     40: [
         Run(128, 4),
@@ -89,8 +89,8 @@ RUNS: dict[int, list[Run]] = {
 }
 
 
-def settings(head_dim: int) -> Run:
-    """The settings of a head dim.
+def configuration(head_dim: int) -> Run:
+    """The configuration of a head dim.
 
     Raises:
         ValueError: a head dim that the kernel does not take.
@@ -181,13 +181,13 @@ def attention(
 ) -> torch.Tensor:
     """Launch both kernels: (B, N, H, D), (B, gh*gw, H, D), (B, gh*gw, H, D) -> (B, N, H, D), contiguous.
 
-    ``run``: the settings, :func:`settings` of the head dim unless given. What the shipped kernel's callers check is
-    not checked again.
+    ``run``: the configuration, by default :func:`configuration` of the head dim. What the shipped kernel's callers check
+    is not checked again.
 
     Raises:
         ValueError: a dtype, head dim, scale or device that this kernel does not take.
     """
-    usual = settings(query.shape[3])
+    usual = configuration(query.shape[3])
     if query.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"query must be float16 or bfloat16, got {query.dtype}")
     if not abs(scale) * LOG2_E <= 1:  # products times it may leave fp32

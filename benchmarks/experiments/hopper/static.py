@@ -1,7 +1,7 @@
 """Compile the Hopper candidate for sm_90 without a GPU: what it uses, and what the loop of a consumer costs.
 
 python -m benchmarks.experiments.hopper.static                      as it would be launched
-python -m benchmarks.experiments.hopper.static --head-dim 40 --all  every setting that is worth a measurement
+python -m benchmarks.experiments.hopper.static --head-dim 40 --all  every configuration that is worth a measurement
 python -m benchmarks.experiments.hopper.static --dump build/cubins  and the machine code
 
 Each consumer has a copy of the loop; one copy is counted. A trip is two steps, 64 queries by 2 * block_n keys, done by
@@ -35,7 +35,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks import sass
 from benchmarks.experiments.hopper.kernel import attention_kernel
-from benchmarks.experiments.hopper.launch import OPTIONS, RUNS, Run, layout, plan, settings
+from benchmarks.experiments.hopper.launch import OPTIONS, RUNS, Run, configuration, layout, plan
 from todo_attn.kernels.launch import tiles
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -142,7 +142,7 @@ def main(
     """Registers, spills, overlap and clocks per score of the Hopper candidate; no GPU need be here."""
     for number in head_dim or ():
         try:
-            settings(number)
+            configuration(number)
         except ValueError as error:
             raise typer.BadParameter(str(error).replace("head_dim", "--head-dim")) from error
     if wrong := set(dtype or ()) - set(DTYPES):
@@ -156,7 +156,7 @@ def main(
     for kind in dtype or ["fp16"]:
         for number in head_dim or RUNS:
             others = RUNS.get(number, []) if every else []
-            rows += [report(number, kind, run, dump) for run in dict.fromkeys([settings(number), *others])]
+            rows += [report(number, kind, run, dump) for run in dict.fromkeys([configuration(number), *others])]
     if as_json:
         json.dump(rows, sys.stdout, indent=1)
     else:

@@ -1,8 +1,8 @@
-"""The Hopper candidate in each of its settings against the shipped kernel, at the shapes that have a target.
+"""The Hopper candidate in each of its configurations against the shipped kernel, at the shapes that have a target.
 
 python -m benchmarks.experiments.hopper.tune --head-dim 40    options as of ``python -m benchmarks.tune``
 
-Each setting is checked first, in a process of its own; one that is not right is said and not timed.
+Each configuration is checked first, in a process of its own; one that is not right is reported and not timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from todo_attn.bench.trial import Trial
 
 
 def calls(case: Case) -> dict[str, Call]:
-    """By name, the candidate in each setting that is right here; said of those that are not."""
+    """By name, the candidate in each configuration that is right here; reports those that are not."""
     found = {}
     for run in launch.RUNS[case.head_dim]:
         flags = [name for name in ("ahead", "halves", "persistent") if getattr(run, name)]
@@ -35,7 +35,7 @@ def calls(case: Case) -> dict[str, Call]:
 
 
 def trial(case: Case, device: torch.device) -> Trial:
-    """Every setting that is right against the kernel as it is shipped.
+    """Every configuration that is right against the kernel as it is shipped.
 
     Raises:
         RuntimeError: none is right here.

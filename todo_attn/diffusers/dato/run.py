@@ -103,8 +103,8 @@ class Run:
     def _noise(self, stream: Stream, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """(1, N) fp32, the next from the stream's generator."""
         if device not in stream.generators:
-            where = "cpu" if device.type == "meta" else device
-            stream.generators[device] = torch.Generator(where).manual_seed(self.config.seed)
+            generator = torch.Generator("cpu" if device.type == "meta" else device)  # there is none for meta
+            stream.generators[device] = generator.manual_seed(self.config.seed)
         return torch.randn((1, grid[0] * grid[1]), generator=stream.generators[device], device=device)
 
     def _start(self, stream: Stream, unet: nn.Module) -> None:

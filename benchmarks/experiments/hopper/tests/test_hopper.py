@@ -102,9 +102,9 @@ def test_signature_of_the_shipped_kernel():
     assert names[0][:7] == names[1][:7]
 
 
-def test_the_chosen_settings_are_measured_first():
+def test_the_chosen_configuration_is_measured_first():
     for head_dim, runs in RUNS.items():
-        assert runs[0] == launch.settings(head_dim)
+        assert runs[0] == launch.configuration(head_dim)
         assert len(set(runs)) == len(runs)
 
 

@@ -24,7 +24,7 @@ NONE = {"ahead": False, "halves": False}
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes, settings, and how many programs share the work of a persistent kernel."""
+    """Shapes, configurations, and how many programs share the work of a persistent kernel."""
 
     head_dim: int
     run: Run
