@@ -30,13 +30,13 @@ from triton.compiler import ASTSource
 
 from benchmarks import sass
 from benchmarks.options import check_among
+from todo_attn.config.dtypes import DTYPES
 from todo_attn.config.modes import MODES
 from todo_attn.kernels import attention, configs, launch, match, pack
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (8, 24, 40, 64, 80, 96, 128, 160, 256)
 CHANNELS = (20, 320, 1280)
-DTYPES = ("fp16", "bf16", "fp32")
 KERNELS = ("attention", "pack", "match", "rows")
 
 # The arguments of all kernels by name: pointers to the dtype of the variant; pointers to other types, fp32 scalars.

@@ -274,7 +274,8 @@ def _caption(rows: Sequence[Row]) -> str:
     """The machine, the versions, the commits and the days of ``rows``."""
     in_time = sorted(rows, key=lambda row: row["measured"])
     about = in_time[-1]["machine"]
-    device = about["device"] if about.get("cuda") else f"{about['device']}, {about.get('threads')} threads"
+    threads = about.get("cpu_threads", about.get("threads"))  # older rows have "threads"
+    device = about["device"] if about.get("cuda") else f"{about['device']}, {threads} threads"
     driver = f"driver {about['driver']}" if about.get("driver") else None
     packages = [f"{name} {about[key]}" for name, key in _PACKAGES if about.get(key)]
     commits = list(dict.fromkeys(row["machine"]["commit"] for row in in_time if row["machine"].get("commit")))

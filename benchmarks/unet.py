@@ -43,8 +43,8 @@ from benchmarks.unet_plan import (
 from benchmarks.unet_stop import Stoppable, as_far_as_it_got, pairs
 from todo_attn import machine
 from todo_attn.bench import harness, jsonl, report
-from todo_attn.bench.cases import DTYPES
 from todo_attn.bench.harness import Meter, Rounds
+from todo_attn.config.dtypes import DTYPES
 
 _INTERRUPTED = 130  # as a shell says of a process that SIGINT has ended
 
@@ -187,7 +187,7 @@ def main(
         case["keeps_freed_memory"] = machine.keep_freed_memory()
 
     typer.echo(f"{model}, {dtype}, batch {batch}, calls {calls}: drawing the weights", err=True)
-    unet = models.build(model, resolved, DTYPES[dtype])
+    unet = models.build(model, resolved, getattr(torch, DTYPES[dtype]))
     check_exact(unet, kinds)
     meter, rows = Stoppable(checked(Meter(resolved))), []
     for at, contenders in cases:

@@ -25,12 +25,11 @@ PACKAGES = (
     "numpy",
     "tomesd",
     "DeepCache",
+    "sageattention",
 )
-# In the row of a measurement.
-_MEASURED = ("torch", "triton", "diffusers", "todo_attn", "tomesd", "DeepCache", "sageattention")
 _ROOT = Path(__file__).resolve().parents[1]
 _CPU_CACHE = 32 * 2**20  # assumed size of a processor's last cache, which no portable call tells
-_CLOCK_TICKS = 20_000_000  # about 10 ms of a GPU's clock
+GPU_TICKS = 20_000_000  # about 10 ms of a GPU's clock, which torch.cuda._sleep waits for
 
 
 def versions() -> dict[str, str | None]:
@@ -61,11 +60,12 @@ def machine() -> dict[str, str | int | None]:
         "cpu": device_name(torch.device("cpu")),
         "cpu_count": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, driver, processor, versions and commit, as plain data; None for what is missing."""
+    """Device and driver, :func:`machine`, :func:`versions` and commit, as plain data; None for what is missing."""
     info: dict[str, Any] = {"device": device_name(device), "driver": None, "cuda": None}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -76,14 +76,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1),
             "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
         }
-    info |= {
-        "cpu": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-    return info | {package: _version(package) for package in _MEASURED} | {"commit": commit()}
+    return info | machine() | versions() | {"commit": commit()}
 
 
 def keep_freed_memory() -> bool:
@@ -116,13 +109,13 @@ def sm_mhz(device: torch.device, load: Callable[[], Any]) -> float | None:
     torch.cuda.synchronize(device)
     with torch.cuda.stream(torch.cuda.Stream(device)):
         start.record()
-        torch.cuda._sleep(_CLOCK_TICKS)
+        torch.cuda._sleep(GPU_TICKS)
         end.record()
     while not end.query():
         load()
         torch.cuda.current_stream(device).synchronize()
     torch.cuda.synchronize(device)
-    return _CLOCK_TICKS / start.elapsed_time(end) / 1e3
+    return GPU_TICKS / start.elapsed_time(end) / 1e3
 
 
 def slug(device: torch.device) -> str:

@@ -177,6 +177,12 @@ def test_names_in_the_legend():
     assert {name: plot._contender({"contender": {"name": name}}) for name in named} == named
 
 
+@pytest.mark.parametrize("key", ["threads", "cpu_threads"])  # rows made before and after the key was renamed
+def test_the_caption_names_the_threads_of_a_cpu(key):
+    on_cpu = {"device": "AMD EPYC", "driver": None, "cuda": None, key: 3}
+    assert plot._caption([unet_row(1024, 2.0, machine=on_cpu)]).startswith("AMD EPYC, 3 threads, ")
+
+
 def test_the_caption_names_every_commit_in_order():
     old, new = unet_row(1024, 2.0, measured="2026-11-20T00:00:00+00:00"), unet_row(2048, 4.0)
     old["machine"] = old["machine"] | {"commit": "ba9876543210"}

@@ -329,7 +329,7 @@ def test_what_torch_gives_up_compiling_is_an_error():
 def test_the_machine_is_described_in_plain_data():
     about = machine.describe(CPU)
     assert json.loads(json.dumps(about)) == about
-    assert {"device", "driver", "cpu", "threads", "torch", "triton", "diffusers", "todo_attn", "commit"} <= set(about)
+    assert {"device", "driver", "cpu", "cpu_threads", "torch", "triton", "diffusers", "todo_attn", "commit"} <= set(about)
     assert machine.slug(CPU).startswith("cpu-")
     assert machine.slug(CPU) == machine.slug(CPU).lower()
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..ops import backends, reference
-from .cases import DTYPES, SDPA, Case
+from .cases import SDPA, Case
 from .harness import Candidate
 from .peers import BUILD, Call, Inputs, torch_attention
 from .trial import Trial, ends, rotation, spread, work, wrong
@@ -39,7 +39,7 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
     def make_inputs(number: int, generator: torch.Generator) -> Inputs:
         shape = (case.batch, case.tokens, case.heads, case.head_dim)
         query, key, value = (
-            torch.randn(shape, generator=generator, device=device, dtype=DTYPES[case.dtype]) for _ in range(3)
+            torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype) for _ in range(3)
         )
         coarse = (_coarse(t, case) for t in (key, value))
         return Inputs(number, query, key, value, *(t.contiguous() for t in coarse))
@@ -78,7 +78,7 @@ def _coarse(x: torch.Tensor, case: Case) -> torch.Tensor:
 def _work(case: Case, keys: int) -> dict[str, Any]:
     """Operations of Q K^T and P V; bytes of queries, keys, values and outputs."""
     rows = case.batch * case.heads
-    size = DTYPES[case.dtype].itemsize
+    size = case.torch_dtype.itemsize
     moved = 2 * rows * (case.tokens + keys) * case.head_dim * size
     return work(moved, 4 * rows * case.tokens * keys * case.head_dim)
 
@@ -158,7 +158,7 @@ def _check(oracle: Callable[[], _Oracle], bound: float, info: dict[str, Any], ou
 
 def _packed(case: Case, device: torch.device) -> Call:
     """The attention kernel alone: keys and values are packed in the first call on each set of inputs."""
-    backends.choose("triton", device, DTYPES[case.dtype], case.head_dim)  # raises, with the reason, if it cannot run
+    backends.choose("triton", device, case.torch_dtype, case.head_dim)  # raises, with the reason, if it cannot run
     from ..kernels import launch
 
     packed: dict[int, launch.Packed] = {}

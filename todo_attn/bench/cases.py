@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config.checks import ArgumentError
+from ..config.dtypes import DTYPES
 from ..config.todo import ToDoConfig
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BENCHMARKS = ("attention", "gather", "scatter", "recover", "match_tokens", "plan_pruning")
 _MOVING = ("gather", "scatter", "recover")
 SIZES = (512, 768, 1024, 1536, 2048, 4096)
@@ -55,7 +55,7 @@ class Case:
         height, width: of the image, in pixels; multiples of ``pixels_per_latent``.
         level: a key of ``MODELS[model]`` or ``levels``.
         batch: of a call; twice the number of images under guidance.
-        dtype: a key of :data:`DTYPES`.
+        dtype: a key of :data:`~todo_attn.config.dtypes.DTYPES`.
         peers: a key of :data:`PEERS`; "attention" only.
         residual: whether a residual is added; "recover" only.
         max_kv_tokens: ToDo's cap on keys; the factor is the smallest within it.
@@ -97,6 +97,10 @@ class Case:
     @property
     def channels(self) -> int:
         return self.heads * self.head_dim
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, DTYPES[self.dtype])
 
     @property
     def factor(self) -> tuple[int, int]:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..machine import GPU_TICKS
+
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 _MIN_ROUNDS = 2
-_HOLD_TICKS = 20_000_000  # of a GPU's clock: about 10 ms
 _HELD_CALLS = 4  # queued meanwhile: one may take the host 2 ms, and a GPU's queue holds 1024 launches
 
 
@@ -147,7 +148,7 @@ class Meter:
         output = None
         for first in range(0, len(turns), part):
             if held:
-                torch.cuda._sleep(_HOLD_TICKS)
+                torch.cuda._sleep(GPU_TICKS)
             start = stamp(self.device)
             for argument in turns[first : first + part]:
                 output = None  # freed before the next output is allocated

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from .. import ops
 from ..ops import reference
 from ..ops.pruning import without
-from .cases import DTYPES, PATCH, PRUNE_RATIO, Case
+from .cases import PATCH, PRUNE_RATIO, Case
 from .harness import Candidate
 from .trial import Trial, ends, rotation, spread, work, wrong
 
@@ -46,7 +46,7 @@ def trial(case: Case, device: torch.device) -> Trial:
 
     def make(number: int, generator: torch.Generator) -> Inputs:
         shape = (case.batch, case.tokens, case.channels)
-        x = torch.randn(shape, generator=generator, device=device, dtype=DTYPES[case.dtype])
+        x = torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype)
         score = torch.randn(shape[:2], generator=generator, device=device)
         bases = ops.select_base_tokens(score, case.grid, PATCH)
         return Inputs(number, x, score, without(case.tokens, bases), bases)
@@ -58,7 +58,7 @@ def trial(case: Case, device: torch.device) -> Trial:
     check: Callable[..., None] = _check_match if match else _check_plan
 
     def candidate(name: str) -> Candidate:
-        allowed = _OURS if name == "todo" else max(_OURS, 4 * torch.finfo(DTYPES[case.dtype]).eps)
+        allowed = _OURS if name == "todo" else max(_OURS, 4 * torch.finfo(case.torch_dtype).eps)
         return Candidate(name, lambda: calls[name], _work(case), lambda out: check(oracle(), out, allowed))
 
     peers = [name for name in calls if name != "todo"]
@@ -70,7 +70,7 @@ def _work(case: Case) -> dict[str, Any]:
     pairs = (case.tokens - case.bases) * case.bases
     if case.benchmark == "plan_pruning":
         pairs += case.pruned * (case.kept - case.bases)  # the best base of each is known by then
-    size = case.channels * DTYPES[case.dtype].itemsize
+    size = case.channels * case.torch_dtype.itemsize
     return work(case.batch * case.tokens * (size + 8), 2 * case.batch * pairs * case.channels)
 
 

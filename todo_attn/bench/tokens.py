@@ -13,7 +13,7 @@ import torch
 
 from .. import ops
 from ..ops import reference
-from .cases import DTYPES, Case
+from .cases import Case
 from .harness import Candidate
 from .trial import Trial, rotation, work, wrong
 
@@ -54,7 +54,7 @@ def trial(case: Case, device: torch.device) -> Trial:
 
 def _make(case: Case, device: torch.device, number: int, generator: torch.Generator) -> Inputs:
     batch, count = case.batch, case.tokens
-    tokens = torch.randn((batch, count, case.channels), generator=generator, device=device, dtype=DTYPES[case.dtype])
+    tokens = torch.randn((batch, count, case.channels), generator=generator, device=device, dtype=case.torch_dtype)
     order = torch.rand((batch, count), generator=generator, device=device).argsort(1)
     kept, pruned = order[:, : case.kept].sort(1).values, order[:, case.kept :].sort(1).values
     match = torch.randint(case.kept, pruned.shape, generator=generator, device=device)
@@ -68,7 +68,7 @@ def _make(case: Case, device: torch.device, number: int, generator: torch.Genera
 
 def _bytes(case: Case) -> int:
     """Bytes read and written, each token once; indices are int64."""
-    size = case.channels * DTYPES[case.dtype].itemsize
+    size = case.channels * case.torch_dtype.itemsize
     tokens, indices = {
         "gather": (2 * case.kept, case.kept),
         "scatter": (2 * case.tokens, case.kept),

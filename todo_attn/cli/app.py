@@ -11,6 +11,7 @@ import typer
 
 from .. import __version__
 from ..config.checks import ArgumentError
+from ..config.dtypes import DTYPES
 from ..options.methods import SettingError
 
 app = typer.Typer(
@@ -21,6 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Stable Diffusion at high resolution, faster: ToDo token downsampling for diffusers.",
 )
+
+# The option --dtype of every command.
+DtypeName = Annotated[
+    str,
+    typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES.values())}, or {', '.join(DTYPES)}."),
+]
 
 
 class UserError(Exception):

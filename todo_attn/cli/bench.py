@@ -9,13 +9,14 @@ import torch
 
 from .. import machine
 from ..bench import cases, kernels, report
+from ..config.dtypes import DTYPES
 from ..options.methods import SettingError
-from ..options.settings import SHORT_DTYPES, check_area, resolved_device
+from ..options.settings import check_area, resolved_device
 
 if TYPE_CHECKING:
     from ..models.architectures import Architecture
 
-_SHORT = {name: short for short, name in SHORT_DTYPES.items()}
+_SHORT = {name: short for short, name in DTYPES.items()}
 
 
 def bench(

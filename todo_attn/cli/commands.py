@@ -15,9 +15,9 @@ from ..config.checks import ArgumentError
 from ..config.schedule import FEWEST_CALLS
 from ..example import example_pipeline
 from ..options.methods import NO_SCHEDULE, SettingError
-from ..options.settings import DTYPES, CompareSettings
+from ..options.settings import CompareSettings
 from . import compare  # noqa: F401  (registers its own command, which is listed first)
-from .app import UserError, app, hush_loading, naming_options
+from .app import DtypeName, UserError, app, hush_loading, naming_options
 from .printing import DIGITS_NOTE, print_examination, schedule_lines, schedules_notes, schedules_table
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def doctor_command(
         ),
     ] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
-    ] = "auto",
+    dtype: DtypeName = "auto",
     measure: Annotated[bool, typer.Option("--measure", help="Time the UNet as well: seconds to minutes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
@@ -160,9 +158,7 @@ def bench_command(
     height: Annotated[int | None, typer.Option(help="In pixels.", show_default="2048 on a GPU, 768 on a CPU")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the height")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
-    ] = "auto",
+    dtype: DtypeName = "auto",
     out: Annotated[Path | None, typer.Option(help="A file that the rows are added to, one JSON object a line.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and notes as JSON.")] = False,
 ) -> None:

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from ..compare.folder import IMAGES, NOTHING_MADE, REPORT, SHEET, choose_folder
 from ..config.modes import MODES
 from ..options.methods import METHODS_TEXT
-from ..options.settings import DTYPES, OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
+from ..options.settings import OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
 from ..peak_memory import MAY_FIT, OUT_OF_MEMORY
-from .app import UserError, app, hush_loading, naming_options
+from .app import DtypeName, UserError, app, hush_loading, naming_options
 from .printing import compare_table
 
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ def compare_command(
         str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.", show_default="the pipeline's own")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES)}, or fp32, fp16, bf16.")
-    ] = "auto",
+    dtype: DtypeName = "auto",
     methods: Annotated[str, typer.Option(help=f"Comma-separated: {METHODS_TEXT}.")] = "dense,todo",
     factor: Annotated[
         str,

@@ -10,7 +10,7 @@ import diffusers
 import torch
 
 from ..diffusers.levels import transformers_by_level
-from ..options.settings import DTYPES, SCHEDULERS, CompareSettings, SettingError
+from ..options.settings import SCHEDULERS, CompareSettings, SettingError
 from .architectures import Architecture, chosen_size
 from .loading import load_weights
 
@@ -22,7 +22,7 @@ def load_pipeline(settings: CompareSettings) -> Any:
         SettingError: the model cannot be loaded, or is no text-to-image pipeline with self-attention in a UNet.
         torch.OutOfMemoryError: it does not fit in memory.
     """
-    dtype, source = DTYPES[settings.dtype], settings.source
+    dtype, source = getattr(torch, settings.dtype), settings.source
     pipe = load_weights(diffusers.DiffusionPipeline, source, dtype, variant=settings.variant, config=settings.config)
     check_pipeline(pipe, source)
     if settings.scheduler is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..config.dtypes import DTYPES
 from ..example import example_pipeline
 from .methods import MethodOptions, SettingError
 
@@ -19,8 +20,6 @@ SIZE_MULTIPLE = 8  # required by diffusers' own pipelines, whatever their VAE
 MOST_STEPS = 1000  # the timesteps that models are trained on
 MIN_SIZE = 16  # SSIM's window is 11 pixels wide
 MAX_SIDE = 16384  # of a square: no machine has the memory for more, and the model of time does not hold there
-SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SHORT_DTYPES.values()}
 # Short name: diffusers' class, and what is added to the pipeline's own scheduler configuration.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -70,7 +69,7 @@ class CompareSettings(MethodOptions):
         guidance: the guidance scale; None is the pipeline's own.
         scheduler: a name in ``SCHEDULERS``; None is the pipeline's own.
         device: "auto" (CUDA if there is one, else the CPU) or a torch device.
-        dtype: "auto" (float16 on CUDA, else float32), or a name in ``DTYPES``, or fp32, fp16, bf16.
+        dtype: "auto" (float16 on CUDA, else float32), or torch's name or a short one in ``DTYPES``.
         warmup_steps: steps of each method's warm-up, which is not counted.
         variant: of the weight files, such as "fp16"; None takes the only one in the folder.
         config: for a single file, the folder or Hub id of a model of the same kind, whose configuration it gets; None
@@ -236,8 +235,8 @@ def resolved_device(device: str, mps: bool = True) -> str:
 def _resolved_dtype(dtype: str, device: str) -> str:
     if dtype == "auto":
         return "float16" if device.startswith("cuda") else "float32"
-    name = SHORT_DTYPES.get(dtype, dtype)
-    if name not in DTYPES:
-        known = ", ".join(("auto", *DTYPES, *SHORT_DTYPES))
+    name = DTYPES.get(dtype, dtype)
+    if name not in DTYPES.values():
+        known = ", ".join(("auto", *DTYPES.values(), *DTYPES))
         raise SettingError("dtype", f"must be one of {known}, got {dtype!r}")
     return name

@@ -17,7 +17,7 @@ from ..machine import device_name
 from ..models.architectures import Architecture, chosen_size
 from ..models.unets import on_meta
 from ..options.methods import SettingError
-from ..options.settings import DTYPES, CompareSettings
+from ..options.settings import CompareSettings
 from .count import count_self_attention, count_work
 from .model import Work
 from .rates import measure_rates
@@ -56,7 +56,7 @@ def build_advice(
         SettingError: a size that does not fit, or a UNet that cannot be counted, loaded or called.
     """
     height, width = chosen_size(architecture, settings.height, settings.width)
-    device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
+    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     batch = 1 if device.type == "cpu" else 2
     assert settings.steps is not None
     calls = settings.steps + 1

@@ -1,11 +1,11 @@
 """The Hopper candidate against the oracle on a GPU: the first thing to run there, before anything times it.
 
-python -m benchmarks.experiments.hopper.check                              every configuration that is worth a measurement
-python -m benchmarks.experiments.hopper.check --head-dim 40 --seconds 30   some, with less patience
+python -m benchmarks.experiments.hopper.check                             all that are worth a measurement
+python -m benchmarks.experiments.hopper.check --head-dim 40 --seconds 30  some, with less patience
 
-Each configuration is tried in a process of its own with a time limit: a wrong barrier is a hang, and must not take the rest
-along. "worst" is the largest error, over that of torch's own attention in the same dtype; it must be below 2. A hang
-is a barrier, NaN a slot of the ring, a factor everywhere a scale.
+Each configuration is tried in a process of its own with a time limit: a wrong barrier is a hang, and must not take the
+rest along. "worst" is the largest error, over that of torch's own attention in the same dtype; it must be below 2. A
+hang is a barrier, NaN a slot of the ring, a factor everywhere a scale.
 """
 
 from __future__ import annotations

@@ -181,8 +181,8 @@ def attention(
 ) -> torch.Tensor:
     """Launch both kernels: (B, N, H, D), (B, gh*gw, H, D), (B, gh*gw, H, D) -> (B, N, H, D), contiguous.
 
-    ``run``: the configuration, by default :func:`configuration` of the head dim. What the shipped kernel's callers check
-    is not checked again.
+    ``run``: None is the :func:`configuration` of the head dim. What the shipped kernel's callers check is not checked
+    again.
 
     Raises:
         ValueError: a dtype, head dim, scale or device that this kernel does not take.
