@@ -19,19 +19,18 @@ class Gains:
 
     Args:
         counted: fewer operations.
-        predicted: fewer seconds, by the machine's rates; None if these are unknown.
+        predicted: fewer seconds, by the machine's rates.
         measured: fewer seconds, by the clock; None if nothing was timed.
     """
 
     counted: float
-    predicted: float | None = None
+    predicted: float
     measured: float | None = None
 
     @property
     def best(self) -> float:
-        """Measured if it was timed, else predicted, else counted."""
-        known = (self.measured, self.predicted, self.counted)
-        return next(value for value in known if value is not None)
+        """Measured if it was timed, else predicted."""
+        return self.predicted if self.measured is None else self.measured
 
     @property
     def helps(self) -> bool:
@@ -40,32 +39,29 @@ class Gains:
 
     @property
     def times(self) -> str:
-        """The known gains in seconds, such as "1.61x predicted, 1.58x measured"; empty if nothing is."""
-        known = ((self.predicted, "predicted"), (self.measured, "measured"))
-        return ", ".join(f"{value:.2f}x {how}" for value, how in known if value is not None)
+        """The gains in seconds, such as "1.61x predicted, 1.58x measured"."""
+        return f"{self.predicted:.2f}x predicted" + (
+            "" if self.measured is None else f", {self.measured:.2f}x measured"
+        )
 
     def __str__(self) -> str:
-        operations = f"{self.counted:.2f} times fewer operations"
-        return f"{self.times} ({operations})" if self.times else operations
+        return f"{self.times} ({self.counted:.2f} times fewer operations)"
 
 
 def compare_runs(
     before: tuple[Sequence[Work], Sequence[float] | None],
     after: tuple[Sequence[Work], Sequence[float] | None],
-    rates: Rates | None = None,
+    rates: Rates,
 ) -> Gains:
     """What ``after`` gains over ``before``.
 
     Args:
         before, after: the work of each call of a run, and the seconds of each if they were measured.
-        rates: of the machine, if known.
+        rates: of the machine.
     """
     (work_before, clock_before), (work_after, clock_after) = before, after
-    predicted, measured = None, None
-    if rates is not None:
-        predicted = gain(list(map(rates.seconds, work_before)), list(map(rates.seconds, work_after)))
-    if clock_before is not None and clock_after is not None:
-        measured = gain(clock_before, clock_after)
+    predicted = gain(list(map(rates.seconds, work_before)), list(map(rates.seconds, work_after)))
+    measured = None if clock_before is None or clock_after is None else gain(clock_before, clock_after)
     counted = gain([work.operations for work in work_before], [work.operations for work in work_after])
     return Gains(counted, predicted, measured)
 
@@ -78,7 +74,7 @@ class Verdict:
         config: the configuration.
         gains: of a run over a dense one.
         downsamples: whether ToDo, alone or as ``config.todo``, drops any key at that size.
-        share: of self-attention in a dense call: of its time if ``gains`` has seconds, else of its operations.
+        share: of a dense call's time that self-attention takes.
         beside_dato: what ``config.todo`` gains over the same DaTo without it; None unless the configuration is both.
         beside_todo: what DaTo gains over ``config.todo`` alone; None likewise.
         starts_slowly: whether a dense call's operations take longer to launch than to compute, on a machine that does
@@ -108,7 +104,7 @@ class Verdict:
     def __str__(self) -> str:
         """In words: the gain, or that this will not help here, and why."""
         if not self.gains.helps:
-            return f"{NO}: {self._reason()} ({self.gains.times or self.gains})"
+            return f"{NO}: {self._reason()} ({self.gains.times})"
         if self.downsamples and self.beside_todo is not None and not self.beside_todo.helps:
             if self.beside_todo.best < 1:
                 return f"{self.gains}, less than ToDo alone: at this size choosing tokens takes more than it saves"
@@ -123,13 +119,12 @@ class Verdict:
         """Why there is hardly anything to gain."""
         if why_idle := self._why_idle():
             return why_idle
-        if self.gains.measured is not None and (self.gains.predicted or 0) >= WORTH:
+        if self.gains.measured is not None and self.gains.predicted >= WORTH:
             return "timed, it does not gain what the operations promise"
         if self.gains.counted >= WORTH and self.starts_slowly:
             return "starting the operations one by one takes longer than computing them; torch.compile helps first"
         if isinstance(self.config, ToDoConfig):
-            of = "time" if self.gains.times else "operations"
-            return f"self-attention takes only {self.share:.0%} of the {of} at this size"
+            return f"self-attention takes only {self.share:.0%} of the time at this size"
         if self.gains.counted == 1:
             return "it leaves nothing out at this size"
         if self.gains.counted < 1:
