@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_number
-from .modes import MODES, Mode
+from .modes import Mode, check_mode
 
 FINEST = "finest"
 # The timesteps a diffusers model is trained on; a range that holds them all needs no timestep.
@@ -68,8 +68,7 @@ class ToDoConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", _checked_factor(self.factor))
         check_at_least(1, "max_kv_tokens", self.max_kv_tokens)
-        if not isinstance(self.mode, str) or self.mode not in MODES:
-            raise ArgumentError("mode", f"must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
+        check_mode(self.mode)
         object.__setattr__(self, "timestep_range", _checked_range(self.timestep_range))
 
     @classmethod

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config.checks import ArgumentError
+from ..config.modes import check_mode
 from . import backends, checks
 from .downsample import coarse_tokens
 from .precision import as_given
@@ -178,6 +179,6 @@ def downsampled_attention(
         raise ArgumentError("query", f"must have a head_dim of at least 1, got shape {tuple(query.shape)}")
     grid = checks.grid(grid, key.shape[1], "key")
     factor = checks.factor(factor, grid)
-    mode, scale = checks.mode(mode), checks.scale(scale, query.shape[3])
+    mode, scale = check_mode(mode), checks.scale(scale, query.shape[3])
     backend = backends.choose(backend, query.device, query.dtype, query.shape[3])
     return _forward(query, key, value, grid, factor, mode, scale, backend)

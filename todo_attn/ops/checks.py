@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from ..config.checks import ArgumentError
-from ..config.modes import MODES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int32, torch.int64)
@@ -84,13 +83,18 @@ def _is_int(x: object) -> bool:
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
 
 
-def grid(value: object, tokens: int, of: str) -> tuple[int, int]:
-    """``value`` must be (height, width) of at least 1 each, with as many positions as ``of`` has tokens."""
-    if not (isinstance(value, (tuple, list, torch.Size)) and len(value) == 2 and all(map(_is_int, value))):
-        raise ArgumentError("grid", f"must be a pair of integers (height, width), got {value!r}")
+def _height_and_width(name: str, value: object) -> tuple[int, int]:
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_int, value))):
+        raise ArgumentError(name, f"must be a pair of integers (height, width), got {value!r}")
     height, width = value
     if height < 1 or width < 1:
-        raise ArgumentError("grid", f"must be at least (1, 1), got {(height, width)}")
+        raise ArgumentError(name, f"must be at least (1, 1), got {(height, width)}")
+    return height, width
+
+
+def grid(value: object, tokens: int, of: str) -> tuple[int, int]:
+    """``value`` must be (height, width) of at least 1 each, with as many positions as ``of`` has tokens."""
+    height, width = _height_and_width("grid", value)
     if height * width != tokens:
         raise ArgumentError(
             "grid",
@@ -114,19 +118,7 @@ def factor(value: object, grid: tuple[int, int]) -> tuple[int, int]:
 
 def patch(value: object) -> tuple[int, int]:
     """``value`` must be (height, width) of at least 1 each; it may exceed a grid, which then has no whole patch."""
-    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_int, value))):
-        raise ArgumentError("patch", f"must be a pair of integers (height, width), got {value!r}")
-    height, width = value
-    if height < 1 or width < 1:
-        raise ArgumentError("patch", f"must be at least (1, 1), got {(height, width)}")
-    return height, width
-
-
-def mode(value: object) -> str:
-    """``value`` must be one of :data:`todo_attn.config.modes.MODES`."""
-    if not isinstance(value, str) or value not in MODES:
-        raise ArgumentError("mode", f"must be one of {', '.join(map(repr, MODES))}, got {value!r}")
-    return value
+    return _height_and_width("patch", value)
 
 
 def scale(value: object, head_dim: int) -> float:

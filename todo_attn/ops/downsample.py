@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..config.modes import check_mode
 from . import checks
 
 
@@ -66,4 +67,4 @@ def downsample_tokens(
     """
     checks.tokens("x", x)
     grid = checks.grid(grid, x.shape[1], "x")
-    return coarse_tokens(x, grid, checks.factor(factor, grid), checks.mode(mode))
+    return coarse_tokens(x, grid, checks.factor(factor, grid), check_mode(mode))

@@ -168,13 +168,6 @@ def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _backend(x: torch.Tensor) -> str:
-    """ "triton", "compiled" or "torch": the fastest that supports ``x``."""
-    chosen = backends.choose("auto", x.device, x.dtype)
-    compilable = chosen == "torch" and x.device.type == "cpu" and x.dtype != torch.float64
-    return "compiled" if compilable and libraries.unavailable_reason("cpu") is None else chosen
-
-
 def match_tokens(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,5 +201,8 @@ def match_tokens(
         raise ArgumentError(
             "key_index", f"must name at least one key for the queries, got shape {tuple(key_index.shape)}"
         )
-    similarity, position = _forward(x, query_index, key_index, _backend(x))
+    backend = backends.choose("auto", x.device, x.dtype)
+    if x.device.type == "cpu" and x.dtype != torch.float64 and libraries.unavailable_reason("cpu") is None:
+        backend = "compiled"  # of the backends for a CPU the fastest
+    similarity, position = _forward(x, query_index, key_index, backend)
     return position, similarity
