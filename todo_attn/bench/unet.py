@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.schedule import FULL, REUSE, SHALLOW
+from ..config.schedule import FULL, KINDS
 from ..peak_memory import watch_peak
 from .harness import elapsed, nothing, stamp
-
-_NAMES = {FULL: "full", SHALLOW: "shallow", REUSE: "reuse"}
 
 
 @dataclass
@@ -46,7 +44,7 @@ class CallTimes:
         medians = self._medians(self.seconds())
         return {
             name: {"calls": self.kinds.count(kind), "seconds": medians[kind]}
-            for kind, name in _NAMES.items()
+            for kind, name in KINDS.items()
             if kind in self.kinds
         }
 

@@ -23,7 +23,10 @@ app = typer.Typer(
     help="Stable Diffusion at high resolution, faster: ToDo token downsampling for diffusers.",
 )
 
-# The option --dtype of every command.
+# Options that several commands have.
+DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+MaxKeys = Annotated[int, typer.Option(help="ToDo: the most keys that factor auto keeps.")]
+PruneRatio = Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")]
 DtypeName = Annotated[
     str,
     typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES.values())}, or {', '.join(DTYPES)}."),

@@ -17,7 +17,7 @@ from ..example import example_pipeline
 from ..options.methods import NO_SCHEDULE, SettingError
 from ..options.settings import CompareSettings
 from . import compare  # noqa: F401  (registers its own command, which is listed first)
-from .app import DtypeName, UserError, app, hush_loading, naming_options
+from .app import DeviceName, DtypeName, MaxKeys, PruneRatio, UserError, app, hush_loading, naming_options
 from .printing import DIGITS_NOTE, print_examination, schedule_lines, schedules_notes, schedules_table
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def doctor_command(
     model: _Architecture = None,
     height: _Side = None,
     width: _Side = None,
-    max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto keeps.")] = 4096,
+    max_kv_tokens: MaxKeys = 4096,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +66,7 @@ def doctor_command(
             show_default=f"{_PRESET}, or {NO_SCHEDULE} below {FEWEST_CALLS} calls of the UNet",
         ),
     ] = None,
-    prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
+    prune_ratio: PruneRatio = 0.4,
     steps: Annotated[
         int,
         typer.Option(
@@ -74,7 +74,7 @@ def doctor_command(
             "resampled to them."
         ),
     ] = 50,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     measure: Annotated[bool, typer.Option("--measure", help="Time the UNet as well: seconds to minutes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,

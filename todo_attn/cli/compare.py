@@ -18,7 +18,7 @@ from ..config.modes import MODES
 from ..options.methods import METHODS_TEXT
 from ..options.settings import OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
 from ..peak_memory import MAY_FIT, OUT_OF_MEMORY
-from .app import DtypeName, UserError, app, hush_loading, naming_options
+from .app import DeviceName, DtypeName, MaxKeys, PruneRatio, UserError, app, hush_loading, naming_options
 from .printing import compare_table
 
 if TYPE_CHECKING:
@@ -67,20 +67,20 @@ def compare_command(
     scheduler: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.", show_default="the pipeline's own")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     methods: Annotated[str, typer.Option(help=f"Comma-separated: {METHODS_TEXT}.")] = "dense,todo",
     factor: Annotated[
         str,
         typer.Option(help="ToDo: auto, paper, an integer, or LEVEL=FACTOR pairs joined by +, such as 1=4+2=2."),
     ] = "auto",
-    max_kv_tokens: Annotated[int, typer.Option(help="ToDo: the most keys that factor auto keeps.")] = 4096,
+    max_kv_tokens: MaxKeys = 4096,
     mode: Annotated[str, typer.Option(help=f"ToDo: how keys are taken, {', '.join(MODES)}.")] = "nearest",
     tome_ratio: Annotated[float, typer.Option(help="ToMe: the share of tokens merged, at most 0.75.")] = 0.5,
     schedule: Annotated[
         str, typer.Option(help="DaTo: the name of a published schedule, a JSON file, or none.")
     ] = "coco",
-    prune_ratio: Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")] = 0.4,
+    prune_ratio: PruneRatio = 0.4,
     cache_interval: Annotated[int, typer.Option(help="DeepCache: every n-th call of the UNet is full.")] = 3,
     warmup_steps: Annotated[int, typer.Option(help="Steps of each method's warm-up, which is not counted.")] = 2,
     variant: Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")] = None,

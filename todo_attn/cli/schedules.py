@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..models.architectures import Architecture
 
 _BATCH = 2  # an image with guidance
-_KINDS = {"full": schedule.FULL, "shallow": schedule.SHALLOW, "reuse": schedule.REUSE}
 
 
 def build_listing(
@@ -59,7 +58,7 @@ def build_listing(
             {
                 "name": published.name,
                 "digits": digits,
-                **{key: kinds.count(kind) for key, kind in _KINDS.items()},
+                **{name: kinds.count(kind) for kind, name in schedule.KINDS.items()},
                 "operations": sum(run),
                 "speedup": gain(dense_run, run),
                 "saving": 1 - sum(run) / sum(dense_run),
@@ -81,6 +80,6 @@ def build_listing(
         "calls": steps + 1,
         "prune_ratio": config.prune_ratio,
         "operations_per_call": {"dense": dense.full.operations}
-        | {key: dato.of(kind).operations for key, kind in _KINDS.items()},
+        | {name: dato.of(kind).operations for kind, name in schedule.KINDS.items()},
         "schedules": rows,
     }

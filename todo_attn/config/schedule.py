@@ -20,7 +20,7 @@ from typing import Any
 from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_number
 
 FULL, SHALLOW, REUSE = "2", "1", "0"
-DIGITS = frozenset((FULL, SHALLOW, REUSE))
+KINDS = {FULL: "full", SHALLOW: "shallow", REUSE: "reuse"}  # in words
 VERSION = 1
 FEWEST_CALLS = 12  # of the UNet; with fewer, a schedule hardly pays
 _SHIPPED = Path(__file__).parent / "published.json"
@@ -39,7 +39,7 @@ def check_digits(value: object, name: str = "digits") -> str:
     if not value:
         raise ArgumentError(name, "must have a digit for each call after the first, got an empty string")
     for position, digit in enumerate(value):
-        if digit not in DIGITS:
+        if digit not in KINDS:
             raise ArgumentError(name, f"must be of the digits 0, 1 and 2, got {digit!r} at position {position}")
     return value
 
@@ -207,7 +207,7 @@ def resample(digits: str, length: int) -> str:
     check_at_least(0, "length", length)
     # Counted in units of 1 / len(digits) of a call, so that all numbers are integers: an old call is `length` units, a
     # new one len(digits).
-    unit, due, resampled = len(digits), dict.fromkeys((FULL, SHALLOW, REUSE), 0), []
+    unit, due, resampled = len(digits), dict.fromkeys(KINDS, 0), []
     for start in range(0, length * unit, unit):
         stop = start + unit
         for old in range(start // length, -(-stop // length)):

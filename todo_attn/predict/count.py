@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import logs
 from ..config.checks import ArgumentError, check_at_least
 from ..config.dato import DaToConfig
-from ..config.schedule import FULL, REUSE, SHALLOW
+from ..config.schedule import KINDS, REUSE, SHALLOW
 from ..config.todo import ToDoConfig
 from ..diffusers.apply import apply_todo, remove_todo
 from ..diffusers.dato import apply_dato, remove_dato
@@ -39,7 +39,7 @@ class CallWork(NamedTuple):
 
     def of(self, kind: str) -> Work:
         """Of a call that a schedule writes "2", "1" or "0"."""
-        return self[(FULL, SHALLOW, REUSE).index(kind)]
+        return getattr(self, KINDS[kind])
 
 
 def count_work(

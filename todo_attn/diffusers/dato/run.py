@@ -56,7 +56,7 @@ class Run:
         if stream.fresh:
             self._start(stream, unet)
         self._stream, self.hidden = stream, stream.hidden
-        self.kind = self._next_kind(stream)
+        self.kind = FULL if stream.fresh or stream.digits is None else stream.digits[stream.index - 1]
         self.ratio = self.config.ratio_for(stream.index, stream.calls)
         self._pooled = {}
         stream.running = True
@@ -144,11 +144,6 @@ class Run:
                 logging.INFO,
             )
             stream.digits = self.config.schedule_for(stream.calls)
-
-    def _next_kind(self, stream: Stream) -> str:
-        if stream.fresh or stream.digits is None:
-            return FULL
-        return stream.digits[stream.index - 1]
 
     def say(self, key: str, what: str, level: int = logging.WARNING) -> None:
         """Log ``what``, once for each ``key``."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...config.schedule import FULL, REUSE, SHALLOW
+from ...config.schedule import KINDS
 from .apply import ATTRIBUTE, DaToState
-
-_KINDS = {FULL: "full", SHALLOW: "shallow", REUSE: "reuse"}
 
 
 @dataclass(frozen=True)
@@ -53,5 +51,5 @@ def dato_status(unet: Any) -> DaToStatus | None:
     if not run.called:
         return DaToStatus("not called yet", None, None, None, 0.0, 0)
     stream = run.stream
-    kind, call = _KINDS[run.kind], stream.index + 1
+    kind, call = KINDS[run.kind], stream.index + 1
     return DaToStatus(kind, call, stream.calls, stream.digits, state.pruned, len(run.streams))
