@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # interpreted kernels cannot be compiled
@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import sass
-from benchmarks.options import check_among
+from benchmarks.options import check_among, make_dump_folder
 from todo_attn.config.dtypes import DTYPES
 from todo_attn.config.modes import MODES
 from todo_attn.kernels import attention, configs, launch, match, pack
@@ -201,16 +201,6 @@ def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
     return row
 
 
-def _writable(folder: Path) -> None:
-    """Make the folder for ``--dump``, before anything is compiled for it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise typer.BadParameter(f"--dump must be a folder that can be written to, got {folder}: {error}") from error
-
-
 def main(
     arch: Annotated[list[int] | None, typer.Option(help="Compute capability, as 90; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16 or fp32; repeatable.")] = None,
@@ -246,7 +236,7 @@ def main(
     if jobs < 1:
         raise typer.BadParameter(f"--jobs must be at least 1, got {jobs}")
     if dump:
-        _writable(dump)
+        make_dump_folder(dump)
     dtypes = dtype or [d for d in DTYPES if d != "fp32" or not others]  # other tiles are for tensor cores
     every = variants(arch or ARCHITECTURES, dtypes, head_dim or HEAD_DIMS, channels or CHANNELS, others)
     todo = [variant for variant in every if kernel in ("all", variant.kernel)]

@@ -1,13 +1,12 @@
-"""UNets with random weights, made from their configurations, and what they are called with. Nothing is downloaded."""
+"""The UNets that the benchmarks know by name, and the timesteps of a run."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers.models import UNet2DConditionModel
 
-from todo_attn.models import architectures, unets
+from todo_attn.models import architectures
 
 TRAINING_STEPS = 1000
 _TINY = {
@@ -21,11 +20,6 @@ _TINY = {
 }
 # "tiny" is for the benchmarks' own tests.
 CONFIGS: dict[str, dict[str, Any]] = {**architectures.CONFIGS, "tiny": _TINY}
-
-
-def build(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:
-    """The UNet ``name`` of :data:`CONFIGS` with random weights."""
-    return unets.with_random_weights(CONFIGS[name], device, dtype, seed)
 
 
 def timesteps(device: torch.device, calls: int) -> torch.Tensor:

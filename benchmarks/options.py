@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 import typer
@@ -47,5 +48,19 @@ def checked_out(path: Path) -> Path:
     try:
         jsonl.check_appendable(path)
     except ArgumentError as error:
-        raise typer.BadParameter(f"--{error.argument.replace('_', '-')} {error.problem}") from error
+        raise typer.BadParameter(f"--{error}") from error
     return path
+
+
+def make_dump_folder(folder: Path) -> None:
+    """Make the folder of --dump, before anything is compiled for it.
+
+    Raises:
+        typer.BadParameter: no files can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"--dump must be a folder that can be written to, got {folder}: {error}") from error

@@ -45,6 +45,7 @@ from todo_attn import machine
 from todo_attn.bench import harness, jsonl, report
 from todo_attn.bench.harness import Meter, Rounds
 from todo_attn.config.dtypes import DTYPES
+from todo_attn.models.unets import with_random_weights
 
 _INTERRUPTED = 130  # as a shell says of a process that SIGINT has ended
 
@@ -187,7 +188,7 @@ def main(
         case["keeps_freed_memory"] = machine.keep_freed_memory()
 
     typer.echo(f"{model}, {dtype}, batch {batch}, calls {calls}: drawing the weights", err=True)
-    unet = models.build(model, resolved, getattr(torch, DTYPES[dtype]))
+    unet = with_random_weights(models.CONFIGS[model], resolved, getattr(torch, DTYPES[dtype]))
     check_exact(unet, kinds)
     meter, rows = Stoppable(checked(Meter(resolved))), []
     for at, contenders in cases:

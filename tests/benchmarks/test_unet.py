@@ -16,6 +16,7 @@ from benchmarks.unet_stop import InterruptError, Stoppable, as_far_as_it_got, pa
 from todo_attn import DaToConfig, ToDoConfig, machine, ops
 from todo_attn.bench import harness, jsonl
 from todo_attn.bench.harness import Meter, Rounds
+from todo_attn.models import unets
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RUN = ["--device", "cpu", "--model", "tiny", "--rounds", "2"]
@@ -142,7 +143,7 @@ class Interrupting(harness.Meter):
 
 @pytest.fixture(scope="module")
 def model():
-    return models.build("tiny", CPU, torch.float32)
+    return unets.with_random_weights(models.CONFIGS["tiny"], CPU, torch.float32)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
@@ -329,7 +330,9 @@ def test_what_torch_gives_up_compiling_is_an_error():
 def test_the_machine_is_described_in_plain_data():
     about = machine.describe(CPU)
     assert json.loads(json.dumps(about)) == about
-    assert {"device", "driver", "cpu", "cpu_threads", "torch", "triton", "diffusers", "todo_attn", "commit"} <= set(about)
+    assert {"device", "driver", "cpu", "cpu_threads", "torch", "triton", "diffusers", "todo_attn", "commit"} <= set(
+        about
+    )
     assert machine.slug(CPU).startswith("cpu-")
     assert machine.slug(CPU) == machine.slug(CPU).lower()
 

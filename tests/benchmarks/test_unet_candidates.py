@@ -29,7 +29,7 @@ SIZE = {"height": 64, "width": 64, "batch": 2}
 
 @pytest.fixture(scope="module")
 def model():
-    return models.build("tiny", CPU, torch.float32)
+    return unets.with_random_weights(models.CONFIGS["tiny"], CPU, torch.float32)
 
 
 def test_the_baseline_is_diffusers_own_processor_and_stays_so(model):
@@ -161,7 +161,7 @@ def test_a_whole_run_that_ends_in_nothing_is_not_timed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("height, width", [(64, 128), (136, 72)])  # the last with odd latents
 def test_the_oracle_knows_right_from_wrong(dtype, mode, height, width):
-    model = models.build("tiny", CPU, dtype)
+    model = unets.with_random_weights(models.CONFIGS["tiny"], CPU, dtype)
     right = ToDoConfig(factor={"finest": 3, 2: 2}, mode=mode)
     run = Candidates(model, height, width, batch=2).todo("todo", right).build()  # held against the oracle there
     other = {"nearest": "mean", "mean": "nearest", "nearest-exact": "nearest"}[mode]

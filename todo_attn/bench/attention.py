@@ -62,13 +62,9 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
         return Candidate(name, make or build[name], info, partial(_check, oracles[name == "dense"], bound, info))
 
     if variants is not None:
-        ours = [candidate(name, partial(_as_it_is, call)) for name, call in variants.items()]
+        ours = [candidate(name, lambda call=call: call) for name, call in variants.items()]
         return Trial(inputs, ours, [candidate("todo")], ("todo",))
     return Trial(inputs, [candidate(name) for name in ("todo", *forms)], [candidate(name) for name in peers], SDPA)
-
-
-def _as_it_is(call: Call) -> Call:
-    return call
 
 
 def _coarse(x: torch.Tensor, case: Case) -> torch.Tensor:

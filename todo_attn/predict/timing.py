@@ -64,17 +64,13 @@ def time_calls(
     else:
         rounds = Rounds(warmup=1, rounds=5, seconds=30) if device.type == "cpu" else Rounds(warmup=3, rounds=10)
     with logs.silent():
-        results = measure([_candidate(name, run) for name, run in runs.items()], Meter(device), rounds)
+        results = measure([Candidate(name, lambda run=run: run) for name, run in runs.items()], Meter(device), rounds)
     for result in results:
         if result.error is not None:
             if is_out_of_memory(RuntimeError(result.error)):
                 raise MemoryError(result.error)
             raise SettingError("measure", f"was not possible: {result.candidate.name} ended with {result.error}")
     return {name: run.times.medians(skip=rounds.warmup) for name, run in runs.items()}
-
-
-def _candidate(name: str, run: Run) -> Candidate:
-    return Candidate(name, lambda: run)
 
 
 def _run(unet: UNet2DConditionModel, config: ToDoConfig | DaToConfig | None, inputs: dict[str, Any]) -> Run:

@@ -36,6 +36,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from benchmarks import sass
 from benchmarks.experiments.hopper.kernel import attention_kernel
 from benchmarks.experiments.hopper.launch import OPTIONS, RUNS, Run, configuration, layout, plan
+from benchmarks.options import check_among, make_dump_folder
 from todo_attn.kernels.launch import tiles
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -145,13 +146,9 @@ def main(
             configuration(number)
         except ValueError as error:
             raise typer.BadParameter(str(error).replace("head_dim", "--head-dim")) from error
-    if wrong := set(dtype or ()) - set(DTYPES):
-        raise typer.BadParameter(f"--dtype must be among {', '.join(DTYPES)}, got {', '.join(sorted(wrong))}")
+    check_among("dtype", dtype or (), DTYPES)
     if dump:
-        try:
-            dump.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise typer.BadParameter(f"--dump must be a folder that can be written to, got {dump}: {error}") from error
+        make_dump_folder(dump)
     rows = []
     for kind in dtype or ["fp16"]:
         for number in head_dim or RUNS:
