@@ -62,7 +62,7 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
         return Candidate(name, make or build[name], info, partial(_check, oracles[name == "dense"], bound, info))
 
     if variants is not None:
-        ours = [candidate(name, lambda call=call: call) for name, call in variants.items()]
+        ours = [candidate(name, partial(variants.__getitem__, name)) for name in variants]
         return Trial(inputs, ours, [candidate("todo")], ("todo",))
     return Trial(inputs, [candidate(name) for name in ("todo", *forms)], [candidate(name) for name in peers], SDPA)
 

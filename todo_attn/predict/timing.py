@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def time_calls(
     else:
         rounds = Rounds(warmup=1, rounds=5, seconds=30) if device.type == "cpu" else Rounds(warmup=3, rounds=10)
     with logs.silent():
-        results = measure([Candidate(name, lambda run=run: run) for name, run in runs.items()], Meter(device), rounds)
+        results = measure([Candidate(name, partial(runs.__getitem__, name)) for name in runs], Meter(device), rounds)
     for result in results:
         if result.error is not None:
             if is_out_of_memory(RuntimeError(result.error)):
