@@ -159,7 +159,7 @@ def model():
     ],
 )
 def test_an_interruption_leaves_the_rows_of_what_was_timed(cli, tmp_path, monkeypatch, model, kind, at, left):
-    monkeypatch.setattr(unet.models, "build", lambda *_: model)
+    monkeypatch.setattr(unet, "with_random_weights", lambda *_: model)
     monkeypatch.setattr(unet, "check_exact", lambda *_: None)
     monkeypatch.setattr(unet, "Meter", Interrupting)
     monkeypatch.setattr(Interrupting, "at", at)
@@ -234,7 +234,7 @@ def test_one_round_of_many_calls_is_one_whole_run_of_each_side(cli, tmp_path, mo
 
 @pytest.mark.parametrize("out", ["/proc/nope/rows.jsonl", "."])
 def test_rows_that_could_not_be_written_are_not_measured(cli, monkeypatch, out):
-    monkeypatch.setattr(unet.models, "build", pytest.fail)
+    monkeypatch.setattr(unet, "with_random_weights", pytest.fail)
     result = cli("--out", out)
     assert result.exit_code == 2, result.output
     assert "--out must be a file" in result.output
@@ -263,7 +263,7 @@ def test_rows_that_could_not_be_written_are_not_measured(cli, monkeypatch, out):
     ],
 )
 def test_arguments_that_do_not_fit_are_named(cli, monkeypatch, arguments, message):
-    monkeypatch.setattr(unet.models, "build", pytest.fail)  # refused before any weight is drawn
+    monkeypatch.setattr(unet, "with_random_weights", pytest.fail)  # refused before any weight is drawn
     result = cli(*arguments)
     assert result.exit_code == 2, result.output
     assert message in result.output
