@@ -65,6 +65,14 @@ def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
     assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 21e6
 
 
+def test_the_page_of_an_installed_wheel(wheel, tmp_path):
+    """Its template is data of the package."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "from todo_attn.compare.page import Page, build_page\nprint(build_page(Page('A title', '')))"
+    out = run(code, path=tmp_path)
+    assert "<h1>A title</h1>" in out and "--paper" in out and "aria-valuetext" in out
+
+
 def run(code, *, path):
     """Run ``code`` where todo_attn is what ``path`` holds, outside the checkout."""
     code = f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"
