@@ -38,6 +38,21 @@ def test_compare_writes_and_tells(run, small, tmp_path):
     assert "image 2 of 2: dense" in ran.err
 
 
+def test_a_page_if_it_is_asked_for(run, small, tmp_path):
+    out = tmp_path / "out"
+    ran = run(
+        "compare", *small, "--prompt", "a <b>blue</b> star", "--methods", "dense,todo:2", "--report", "--out", out
+    )
+    assert ran.code == 0, ran.err
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "a red circle" in html and "a &lt;b&gt;blue&lt;/b&gt; star" in html and "<b>blue" not in html
+    assert html.count("data:image/webp") == 2 * 3
+    assert f"a page of all  {out / 'report.html'}" in ran.out
+    ran = run("compare", *small, "--methods", "dense", "--no-report", "--out", out, "--overwrite")
+    assert ran.code == 0 and "report.html" not in ran.out
+    assert files(out) == {"images/01-seed0-dense.png", "report.json", "contact_sheet.png"}
+
+
 def test_options_reach_the_report(run, small, tmp_path):
     options = "--guidance 3 --scheduler euler --dtype bf16 --factor 1=2 --max-kv-tokens 9 --mode mean --tome-ratio 0.3"
     ran = run("compare", *small, *options.split(), "--methods", "todo,dense,tome", "--out", tmp_path, "--device", "cpu")
@@ -200,7 +215,7 @@ def files(folder) -> set[str]:
 def test_an_interrupt_keeps_what_was_made(run, small, tmp_path, breaking):
     breaking(KeyboardInterrupt(), 2 + 3)  # two warm-ups, the first image by both methods, the second by one
     out = tmp_path / "out"
-    ran = run("compare", *small, "--seed", 1, "--seed", 2, "--methods", "dense,todo:2", "--out", out)
+    ran = run("compare", *small, "--seed", 1, "--seed", 2, "--methods", "dense,todo:2", "--report", "--out", out)
     assert (ran.code, ran.out) == (130, "")
     assert ran.err.splitlines()[-1] == (
         f"todo-attn: error: interrupted: 3 of 4 images are in {out / 'images'}, with a partial report, "
@@ -209,7 +224,7 @@ def test_an_interrupt_keeps_what_was_made(run, small, tmp_path, breaking):
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert not report["complete"] and report["missing"] == ["images/02-seed2-dense.png"]
     images = {image["file"] for method in report["methods"] for image in method["images"]}
-    assert files(out) == {*images, "report.json", "contact_sheet.png"} and len(images) == 3
+    assert files(out) == {*images, "report.json", "contact_sheet.png", "report.html"} and len(images) == 3
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -257,7 +272,7 @@ def test_a_cpu_out_of_memory_from_the_start_is_one_line(run, small, tmp_path, br
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("full", ["report.json", "contact_sheet.png"])
+@pytest.mark.parametrize("full", ["report.json", "contact_sheet.png", "report.html"])
 def test_a_full_disk_is_one_line_after_the_table(run, small, tmp_path, monkeypatch, full):
     replace = os.replace
 
@@ -268,7 +283,7 @@ def test_a_full_disk_is_one_line_after_the_table(run, small, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "replace", fills)
     out = tmp_path / "out"
-    ran = run("compare", *small, "--out", out)
+    ran = run("compare", *small, "--report", "--out", out)
     assert ran.code == 1 and "speed-up" in ran.out
     last = ran.err.splitlines()[-1]
     assert last.startswith(f"todo-attn: error: cannot write {out / full}: No space left on device")
@@ -330,7 +345,7 @@ def test_a_report_cannot_name_files_elsewhere(run, small, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-@pytest.mark.parametrize("file", ["report.json", "images/01.png", "contact_sheet.png", "other.txt"])
+@pytest.mark.parametrize("file", ["report.json", "images/01.png", "contact_sheet.png", "report.html", "other.txt"])
 def test_a_folder_with_other_files_is_refused(run, small, tmp_path, overwrite, file):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("{}", encoding="utf-8")
@@ -400,7 +415,7 @@ print(sorted({"diffusers", "transformers", "skimage"} & sys.modules.keys()))
     assert python(program).stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich", "diffusers", "skimage"])
+@pytest.mark.parametrize("missing", ["typer", "rich", "diffusers", "skimage", "jinja2"])
 def test_a_missing_package_is_one_line(small, missing, tmp_path):
     arguments = ["compare", *small, "--out", str(tmp_path)]
     ran = python(f"import sys; sys.modules[{missing!r}] = None; from todo_attn.cli import main; main({arguments!r})")

@@ -16,41 +16,7 @@ from todo_attn.compare.bind import BoundMethod
 from todo_attn.compare.metrics import psnr, ssim
 from todo_attn.compare.output import Output, sheet_of
 from todo_attn.compare.report import build_report, spread
-from todo_attn.compare.run import Comparison, Shot
-from todo_attn.options.settings import CompareSettings
-
-
-def shot(label: str, number: int, seconds: float, value: int, **given) -> Shot:
-    pixels = np.random.default_rng(number).integers(0, 200, (32, 48, 3), dtype=np.uint8) + np.uint8(value)
-    plain = {"peak_bytes": None, "finite": True, "blacked_out": False}
-    return Shot(label, number, f"prompt {number}", 0, pixels, seconds, **(plain | given))
-
-
-@pytest.fixture
-def comparison(sd_folder) -> Comparison:
-    """Dense takes 4, 8 and 6 s; ToDo 2, 3 and 4, its first image like dense's; ToMe is not there."""
-    settings = CompareSettings(
-        model=str(sd_folder),
-        prompts=("prompt 0", "prompt 1", "prompt 2"),
-        height=32,
-        width=48,
-        methods="dense,todo:2,tome",
-    )
-    methods = [
-        BoundMethod("dense"),
-        BoundMethod("todo:2", {"factor": 2}),
-        BoundMethod("tome", {"ratio": 0.5}, unavailable="tomesd is not installed"),
-    ]
-    shots = [
-        shot("dense", 0, 4.0, 0),
-        shot("todo:2", 0, 2.0, 0),
-        shot("todo:2", 1, 3.0, 5),
-        shot("dense", 1, 8.0, 0),
-        shot("dense", 2, 6.0, 0),
-        shot("todo:2", 2, 4.0, 20),
-    ]
-    names = "StableDiffusionPipeline", "DDIMScheduler"
-    return Comparison(settings, *names, torch.device("cpu"), torch.float32, methods, shots)
+from todo_attn.compare.run import Comparison
 
 
 def rows(comparison: Comparison) -> dict:
@@ -180,6 +146,13 @@ def test_what_is_written(comparison, tmp_path):
             assert np.array_equal(np.asarray(image), s.pixels)
 
 
+def test_the_page_is_written_if_it_is_asked_for(comparison, tmp_path):
+    Output(tmp_path, page=True).finish(comparison, build_report(comparison))
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.startswith("<!doctype html>") and html.rstrip().endswith("</html>")
+    assert html.count("data:image/webp") == 3 + 2 * 3  # each image, and the difference of each pair
+
+
 def so_far(comparison: Comparison, count: int) -> Comparison:
     return replace(comparison, shots=comparison.shots[:count])
 
@@ -212,6 +185,15 @@ def test_what_is_kept_of_an_interrupted_comparison(comparison, tmp_path):
     assert any("3 of 6 images are missing" in note for note in report["notes"])
     alone = images["images/02-seed0-todo-2.png"]
     assert (alone["psnr"], alone["ssim"], alone["speedup"], alone["same_as_dense"]) == (None, None, None, False)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_interrupted_comparison_has_a_page(comparison, tmp_path, count):
+    output = Output(tmp_path, page=True)
+    output.add(so_far(comparison, count))
+    output.stop()
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{6 - count} of 6 images are missing" in html and "prompt 0" in html
 
 
 def test_pictures_that_could_not_be_written_are_not_claimed_after_an_interrupt(comparison, tmp_path, monkeypatch):
@@ -254,7 +236,7 @@ def test_a_method_that_ended_early_keeps_its_numbers(comparison):
     assert "todo:2 ended after 2 images: out of memory." in report["notes"]
 
 
-@pytest.mark.parametrize("full", ["report.json", "01-seed0-dense.png", "contact_sheet.png"])
+@pytest.mark.parametrize("full", ["report.json", "01-seed0-dense.png", "contact_sheet.png", "report.html"])
 def test_a_full_disk_names_the_file_and_keeps_the_rest(comparison, tmp_path, monkeypatch, full):
     really_open = open
 
@@ -265,11 +247,11 @@ def test_a_full_disk_names_the_file_and_keeps_the_rest(comparison, tmp_path, mon
         return really_open(file, mode, *rest, **named)
 
     monkeypatch.setattr("builtins.open", opened)
-    output = Output(tmp_path)
+    output = Output(tmp_path, page=True)
     output.finish(comparison, build_report(comparison))
     name = next(p for p in ("images/" + full, full) if p in output.problem())
     assert output.problem().startswith(f"cannot write {tmp_path / name}: No space left on device")
-    assert len(written(tmp_path) - {name}) >= 7
+    assert len(written(tmp_path) - {name}) >= 8
     assert not any(p.endswith(".part") for p in written(tmp_path) if full not in p)
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..compare.folder import IMAGES, NOTHING_MADE, REPORT, SHEET, choose_folder
+from ..compare.folder import IMAGES, NOTHING_MADE, PAGE, REPORT, SHEET, choose_folder
 from ..config.modes import MODES
 from ..options.methods import METHODS_TEXT
 from ..options.settings import OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
@@ -36,6 +36,8 @@ _COMPARE_HELP = """Make the same images by each method, in turns; write them, a 
   `todo-attn compare --methods dense,todo:2,todo:4,tome:0.5,tome:0.75`
 - DaTo with two of its schedules, with and without ToDo, beside DeepCache:
   `todo-attn compare --methods dense,dato,dato:search,todo+dato,deepcache:3,deepcache:5 --steps 50`
+- a page to look at, to keep or to send:
+  `todo-attn compare --methods dense,todo:2,dato --report`
 - the numbers for a script: `todo-attn compare --json > report.json`
 """
 
@@ -101,6 +103,10 @@ def compare_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the files of an older comparison that is in the folder.")
     ] = False,
+    page: Annotated[
+        bool,
+        typer.Option("--report/--no-report", help="Write report.html too: images under a slider, differences, curve."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report on stdout, everything else on stderr.")
     ] = False,
@@ -130,7 +136,7 @@ def compare_command(
             config=config,
         )
         try:
-            _compare(settings, choose_folder(out, overwrite), as_json)
+            _compare(settings, choose_folder(out, overwrite), page, as_json)
         except KeyboardInterrupt:  # while the pipeline is loaded
             raise UserError(f"interrupted: {NOTHING_MADE}", 130) from None
 
@@ -144,7 +150,7 @@ def _as_typed(argument: str) -> str:
     return argument
 
 
-def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
+def _compare(settings: CompareSettings, folder: Path, page: bool, as_json: bool) -> None:
     """Load, compare, show and write."""
     notes = Console(stderr=True)
     # A download has a progress bar of its own.
@@ -156,7 +162,7 @@ def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
         from ..models.pipelines import load_pipeline
 
         pipe = load_pipeline(settings)
-    output = Output(folder)
+    output = Output(folder, page)
     try:
         with _bar(notes) as watch:
             comparison = compare(pipe, settings, watch, output.add)
@@ -176,12 +182,9 @@ def _compare(settings: CompareSettings, folder: Path, as_json: bool) -> None:
         raise
     if problem := output.problem():
         raise UserError(problem, 1)
-    for line in (
-        f"side by side  {folder / SHEET}",
-        f"one by one    {folder / IMAGES}",
-        f"the numbers   {folder / REPORT}",
-    ):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    written = {"side by side": SHEET, "one by one": IMAGES, "the numbers": REPORT}
+    for what, name in (written | ({"a page of all": PAGE} if page else {})).items():
+        console.print(f"{what:<13}  {folder / name}", highlight=False, soft_wrap=True, markup=False)
     if failed := [m.label for m in comparison.methods if m.unavailable == OUT_OF_MEMORY]:
         raise UserError(f"out of memory by {', '.join(failed)}: {MAY_FIT}", 1)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..compare.words import bytes_text, seconds_text, steps_text
+from ..compare.words import bytes_text, psnr_text, seconds_text, steps_text
 from ..config.schedule import FEWEST_CALLS
 
 
@@ -38,11 +38,10 @@ def _cells(method: dict[str, Any]) -> list[str]:
     seconds, memory = method["seconds"], method["peak_memory_bytes"]
     if seconds is None:
         return ["-"] * 7
-    same = bool(method["images"]) and all(i["same_as_dense"] for i in method["images"])
     return [
         *(seconds_text(seconds[key]) for key in ("median", "min", "max")),
         "-" if method["speedup"] is None else f"{method['speedup']:.2f}x",
-        "the same" if same else "-" if method["psnr"] is None else f"{method['psnr']:.1f} dB",
+        psnr_text(method),
         "-" if method["ssim"] is None else f"{method['ssim']:.3f}",
         "-" if memory is None else bytes_text(memory),
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..options.methods import SettingError
 
-IMAGES, SHEET, REPORT = "images", "contact_sheet.png", "report.json"
+IMAGES, SHEET, REPORT, PAGE = "images", "contact_sheet.png", "report.json", "report.html"
 NOTHING_MADE = "no image was finished, and nothing is written"
 DEFAULT = Path("compare")
 _IMAGE = re.compile(rf"{IMAGES}/[^/\\]+\.png")
@@ -54,7 +54,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         if not overwrite:
             found = "an older comparison, which --overwrite removes"
             raise SettingError("out", f"must be a new or an empty folder, got {str(folder)!r} with {found}")
-    elif not overwrite or entries & {IMAGES, SHEET, REPORT}:
+    elif not overwrite or entries & {IMAGES, SHEET, REPORT, PAGE}:
         known = " that no comparison's report names" if overwrite else ""
         raise SettingError("out", f"must be a new or an empty folder, got {str(folder)!r} with files{known}")
 
@@ -71,7 +71,7 @@ def _files_of_comparison(folder: Path) -> list[Path] | None:
         files = [image["file"] for method in report["methods"] for image in method["images"]]
         files += report.get("missing", [])
         if all(_IMAGE.fullmatch(file) for file in files):
-            return [folder / name for name in (*files, SHEET, REPORT)]
+            return [folder / name for name in (*files, SHEET, PAGE, REPORT)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     return None

@@ -1,4 +1,4 @@
-"""Writes the files of a comparison: images, contact sheet and report.json."""
+"""Writes the files of a comparison: images, contact sheet, report.json and, if asked for, report.html."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .folder import IMAGES, NOTHING_MADE, REPORT, SHEET, remove_comparison
+from .comparison_page import page_of
+from .folder import IMAGES, NOTHING_MADE, PAGE, REPORT, SHEET, remove_comparison
+from .page import build_page
 from .report import build_report, file_name
 from .sheet import Column, Row, draw_sheet
-from .words import seconds_text, steps_text
+from .words import image_caption, seconds_text, steps_text, subtitle
 
 if TYPE_CHECKING:
     from .run import Comparison
@@ -31,10 +33,12 @@ class Output:
 
     Args:
         folder: as :func:`~todo_attn.compare.folder.choose_folder` gives it; it is created with the first image.
+        page: whether to write report.html too.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, page: bool = False) -> None:
         self.folder = folder
+        self.page = page
         self.failures: list[OSError] = []
         self._comparison: Comparison | None = None  # the latest
         self._seen = 0  # shots handed over for writing
@@ -52,10 +56,11 @@ class Output:
             self._save(file_name(shot.number, shot.seed, shot.label), Image.fromarray(shot.pixels))
 
     def finish(self, comparison: Comparison, report: dict[str, Any]) -> None:
-        """Write the report, and then the contact sheet, which is large."""
+        """Write the report, and then what is large: the contact sheet, and the page."""
         self.add(comparison)
         self._save_report(report)
         self._save(SHEET, sheet_of(comparison, report), replace=True)
+        self._save_page(comparison, report)
 
     def stop(self) -> str:
         """Write a comparison that ended early, with a sheet if two methods made images; returns what is where."""
@@ -66,6 +71,7 @@ class Output:
         self._save_report(report)
         if len({shot.label for shot in self._comparison.shots}) > 1:
             self._save(SHEET, sheet_of(self._comparison, report), replace=True)
+        self._save_page(self._comparison, report)
         if problem := self.problem():
             return problem
         done = len(self._comparison.shots)
@@ -92,6 +98,10 @@ class Output:
     def _save_report(self, report: dict[str, Any]) -> None:
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         self._write(REPORT, text.encode(), replace=True)
+
+    def _save_page(self, comparison: Comparison, report: dict[str, Any]) -> None:
+        if self.page:
+            self._write(PAGE, build_page(page_of(comparison, report)).encode("utf-8", "replace"), replace=True)
 
     def _save(self, name: str, image: Image.Image, replace: bool = False) -> None:
         png = io.BytesIO()
@@ -132,7 +142,7 @@ def sheet_of(comparison: Comparison, report: dict[str, Any]) -> Image.Image:
         Row(
             f"{prompt}   (seed {seed})",
             [
-                (pixels.get((m["method"], number)), _caption(m, images.get((m["method"], number))))
+                (pixels.get((m["method"], number)), image_caption(m, images.get((m["method"], number))))
                 for m in report["methods"]
             ],
         )
@@ -140,20 +150,11 @@ def sheet_of(comparison: Comparison, report: dict[str, Any]) -> Image.Image:
         if any(there == number for _, there in images)
     ]
     title = f"{settings['width']} x {settings['height']} pixels, {steps_text(settings['steps'])}"
-    folder = Path(settings["model"])
-    parts = (
-        folder.name if comparison.settings.model and folder.exists() else settings["model"],
-        settings["pipeline"],
-        settings["scheduler"],
-        settings["dtype"],
-        report["machine"]["device"],
-        f"torch {report['versions']['torch']}",
-    )
     columns = [
         Column(m["method"], _badge(m), _detail(m), good=m["speedup"] is not None and m["speedup"] >= 1)
         for m in report["methods"]
     ]
-    return draw_sheet(title, "  ·  ".join(parts), columns, rows)
+    return draw_sheet(title, subtitle(report, comparison.settings.model is None), columns, rows)
 
 
 def _badge(method: dict[str, Any]) -> str:
@@ -165,15 +166,3 @@ def _detail(method: dict[str, Any]) -> str:
         return "left out" if method["unavailable"] else "not made yet"
     text = f"{seconds_text(method['seconds']['median'])} per image"
     return text if method["psnr"] is None else f"{text}  ·  PSNR {method['psnr']:.1f} dB"
-
-
-def _caption(method: dict[str, Any], image: dict[str, Any] | None) -> str:
-    if image is None:
-        return method["unavailable"] or ""
-    if not image["finite"]:
-        return "NaN or infinity in it"
-    if image["same_as_dense"]:
-        return f"{seconds_text(image['seconds'])}  ·  the same as dense"
-    if image["psnr"] is None:
-        return seconds_text(image["seconds"])
-    return f"{seconds_text(image['seconds'])}  ·  PSNR {image['psnr']:.1f} dB  ·  SSIM {image['ssim']:.3f}"
