@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 import todo_attn
 from benchmarks import models
 from benchmarks.unet_oracle import against_oracle
-from benchmarks.unet_peers import apply_deepcache, apply_tome
 from benchmarks.unet_plan import Contender
 from todo_attn import DaToConfig, ToDoConfig, logs
 from todo_attn.bench.harness import Candidate, Sample, nothing
 from todo_attn.bench.unet import CallTimes, Run
+from todo_attn.compare.peers import DeepCache, apply_tome, tome_options
 from todo_attn.config.schedule import FULL, SHALLOW
-from todo_attn.diffusers.levels import transformers_by_level
 from todo_attn.models.architectures import PIXELS_PER_LATENT
 from todo_attn.models.unets import twin
 from todo_attn.options.methods import Method
@@ -101,12 +101,10 @@ class Candidates:
         return self._candidate(name, patch, {"schedule": schedule, "config": config.to_dict()}, kinds, config.todo)
 
     def _tome(self, name: str, ratio: float) -> UNetCandidate:
-        # tomesd's default is level 1, at which SDXL has no attention.
-        finest = min(level for level, _ in transformers_by_level(self.unet))
-        options = {"ratio": ratio, "max_downsample": finest, "use_rand": not self.compiled}
+        options = tome_options(self.unet, ratio) | {"use_rand": not self.compiled}
 
         def patch(model: UNet2DConditionModel) -> Callable[[], object]:
-            apply_tome(model, options)
+            apply_tome(model, options, for_good=True)
             return nothing
 
         return self._candidate(name, patch, options)
@@ -116,7 +114,14 @@ class Candidates:
         kinds = "".join(SHALLOW if call % interval else FULL for call in range(self.calls))
 
         def patch(model: UNet2DConditionModel) -> Callable[[], object]:
-            return apply_deepcache(model, self.timesteps, options, self.compiled)
+            # On the CPU, so that its search for the timestep does not wait for a device.
+            scheduler = SimpleNamespace(timesteps=self.timesteps.cpu())
+            deepcache = DeepCache(SimpleNamespace(unet=model, scheduler=scheduler), options)
+            deepcache.apply()
+            if self.compiled:
+                deepcache.compile()
+            deepcache.free()
+            return deepcache.free
 
         return self._candidate(name, patch, options, kinds, compile_whole=False)
 

@@ -12,13 +12,15 @@ from typing import Any
 from torch import nn
 
 from ..config.checks import ArgumentError
+from ..config.dato import DaToConfig
+from ..config.todo import ToDoConfig
 from ..diffusers.apply import apply_todo, remove_todo
 from ..diffusers.dato.apply import ATTRIBUTE as DATO
 from ..diffusers.dato.apply import apply_dato, remove_dato, reset_dato
-from ..diffusers.levels import transformers_by_level
 from ..diffusers.patches import has_deepcache, has_todo
 from ..options.methods import Method, SettingError, refusal
 from ..options.settings import CompareSettings
+from .peers import DeepCache, apply_tome, remove_tome, tome_options
 
 
 def _nothing() -> None:
@@ -56,14 +58,12 @@ def bind(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
         SettingError: the pipeline cannot take it: it lacks a level of the factor, or is not built as DaTo needs.
         ArgumentError: one of the methods is on the pipeline already, and would be taken off.
     """
-    _check_untouched(pipe.unet)
     bound = _BINDERS[method.kind](method, pipe, settings)
-    if bound.unavailable is not None:
-        return bound
     try:
-        with bound.applied():
-            pass
+        check_fits(bound, pipe)
     except ValueError as error:
+        if isinstance(error, ArgumentError) and error.argument == "pipe":
+            raise
         if isinstance(error, ArgumentError) and error.argument == "factor":
             option = Method("todo") if method.kind == "todo+dato" else method  # the variant of todo+dato is no factor
             raise refusal(option, "factor", error.problem) from error
@@ -71,83 +71,91 @@ def bind(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
     return bound
 
 
-def _bind_dense(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
-    return BoundMethod(method.label)
+def check_fits(bound: BoundMethod, pipe: Any) -> None:
+    """Put ``bound`` on the pipeline once, and take it off.
+
+    Raises:
+        ArgumentError: of ``pipe``: one of the methods is on it already, and would be taken off.
+        ValueError: the pipeline cannot take the method.
+    """
+    _check_untouched(pipe.unet)
+    if bound.unavailable is None:
+        with bound.applied():
+            pass
 
 
-def _bind_todo(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
-    config = settings.todo_config(method, *_size(settings))
+def bind_dense(label: str = "dense") -> BoundMethod:
+    """The pipeline as it is."""
+    return BoundMethod(label)
+
+
+def bind_todo(pipe: Any, config: ToDoConfig, label: str = "todo") -> BoundMethod:
+    """ToDo with ``config``."""
     return BoundMethod(
-        method.label, config.to_dict(), apply=lambda: apply_todo(pipe, config), remove=lambda: remove_todo(pipe)
+        label, config.to_dict(), apply=lambda: apply_todo(pipe, config), remove=lambda: remove_todo(pipe)
     )
 
 
-def _bind_dato(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
-    """DaTo with its schedule resampled here to the calls of an image, so that it need not be at the call."""
-    assert settings.steps is not None
-    calls = calls_of(pipe.scheduler, settings.steps)
-    config = settings.dato_config(method, calls, *_size(settings))
-    options = {"schedule": settings.schedule if method.variant is None else method.variant, **config.to_dict()}
+def bind_dato(pipe: Any, config: DaToConfig, label: str = "dato", schedule: str | None = None) -> BoundMethod:
+    """DaTo with ``config``; ``schedule`` names its schedule in the options."""
+    options = {"schedule": schedule, **config.to_dict()}
 
     def remove() -> None:
         reset_dato(pipe)  # frees its tensors now, before the next image's memory is measured
         remove_dato(pipe)
 
-    return BoundMethod(method.label, options, apply=lambda: apply_dato(pipe, config), remove=remove)
+    return BoundMethod(label, options, apply=lambda: apply_dato(pipe, config), remove=remove)
 
 
-def _bind_tome(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
-    """Token Merging (arXiv 2303.17604) by its authors' package, on the finest level with self-attention."""
-    unet = pipe.unet
-    # tomesd's own default is level 1, where SDXL has no attention.
-    finest = min(level for level, _ in transformers_by_level(unet))
-    options = {"ratio": settings.tome_ratio_of(method), "max_downsample": finest}
+def bind_tome(pipe: Any, ratio: float, label: str = "tome") -> BoundMethod:
+    """Token Merging on the finest level with self-attention."""
+    options = tome_options(pipe.unet, ratio)
     if importlib.util.find_spec("tomesd") is None:
-        return BoundMethod(method.label, options, unavailable="tomesd is not installed: pip install tomesd")
-    import tomesd
-
-    def remove() -> None:
-        tomesd.remove_patch(unet)
-        for module in unet.modules():  # remove_patch leaves a mark on each
-            module.__dict__.pop("_tome_info", None)
-
-    return BoundMethod(method.label, options, apply=lambda: tomesd.apply_patch(unet, **options), remove=remove)
+        return BoundMethod(label, options, unavailable="tomesd is not installed: pip install tomesd")
+    return BoundMethod(
+        label, options, apply=lambda: apply_tome(pipe.unet, options), remove=lambda: remove_tome(pipe.unet)
+    )
 
 
-def _bind_deepcache(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
-    """DeepCache (arXiv 2312.00858) by its authors' package: cached calls compute only the outermost skip connection."""
-    options = {"cache_interval": settings.cache_interval_of(method), "cache_branch_id": 0}
+def bind_deepcache(pipe: Any, interval: int, label: str = "deepcache") -> BoundMethod:
+    """DeepCache; cached calls compute only the outermost skip connection."""
+    options = {"cache_interval": interval, "cache_branch_id": 0}
     if importlib.util.find_spec("DeepCache") is None:
-        return BoundMethod(method.label, options, unavailable="DeepCache is not installed: pip install DeepCache")
-    from DeepCache import DeepCacheSDHelper
+        return BoundMethod(label, options, unavailable="DeepCache is not installed: pip install DeepCache")
+    deepcache = DeepCache(pipe, options)
+    return BoundMethod(label, options, apply=deepcache.apply, remove=deepcache.remove)
 
-    helper = DeepCacheSDHelper(pipe)
-    helper.set_params(**options)
-    forwards: dict[nn.Module, Any] = {}  # set on the module itself, as offloading does
 
-    def apply() -> None:
-        forwards.update((m, m.__dict__["forward"]) for m in pipe.unet.modules() if "forward" in m.__dict__)
-        helper.enable()
+def _dense(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
+    return bind_dense(method.label)
 
-    def remove() -> None:
-        # Not disable(), which leaves a forward on every module and fails after an enable() that did not complete.
-        for module in pipe.unet.modules():
-            module.__dict__.pop("forward", None)
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        forwards.clear()
-        helper.reset_states()
 
-    return BoundMethod(method.label, options, apply=apply, remove=remove)
+def _todo(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
+    return bind_todo(pipe, settings.todo_config(method, *_size(settings)), method.label)
+
+
+def _dato(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
+    """With its schedule resampled here to the calls of an image, so that it need not be at the call."""
+    assert settings.steps is not None
+    config = settings.dato_config(method, calls_of(pipe.scheduler, settings.steps), *_size(settings))
+    return bind_dato(pipe, config, method.label, settings.schedule if method.variant is None else method.variant)
+
+
+def _tome(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
+    return bind_tome(pipe, settings.tome_ratio_of(method), method.label)
+
+
+def _deepcache(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
+    return bind_deepcache(pipe, settings.cache_interval_of(method), method.label)
 
 
 _BINDERS: dict[str, Callable[[Method, Any, CompareSettings], BoundMethod]] = {
-    "dense": _bind_dense,
-    "todo": _bind_todo,
-    "tome": _bind_tome,
-    "dato": _bind_dato,
-    "todo+dato": _bind_dato,
-    "deepcache": _bind_deepcache,
+    "dense": _dense,
+    "todo": _todo,
+    "tome": _tome,
+    "dato": _dato,
+    "todo+dato": _dato,
+    "deepcache": _deepcache,
 }
 
 
