@@ -129,7 +129,7 @@ def compare(
 
         try:
             with method.applied():
-                shot = _take(pipe, settings, prompt, seed, steps, on_step, label=method.label, number=number)
+                shot = take_shot(pipe, settings, prompt, seed, steps, on_step, label=method.label, number=number)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -142,7 +142,7 @@ def compare(
             torch.cuda.empty_cache()
         return None
 
-    with _quiet(pipe), _told_once():
+    with quiet(pipe), told_once():
         for method in warm_ups:
             take(method, 0, warmup_steps, f"warm-up: {method.label}")
         for number in range(len(images)):
@@ -160,7 +160,7 @@ def compare(
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: Any) -> Iterator[None]:
     """Switch the pipeline's own progress bar off."""
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
@@ -174,7 +174,7 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _told_once() -> Iterator[None]:
+def told_once() -> Iterator[None]:
     """Log each of this package's warnings once, not for every image."""
     told: set[str] = set()
 
@@ -190,7 +190,7 @@ def _told_once() -> Iterator[None]:
         logger.removeFilter(is_new)
 
 
-def _take(
+def take_shot(
     pipe: Any,
     settings: CompareSettings,
     prompt: str,
@@ -199,6 +199,11 @@ def _take(
     on_step: Callable[..., Any],
     **names: Any,
 ) -> Shot:
+    """One image at the size and guidance of ``settings``, timed; ``names`` are the Shot's label and number.
+
+    Args:
+        on_step: the pipeline's ``callback_on_step_end``.
+    """
     device = pipe.unet.device
     guidance = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
     # tomesd draws from a copy of the global generator.

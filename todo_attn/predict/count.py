@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -86,9 +87,9 @@ def count_work(
                 apply_todo(model, config)
             works = []
             for timestep in torch.arange(count, 0, -1, device="cpu"):
-                with _Tally() as tally, _AttentionTally(tally):
+                with tallied() as work:
                     model(timestep=timestep, **inputs)
-                works.append(tally.work())
+                works.append(work())
                 done += 1
                 if watch is not None:
                     watch(done, sum(calls))
@@ -110,15 +111,15 @@ def count_self_attention(
     with torch.device("meta"), torch.no_grad():
         model = on_meta(unet if isinstance(unet, Mapping) else unet.config)
         inputs = empty_inputs(model, batch, height // pixels_per_latent, width // pixels_per_latent)
-        with _Tally() as tally, _AttentionTally(tally):
+        with tallied() as work:
 
             def enter(*_: Any) -> None:
                 nonlocal before
-                before = tally.work()
+                before = work()
 
             def leave(*_: Any) -> None:
                 nonlocal total
-                total = total + tally.work() - before
+                total = total + work() - before
 
             for _, transformer in transformers_by_level(model):
                 for attn1 in self_attentions(transformer):
@@ -140,6 +141,13 @@ def in_one_run(config: ToDoConfig | DaToConfig) -> ToDoConfig | DaToConfig:
         raise ArgumentError("config", f"must have one prune_ratio for all calls, got {len(config.prune_ratio)}")
     todo = None if config.todo is None else replace(config.todo, timestep_range=ToDoConfig.timestep_range)
     return replace(config, cache_schedule=_EACH_KIND, todo=todo)
+
+
+@contextmanager
+def tallied() -> Iterator[Callable[[], Work]]:
+    """Count what runs on the device "meta" inside the block; gives a function that returns the work so far."""
+    with _Tally() as tally, _AttentionTally(tally):
+        yield tally.work
 
 
 class _Tally(TorchDispatchMode):
