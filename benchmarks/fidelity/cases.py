@@ -1,4 +1,4 @@
-"""The cases of the table: each way to make an image, by name, grouped in families. Plain data, derived from the model."""
+"""The cases of the table: each way to make an image, by name, grouped in families, as data derived from the model."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ distance of that set to first order. This costs one decomposition for a case ins
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import nn
@@ -49,7 +51,9 @@ def kernel(features: np.ndarray, reference: np.ndarray, subset: int) -> float:
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    metric = KernelInceptionDistance(feature=_Features(features.shape[1]), subsets=SUBSETS, subset_size=subset)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all", UserWarning)
+        metric = KernelInceptionDistance(feature=_Features(features.shape[1]), subsets=SUBSETS, subset_size=subset)
     metric.update(torch.from_numpy(reference), real=True)
     metric.update(torch.from_numpy(features), real=False)
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,7 @@
-"""The operations of an image by each case, counted: the UNet runs on shapes alone under the method, one call of each kind.
+"""The operations of an image by each case: the UNet runs on shapes alone under the method, one call of each kind.
 
-One way for all cases. Matrix products, convolutions, attention and the search for similar tokens count, a multiplication
-with its addition as two; elementwise operations do not, nor do text encoder and VAE.
+All cases are counted in one way. Matrix products, convolutions, attention and the search for similar tokens count, a
+multiplication with its addition as two; elementwise operations do not, nor do text encoder and VAE.
 """
 
 from __future__ import annotations

@@ -1,0 +1,177 @@
+"""Quality of all methods on one pipeline: seconds, operations, and distances to dense, to true images, to the prompt.
+
+python -m benchmarks.fidelity --cases 'todo:*' --cases 'tome:*' --size 256 --size 512 --out rows.jsonl
+accelerate launch --num_processes 8 -m benchmarks.fidelity --model ./my-model --prompts coco.txt --reference ./coco
+python -m benchmarks.fidelity layers --cases 'todo:*'
+
+Images are kept in a folder: the same command goes on after an interruption, and makes nothing twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.fidelity import table
+from benchmarks.fidelity.cases import Case, cases_for, chosen
+from benchmarks.fidelity.defaults import defaults
+from benchmarks.fidelity.features import Network
+from benchmarks.fidelity.metrics import METRICS
+from benchmarks.fidelity.options import naming_options, parse_sizes, read_prompts, split
+from benchmarks.fidelity.reference import Reference
+from benchmarks.fidelity.run import Plan, Run
+from benchmarks.fidelity.store import Images, Size, Store, identity
+from benchmarks.fidelity.workers import Workers, set_threads
+from benchmarks.options import checked_out
+from todo_attn.cli.app import hush_loading
+from todo_attn.diffusers.levels import transformers_by_level
+from todo_attn.models.pipelines import load_pipeline, sized
+from todo_attn.options.settings import SCHEDULERS, CompareSettings
+
+app = typer.Typer(pretty_exceptions_enable=False, help=__doc__)
+_INTERRUPTED = 130
+
+Model = Annotated[str | None, typer.Option(help="A folder, a file or a Hub id; the landscapes, or the shipped one.")]
+Prompts = Annotated[Path | None, typer.Option(help="A UTF-8 file with a prompt a line.")]
+Sizes = Annotated[list[str] | None, typer.Option(help="Pixels, as 512 or 768x512 (width x height); repeatable.")]
+Cases = Annotated[list[str] | None, typer.Option(help="Names or globs, as 'todo:*'; repeatable; all. See --list.")]
+Steps = Annotated[int | None, typer.Option(help="Of the scheduler; as todo-attn compare.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own.")]
+Scheduler = Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}; the pipeline's own.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of a process on a CPU; 1 if several run, else torch's own.")]
+FirstSeed = Annotated[int, typer.Option(min=0, help="Of the first image; each one has the next.")]
+
+
+def loaded(settings: CompareSettings, workers: Workers) -> Any:
+    """The pipeline on this process's device."""
+    hush_loading()
+    return load_pipeline(settings).to(workers.device)
+
+
+def settings_of(
+    model: str | None, prompts: Path | None, device: str, dtype: str, **given: Any
+) -> tuple[CompareSettings, bool]:
+    """The settings, and whether they are of the model that runs if none is named."""
+    default = defaults()
+    texts = read_prompts(prompts) if prompts is not None else () if model else default.prompts
+    settings = CompareSettings(model=model or default.model, prompts=texts, device=device, dtype=dtype, **given)
+    return settings, model is None
+
+
+def sizes_of(pipe: Any, settings: CompareSettings, given: list[Size]) -> list[Size]:
+    """The sizes as given, or the model's normal one and twice that."""
+    if given:
+        for height, width in given:
+            sized(CompareSettings(model=settings.model, height=height, width=width), pipe)
+        return given
+    twice = sized(settings, pipe)
+    assert twice.height is not None and twice.width is not None
+    return [(twice.height // 2, twice.width // 2), (twice.height, twice.width)]
+
+
+def all_cases(pipe: Any, steps: int) -> list[Case]:
+    return cases_for(sorted({level for level, _ in transformers_by_level(pipe.unet)}), steps)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    model: Model = None,
+    prompts: Prompts = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    first_seed: FirstSeed = 0,
+    size: Sizes = None,
+    cases: Cases = None,
+    list_cases: Annotated[bool, typer.Option("--list", help="Print the names of the cases.")] = False,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    warmup_steps: Annotated[int, typer.Option(help="Of each case's warm-up in each process.")] = 2,
+    metrics: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(METRICS)}; repeatable; all.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="MODULE:FUNCTION that returns a feature network; see benchmarks/README.md.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="True images: a folder, or MODULE:FUNCTION(index, height, width).")
+    ] = None,
+    reference_images: Annotated[int, typer.Option(min=2, help="At most so many true images.")] = 2000,
+    kid_subset: Annotated[int, typer.Option(min=2, help="Images in a subset of KID.")] = 50,
+    versus: Annotated[str | None, typer.Option(help="A case; the others are compared with it, paired.")] = None,
+    folder: Annotated[Path, typer.Option(help="The folder of images.")] = Path("fidelity"),
+    out: Annotated[Path | None, typer.Option(help="The file of rows; rows.jsonl in the folder of images.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Make the images of each case that the folder lacks, measure all, print the table and write its rows."""
+    if context.invoked_subcommand is not None:
+        return
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    with naming_options():
+        settings, is_default = settings_of(
+            model, prompts, device, dtype, steps=steps, guidance=guidance, scheduler=scheduler,
+            warmup_steps=warmup_steps,
+        )  # fmt: skip
+        sizes = parse_sizes(size or ())
+        workers = Workers.joined(settings.device)
+        set_threads(threads, workers)
+        pipe = loaded(settings, workers)
+        assert settings.steps is not None
+        known = all_cases(pipe, settings.steps)
+        if list_cases:
+            if workers.is_main:
+                typer.echo("\n".join(f"{case.name:32} {case.family}" for case in known))
+            return
+        path = checked_out(out or folder / "rows.jsonl")
+        default = defaults() if is_default else None
+        features = features or (default.features if default else None)
+        reference = reference or (default.reference if default else None)
+        plan = Plan(
+            settings,
+            Images(settings.prompts, per_prompt, first_seed),
+            sizes_of(pipe, settings, sizes),
+            chosen(known, split(cases)) if cases else known,
+            split(metrics),
+            Network.load(features, workers.device) if features else None,
+            Reference.load(reference, reference_images) if reference else None,
+            kid_subset,
+            versus,
+        )
+        run = Run(pipe, plan, workers, console.print)
+        about = identity(pipe, plan.images, settings.steps, settings.guidance)
+        if workers.is_main:
+            store = Store(folder, about)
+        workers.wait()
+        if not workers.is_main:
+            store = Store(folder, about, writes=False)
+        for note in run.notes:
+            run.tell(f"note: {note}")
+        try:
+            rows = run.rows(store)
+        except KeyboardInterrupt:
+            run.tell(f"interrupted: the images so far are in {folder}, and the same command goes on")
+            raise typer.Exit(_INTERRUPTED) from None
+    if not workers.is_main:
+        return
+    if markdown:
+        typer.echo(table.markdown(rows))
+    else:
+        printed = Console(width=None if Console().is_terminal else 250)
+        for one in table.rich_tables(rows):
+            printed.print(one)
+        for note in table.notes(rows):
+            printed.print(note, soft_wrap=True, highlight=False, markup=False)
+    table.write(path, rows)
+    console.print(f"rows: {path}, images: {folder}")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    app()
