@@ -16,8 +16,8 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.fidelity import table
-from benchmarks.fidelity.cases import Case, cases_for, chosen
+from benchmarks.fidelity import attention_error, table
+from benchmarks.fidelity.cases import DENSE, Case, cases_for, chosen
 from benchmarks.fidelity.defaults import defaults
 from benchmarks.fidelity.features import Network
 from benchmarks.fidelity.metrics import METRICS
@@ -27,7 +27,10 @@ from benchmarks.fidelity.run import Plan, Run
 from benchmarks.fidelity.store import Images, Size, Store, identity
 from benchmarks.fidelity.workers import Workers, set_threads
 from benchmarks.options import checked_out
+from todo_attn import machine
+from todo_attn.bench import jsonl
 from todo_attn.cli.app import hush_loading
+from todo_attn.config.checks import ArgumentError
 from todo_attn.diffusers.levels import transformers_by_level
 from todo_attn.models.pipelines import load_pipeline, sized
 from todo_attn.options.settings import SCHEDULERS, CompareSettings
@@ -170,6 +173,54 @@ def main(
             printed.print(note, soft_wrap=True, highlight=False, markup=False)
     table.write(path, rows)
     console.print(f"rows: {path}, images: {folder}")
+
+
+@app.command()
+def layers(
+    model: Model = None,
+    prompts: Prompts = None,
+    images: Annotated[int, typer.Option(min=1, help="At most so many images.")] = 4,
+    first_seed: FirstSeed = 0,
+    size: Sizes = None,
+    cases: Cases = None,
+    moments: Annotated[int, typer.Option(min=1, help="Timesteps of a run, evenly spaced.")] = 4,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    out: Annotated[Path | None, typer.Option(help="A file that the rows are added to.")] = None,
+) -> None:
+    """The error of each self-attention and of one prediction by layer and timestep, from a dense run's latents.
+
+    Cases that reuse earlier calls, or have other timesteps or another size, are left out.
+    """
+    with naming_options():
+        settings, _ = settings_of(model, prompts, device, dtype, steps=steps, guidance=guidance, scheduler=scheduler)
+        sizes = parse_sizes(size or ())
+        path = checked_out(out) if out else None
+        workers = Workers(torch.device(settings.device))
+        set_threads(threads, workers)
+        pipe = loaded(settings, workers)
+        assert settings.steps is not None
+        known = all_cases(pipe, settings.steps)
+        picked = chosen(known, split(cases)) if cases else known
+        fitting = [case for case in picked if attention_error.fits(case) and case.name != DENSE]
+        if not fitting:
+            raise ArgumentError("cases", f"must have one that reuses no earlier call, got {', '.join(split(cases))}")
+        some = Images(settings.prompts[:images], 1, first_seed)
+        rows = []
+        for at in sizes_of(pipe, settings, sizes):
+            errors = attention_error.LayerErrors(pipe, settings, some, at, moments)
+            new = [row | {"machine": machine.describe(pipe.unet.device)} for row in errors.rows(fitting)]
+            if path:
+                jsonl.append(path, new)
+            rows += new
+    printed = Console(width=None if Console().is_terminal else 200)
+    for at in dict.fromkeys((row["height"], row["width"]) for row in rows):
+        for one in attention_error.tables([row for row in rows if (row["height"], row["width"]) == at]):
+            printed.print(one)
 
 
 if __name__ == "__main__":
