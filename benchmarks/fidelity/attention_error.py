@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.fidelity import intervals
 from benchmarks.fidelity.cases import Case, bind_checked
 from benchmarks.fidelity.store import Images, Size
-from todo_attn.compare.run import quiet, take_shot
+from todo_attn.compare.run import quiet, take_shot, told_once
 from todo_attn.diffusers.levels import transformers_by_level
 from todo_attn.options.settings import CompareSettings
 
@@ -70,7 +70,7 @@ class LayerErrors:
     def rows(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
         """A row for each case, timestep and layer, averaged over the images, and one for the prediction."""
         found: dict[tuple[str, float, int | None, str], list[float]] = {}
-        with torch.no_grad(), quiet(self.pipe):
+        with torch.no_grad(), quiet(self.pipe), told_once():
             for index in range(len(self.images)):
                 for call in self._dense_calls(index):
                     timestep = float(torch.as_tensor(call[0][1]).flatten()[0])
