@@ -106,8 +106,8 @@ class LayerErrors:
             take_shot(self.pipe, self.settings, prompt, seed, self.steps, _go_on, label="dense", number=index)
         finally:
             handle.remove()
-        chosen = np.unique(np.linspace(0, len(calls) - 1, self.moments + 2).round().astype(int)[1:-1])
-        return [calls[i] for i in chosen]
+        middles = (np.arange(self.moments) + 0.5) / self.moments
+        return [calls[i] for i in np.unique((middles * len(calls)).astype(int))]
 
     def _dense(self, call: _Call) -> Dense:
         dense = Dense()
