@@ -193,8 +193,11 @@ def columns(
         assert reference is not None
         features = np.stack([part.features for part in parts if part.features is not None])
         if name == "kid":
-            value, influence = distances.kernel(features, reference, subset), distances.kernel_influence
+            value, influence = (
+                distances.kernel(features, reference, subset),
+                distances.kernel_influence(features, reference),
+            )
         else:
-            value, influence = distances.frechet(features, reference), distances.frechet_influence
-        found[name] = Column(value, influence(features, reference), False)
+            value, influence = distances.frechet(features, reference), distances.frechet_influence(features, reference)
+        found[name] = Column(value, influence, False)
     return found

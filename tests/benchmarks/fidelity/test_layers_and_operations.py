@@ -1,7 +1,10 @@
 """Errors of single self-attentions against direct computation, and counted operations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from fixtures.unets import ReferenceSelfAttention
 
 from benchmarks.fidelity import operations
