@@ -161,6 +161,9 @@ def main(
         except KeyboardInterrupt:
             run.tell(f"interrupted: the images so far are in {folder}, and the same command goes on")
             raise typer.Exit(_INTERRUPTED) from None
+        except OSError as error:  # such as a full disk
+            problem = f"must have room, and writing failed: {error}: the same command goes on"
+            raise ArgumentError("folder", problem) from error
     if not workers.is_main:
         return
     if markdown:

@@ -1,4 +1,4 @@
-"""What runs if no model is named: the landscapes if they are trained, with their prompts, judge and true images."""
+"""What runs if no model is named: the landscapes, if they are trained, with their judge and true scenes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 LANDSCAPES = Path(__file__).parents[2] / "examples" / "landscapes"
-TRUE_SEED = 20_240_221  # of scenes that no training has seen
+# Of scenes that no training has seen. Prompts and true images are drawn alike, so that their distances mean something.
+PROMPT_SEED, TRUE_SEED = 20_240_221, 20_250_101
+PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,12 @@ def defaults() -> Defaults:
     """Of this checkout."""
     if not (LANDSCAPES / "pipeline" / "model_index.json").is_file():
         return Defaults()
-    from examples.landscapes.samples import PROMPTS
+    from examples.landscapes.scenes import scene_of_index
 
     judged = (LANDSCAPES / "judge.py").is_file()
     return Defaults(
         str(LANDSCAPES / "pipeline"),
-        PROMPTS,
+        tuple(scene_of_index(PROMPT_SEED, index).caption() for index in range(PROMPTS)),
         "examples.landscapes.judge:load_judge" if judged else None,
         f"{__name__}:true_scene",
     )

@@ -13,7 +13,9 @@ from PIL import Image
 from benchmarks.fidelity.cases import Case, bind_checked
 from benchmarks.fidelity.store import Images, Shard, Size, Store
 from todo_attn.compare.run import Shot, quiet, take_shot, told_once
+from todo_attn.config.checks import ArgumentError
 from todo_attn.options.settings import CompareSettings
+from todo_attn.peak_memory import is_out_of_memory
 
 
 class Generator:
@@ -48,6 +50,9 @@ class Generator:
         Args:
             processes: that share the machine, for the records.
             made: called after each image.
+
+        Raises:
+            ArgumentError: there is not enough memory for a case.
         """
         count, warm = 0, set[str]()
         with quiet(self.pipe), told_once():
@@ -81,8 +86,14 @@ class Generator:
         settings = replace(self.settings, height=height, width=width)
         prompt, seed = self.images[index]
         bound = bind_checked(case, self.pipe, steps)
-        with bound.applied(), _counted(self.pipe.unet) as calls:
-            shot = take_shot(self.pipe, settings, prompt, seed, steps, _keep, label=case.name, number=index)
+        try:
+            with bound.applied(), _counted(self.pipe.unet) as calls:
+                shot = take_shot(self.pipe, settings, prompt, seed, steps, _keep, label=case.name, number=index)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = f"must fit in memory, and {case.name} at {width}x{height} does not: the images so far are kept"
+            raise ArgumentError("cases", problem) from error
         return shot, calls[0]
 
 

@@ -8,6 +8,7 @@ run.json                          what made every image in it
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -152,7 +153,7 @@ class Store:
             _check_same("folder", file, json.loads(file.read_text(encoding="utf-8")), about)
 
     def has(self, size: Size, case: str, index: int) -> bool:
-        return self._file(size, case, index, "json").exists()
+        return all(self._file(size, case, index, suffix).exists() for suffix in ("json", "png"))
 
     def record(self, size: Size, case: str, index: int) -> dict[str, Any]:
         return json.loads(self._file(size, case, index, "json").read_text(encoding="utf-8"))
@@ -166,9 +167,9 @@ class Store:
         """Write an image and then its record."""
         file = self._file(size, case, index, "png")
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = _part(file)
-        Image.fromarray(pixels).save(part, "png")
-        os.replace(part, file)
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "png")
+        _write(file, png.getvalue())
         _write(file.with_suffix(".json"), _json(record))
 
     def _file(self, size: Size, case: str, index: int, suffix: str) -> Path:
@@ -182,14 +183,13 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    part = _part(file)
-    part.write_bytes(content)
-    os.replace(part, file)
-
-
-def _part(file: Path) -> Path:
-    """A name that no other process uses."""
-    return file.with_name(f".{file.name}.{os.getpid()}.part")
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")  # no other process uses this name
+    try:
+        part.write_bytes(content)
+        os.replace(part, file)
+    except BaseException:  # an interrupt too
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

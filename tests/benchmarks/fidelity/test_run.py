@@ -1,12 +1,14 @@
 """Runs end to end on a tiny pipeline: resumed, in shards, and their rows."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks.fidelity import table
+from benchmarks.fidelity import generate, table
 from benchmarks.fidelity.generate import Generator, enlarged
 from benchmarks.fidelity.metrics import measure
 from benchmarks.fidelity.store import Images, Shard
@@ -87,6 +89,40 @@ def test_an_image_without_a_record_is_made_again(sd, make_run, open_store, setti
     (store.case_folder(SIZE, "dense") / "000002.png").write_bytes(b"half an ima")
     assert Generator(sd, settings, Images(settings.prompts, 2), store).make(run.cases, SIZE, Shard()) == 1
     assert pngs(store) == images
+
+
+def test_out_of_memory_keeps_what_was_made(sd, make_run, open_store, monkeypatch):
+    right = generate.take_shot
+
+    def short_of_memory(*arguments, label, **names):
+        if label == "tome:0.5" and names["number"] == 1:
+            raise torch.OutOfMemoryError
+        return right(*arguments, label=label, **names)
+
+    monkeypatch.setattr(generate, "take_shot", short_of_memory)
+    store = open_store(sd)
+    with pytest.raises(ArgumentError, match=r"^cases must fit in memory, and tome:0.5 at 64x64"):
+        make_run(sd, ["tome:0.5"]).rows(store)
+    assert store.has(SIZE, "tome:0.5", 0) and not store.has(SIZE, "tome:0.5", 1)
+
+
+def test_a_full_disk_leaves_no_half_image(sd, make_run, open_store, monkeypatch):
+    store = open_store(sd)
+    right = Path.write_bytes
+    left = iter(range(8))
+
+    def full(path, content):
+        if next(left, None) is None:
+            right(path, content[:5])
+            raise OSError(28, "No space left on device")
+        return right(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        make_run(sd, ["tome:0.5"]).rows(store)
+    monkeypatch.setattr(Path, "write_bytes", right)
+    assert not list(store.folder.rglob("*.part"))
+    assert len(make_run(sd, ["tome:0.5"]).rows(store)) == 2
 
 
 def test_two_shards_make_what_one_makes(sd, make_run, open_store, settings):
