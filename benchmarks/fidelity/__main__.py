@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.fidelity import attention_error, table
 from benchmarks.fidelity.cases import DENSE, Case, cases_for, chosen
-from benchmarks.fidelity.defaults import defaults
+from benchmarks.fidelity.defaults import Defaults, defaults
 from benchmarks.fidelity.features import Network
 from benchmarks.fidelity.metrics import METRICS
 from benchmarks.fidelity.options import naming_options, parse_sizes, read_prompts, split
@@ -58,13 +58,18 @@ def loaded(settings: CompareSettings, workers: Workers) -> Any:
 
 
 def settings_of(
-    model: str | None, prompts: Path | None, device: str, dtype: str, **given: Any
-) -> tuple[CompareSettings, bool]:
-    """The settings, and whether they are of the model that runs if none is named."""
-    default = defaults()
-    texts = read_prompts(prompts) if prompts is not None else () if model else default.prompts
-    settings = CompareSettings(model=model or default.model, prompts=texts, device=device, dtype=dtype, **given)
-    return settings, model is None
+    model: str | None, prompts: Path | None, steps: int | None, guidance: float | None, **given: Any
+) -> tuple[CompareSettings, Defaults]:
+    """The settings, and what else runs by default: nothing if a model is named."""
+    default = Defaults() if model else defaults()
+    settings = CompareSettings(
+        model=model or default.model,
+        prompts=default.prompts if prompts is None else read_prompts(prompts),
+        steps=default.steps if steps is None else steps,
+        guidance=default.guidance if guidance is None else guidance,
+        **given,
+    )
+    return settings, default
 
 
 def sizes_of(pipe: Any, settings: CompareSettings, given: list[Size]) -> list[Size]:
@@ -118,10 +123,9 @@ def main(
         return
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     with naming_options():
-        settings, is_default = settings_of(
-            model, prompts, device, dtype, steps=steps, guidance=guidance, scheduler=scheduler,
-            warmup_steps=warmup_steps,
-        )  # fmt: skip
+        settings, default = settings_of(
+            model, prompts, steps, guidance, scheduler=scheduler, device=device, dtype=dtype, warmup_steps=warmup_steps
+        )
         sizes = parse_sizes(size or ())
         workers = Workers.joined(settings.device)
         set_threads(threads, workers)
@@ -133,9 +137,7 @@ def main(
                 typer.echo("\n".join(f"{case.name:32} {case.family}" for case in known))
             return
         path = checked_out(out or folder / "rows.jsonl")
-        default = defaults() if is_default else None
-        features = features or (default.features if default else None)
-        reference = reference or (default.reference if default else None)
+        features, reference = features or default.features, reference or default.reference
         plan = Plan(
             settings,
             Images(settings.prompts, per_prompt, first_seed),
@@ -200,7 +202,7 @@ def layers(
     Cases that reuse earlier calls, or have other timesteps or another size, are left out.
     """
     with naming_options():
-        settings, _ = settings_of(model, prompts, device, dtype, steps=steps, guidance=guidance, scheduler=scheduler)
+        settings, _ = settings_of(model, prompts, steps, guidance, scheduler=scheduler, device=device, dtype=dtype)
         sizes = parse_sizes(size or ())
         path = checked_out(out) if out else None
         workers = Workers(torch.device(settings.device))

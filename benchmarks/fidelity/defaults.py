@@ -18,6 +18,8 @@ class Defaults:
     """Of the options; None and empty if there are none."""
 
     model: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
     prompts: tuple[str, ...] = ()
     features: str | None = None
     reference: str | None = None
@@ -32,6 +34,8 @@ def defaults() -> Defaults:
     judged = (LANDSCAPES / "judge.py").is_file()
     return Defaults(
         str(LANDSCAPES / "pipeline"),
+        25,
+        3.0,
         tuple(scene_of_index(PROMPT_SEED, index).caption() for index in range(PROMPTS)),
         "examples.landscapes.judge:load_judge" if judged else None,
         f"{__name__}:true_scene",

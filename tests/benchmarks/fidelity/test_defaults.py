@@ -16,6 +16,7 @@ def test_landscapes_come_with_their_prompts_and_true_images(monkeypatch, tmp_pat
     monkeypatch.setattr(defaults, "LANDSCAPES", tmp_path)
     found = defaults.defaults()
     assert found.model == str(tmp_path / "pipeline")
+    assert (found.steps, found.guidance) == (25, 3.0)
     assert found.features is None  # no judge there
     assert len(found.prompts) == defaults.PROMPTS
     assert all(" with a" in prompt for prompt in found.prompts)
