@@ -11,7 +11,7 @@ from ..interrupt import EXIT_CODE, MESSAGE, noticing_interrupts
 from ..peak_memory import MAY_FIT, OUT_OF_MEMORY, is_out_of_memory
 
 # Packages of the extra "cli" that may be missing.
-_EXTRA = {"typer", "rich", "tabulate", "tqdm", "PIL", "skimage", "diffusers", "transformers", "accelerate"}
+_EXTRA = {"typer", "rich", "tabulate", "tqdm", "PIL", "skimage", "jinja2", "diffusers", "transformers", "accelerate"}
 # What the system says of a file or terminal that cannot take more.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
