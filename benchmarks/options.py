@@ -39,14 +39,14 @@ def chosen_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def checked_out(path: Path) -> Path:
-    """The file of --out.
+def checked_out(path: Path, argument: str = "out") -> Path:
+    """The file of an option, such as --out.
 
     Raises:
-        typer.BadParameter: no rows can be added to it.
+        typer.BadParameter: it cannot be written.
     """
     try:
-        jsonl.check_appendable(path)
+        jsonl.check_appendable(path, argument)
     except ArgumentError as error:
         raise typer.BadParameter(f"--{error}") from error
     return path

@@ -22,14 +22,16 @@ from benchmarks.fidelity.defaults import Defaults, defaults
 from benchmarks.fidelity.features import Network
 from benchmarks.fidelity.metrics import METRICS
 from benchmarks.fidelity.options import naming_options, parse_sizes, read_prompts, split
+from benchmarks.fidelity.page import page_of
 from benchmarks.fidelity.reference import Reference
 from benchmarks.fidelity.run import Plan, Run
-from benchmarks.fidelity.store import Images, Size, Store, identity
+from benchmarks.fidelity.store import Images, Size, Store, identity, write_whole
 from benchmarks.fidelity.workers import Workers, set_threads
 from benchmarks.options import checked_out
 from todo_attn import machine
 from todo_attn.bench import jsonl
 from todo_attn.cli.app import hush_loading
+from todo_attn.compare.page import build_page
 from todo_attn.config.checks import ArgumentError
 from todo_attn.diffusers.levels import transformers_by_level
 from todo_attn.models.pipelines import load_pipeline, sized
@@ -117,6 +119,8 @@ def main(
     folder: Annotated[Path, typer.Option(help="The folder of images.")] = Path("fidelity"),
     out: Annotated[Path | None, typer.Option(help="The file of rows; rows.jsonl in the folder of images.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    report: Annotated[Path | None, typer.Option(help="An HTML page of the tables, curves and some images.")] = None,
+    report_images: Annotated[int, typer.Option(min=0, help="Images of each size on the page.")] = 2,
 ) -> None:
     """Make the images of each case that the folder lacks, measure all, print the table and write its rows."""
     if context.invoked_subcommand is not None:
@@ -137,6 +141,7 @@ def main(
                 typer.echo("\n".join(f"{case.name:32} {case.family}" for case in known))
             return
         path = checked_out(out or folder / "rows.jsonl")
+        page_path = checked_out(report, "report") if report else None
         features, reference = features or default.features, reference or default.reference
         plan = Plan(
             settings,
@@ -177,6 +182,10 @@ def main(
         for note in table.notes(rows):
             printed.print(note, soft_wrap=True, highlight=False, markup=False)
     table.write(path, rows)
+    if page_path:
+        page = page_of(rows, store, plan.images, min(report_images, len(plan.images)))
+        write_whole(page_path, build_page(page).encode())
+        console.print(f"page: {page_path}")
     console.print(f"rows: {path}, images: {folder}")
 
 

@@ -36,13 +36,13 @@ def _is_torn(path: Path) -> bool:
         return file.read() != b"\n"
 
 
-def check_appendable(path: Path) -> None:
+def check_appendable(path: Path, argument: str = "out") -> None:
     """Check, before a long run, that :func:`append` can write to ``path``; nothing is left behind.
 
     Folders that are missing are no problem if they can be made.
 
     Raises:
-        ArgumentError: of the argument "out": it cannot be written, with the path and the reason.
+        ArgumentError: of ``argument``: it cannot be written, with the path and the reason.
     """
     try:
         target = path.resolve()  # a link may lead to a file that does not exist yet
@@ -54,7 +54,7 @@ def check_appendable(path: Path) -> None:
                 pass
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         reason = getattr(error, "strerror", None) or error
-        raise ArgumentError("out", f"must be a file that can be written, got {str(path)!r}: {reason}") from error
+        raise ArgumentError(argument, f"must be a file that can be written, got {str(path)!r}: {reason}") from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:

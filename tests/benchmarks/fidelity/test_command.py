@@ -1,5 +1,6 @@
 """The command: what it prints and writes, and what it refuses before anything is made."""
 
+import html
 import json
 
 import numpy as np
@@ -52,6 +53,18 @@ def test_a_table_and_its_rows(cli, tmp_path):
     assert jsonl.read(tmp_path / "rows.jsonl") == rows
 
 
+def test_the_page_has_every_case_and_the_images_of_the_best(cli, tmp_path):
+    arguments = ["--cases", "todo:factor=*,dense:steps=1,dato:coco", "--size", "80x64", "--report-images", 1]
+    result = cli(*arguments, "--report", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for words in ("ein Hügel", "todo:factor=4", "dense:steps=1", "PSNR, dB against seconds, 80 x 64 pixels"):
+        assert words in page
+    assert "apply_todo(pipe, ToDoConfig(factor=4))" in html.unescape(page)
+    assert page.count('<article class="example') == 2
+    assert "a lake" not in page
+
+
 def test_the_cases_are_listed(cli, tmp_path):
     result = cli("--list")
     assert result.exit_code == 0
@@ -62,6 +75,7 @@ def test_the_cases_are_listed(cli, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--report", "/dev/null/page.html"], ["--report must be a file that can be written"]),
         (["--cases", "todo:fast"], ["--cases must be", "'todo:fast'"]),
         (["--cases", "dense", "--versus", "tome:0.5"], ["--versus must be among the chosen cases"]),
         (["--metrics", "sharpness"], ["--metrics must be among psnr", "sharpness"]),
