@@ -5,7 +5,7 @@
     judge.distance(images, others)                                 # (B,), as LPIPS: 0 for equal images
     FrechetInceptionDistance(judge)                                # torchmetrics; KernelInceptionDistance likewise
 
-It is trained on rendered scenes alone (``train_judge.py``), never on images that a model made. Images keep their size:
+It is trained on rendered scenes alone (``judge_train.py``), never on images that a model made. Images keep their size:
 fine texture is the first thing that approximate attention loses, and a resized image no longer has it.
 """
 
@@ -76,8 +76,9 @@ class Block(nn.Module):
 class Judge(nn.Module):
     """The network. Images are (B, 3, H, W), float in [0, 1] or uint8, of any size from 32 x 32 on.
 
-    Features are means over space of three maps: the first two see texture, the last sees the scene. Each feature has
-    mean 0 and variance 1 over scenes as they are rendered at 256 x 256.
+    Features are means over space of three maps: the first two see texture, the last sees the scene; some channels of
+    the last also have their mean times x, from -1 at the left to 1 at the right. Each feature has mean 0 and variance 1
+    over scenes as they are rendered at 256 x 256.
 
     Every public method raises a ValueError if images have another shape, dtype or range, or are not finite.
     """
@@ -87,9 +88,10 @@ class Judge(nn.Module):
         self.config = {"widths": list(widths), "embedding": embedding}
         self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.blocks = nn.ModuleList(Block(*pair) for pair in itertools.pairwise(widths))
-        # Coordinates as two more channels: a mean over space alone would not know left from right.
+        # Coordinates as two more channels: the same colours mean sky above and lake below.
         self.embed = nn.Conv2d(widths[-1] + 2, embedding, 1)
-        self.num_features = widths[0] + widths[1] + embedding  # torchmetrics reads it
+        self.placed = embedding // 4  # channels whose mean side, left or right, is a feature too
+        self.num_features = widths[0] + widths[1] + embedding + self.placed  # torchmetrics reads it
         self.register_buffer("mean", torch.zeros(self.num_features))
         self.register_buffer("std", torch.ones(self.num_features))
         self.heads = nn.ModuleDict({name: nn.Linear(self.num_features, len(c)) for name, c in ATTRIBUTES.items()})
@@ -107,7 +109,8 @@ class Judge(nn.Module):
         at_y, at_x = (((torch.arange(n, device=x.device) + 0.5) / n * 2 - 1).to(x) for n in (height, width))
         grid = torch.stack([at_y[:, None].expand(height, width), at_x.expand(height, width)])
         embedded = F.relu(self.embed(torch.cat([last, grid.expand(len(x), -1, -1, -1)], 1)))
-        pooled = torch.cat([m.mean((2, 3)) for m in (maps[0], maps[1], embedded)], 1)
+        side = 2 * embedded[:, : self.placed] * at_x  # a mean over space alone does not know left from right
+        pooled = torch.cat([m.mean((2, 3)) for m in (maps[0], maps[1], embedded, side)], 1)
         return (pooled - self.mean) / self.std
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:

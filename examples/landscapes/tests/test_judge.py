@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.landscapes import judge_data, train_judge
+from examples.landscapes import judge_data, judge_train
 from examples.landscapes.judge import ATTRIBUTES, HERE, Judge, load_judge, named, save_judge
 from examples.landscapes.samples import PROMPTS
 from examples.landscapes.scenes import MIRRORED, PLACES, SKIES, Scene, render, scene_of_index
@@ -65,7 +65,7 @@ def test_fixed_scenes_reach_the_stated_accuracy(judge, scenes, images, size):
     if size != 128:
         images = torch.from_numpy(np.stack([render(scene, size, size) for scene in scenes])).permute(0, 3, 1, 2)
     stated = json.loads((HERE / "judge" / "metrics.json").read_text())["accuracy"][str(size)]["clean"]
-    truth = train_judge.targets(scenes)
+    truth = judge_train.targets(scenes)
     for name, probabilities in judge.probabilities(images).items():
         accuracy = (probabilities.argmax(1) == truth[name]).float().mean().item()
         assert accuracy >= stated[name] - 3 * (stated[name] * (1 - stated[name]) / len(scenes)) ** 0.5 - 1 / len(scenes)
@@ -208,21 +208,21 @@ def test_standardizing_changes_features_and_no_logit():
 def test_a_training_that_was_stopped_goes_on_to_the_same_losses(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train_judge.train(tmp_path / "once", 4, sizes=TINY, log_every=1)
+    judge_train.train(tmp_path / "once", 4, sizes=TINY, log_every=1)
     shutil.copytree(tmp_path / "once", tmp_path / "twice", ignore=lambda *_: ["judge.pt", "log.jsonl"])
-    monkeypatch.setattr(train_judge.Stage, "stopped", False)
-    step = train_judge.cropped
+    monkeypatch.setattr(judge_train.Stage, "stopped", False)
+    step = judge_train.cropped
 
     def stop_in_step_2(*arguments):
         stop_in_step_2.calls += 1
-        train_judge.Stage.stopped = stop_in_step_2.calls == 2
+        judge_train.Stage.stopped = stop_in_step_2.calls == 2
         return step(*arguments)
 
     stop_in_step_2.calls = 0
-    monkeypatch.setattr(train_judge, "cropped", stop_in_step_2)
-    train_judge.train(tmp_path / "twice", 4, sizes=TINY, log_every=1)
-    monkeypatch.setattr(train_judge.Stage, "stopped", False)
-    train_judge.train(tmp_path / "twice", 4, sizes=TINY, log_every=1)
+    monkeypatch.setattr(judge_train, "cropped", stop_in_step_2)
+    judge_train.train(tmp_path / "twice", 4, sizes=TINY, log_every=1)
+    monkeypatch.setattr(judge_train.Stage, "stopped", False)
+    judge_train.train(tmp_path / "twice", 4, sizes=TINY, log_every=1)
     torch.set_num_threads(threads)
 
     def losses(name):

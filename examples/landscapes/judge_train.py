@@ -1,7 +1,7 @@
 """Train the judge on rendered scenes alone (run from the repository's root):
 
-    python -m examples.landscapes.train_judge              # renders, trains, measures, writes judge/
-    python -m examples.landscapes.train_judge measure      # only measures judge/ again
+    python -m examples.landscapes.judge_train              # renders, trains, measures, writes judge/
+    python -m examples.landscapes.judge_train measure      # only measures judge/ again
 
 The same command goes on from the checkpoint in work/judge/ after a kill.
 """
@@ -54,7 +54,7 @@ def targets(scenes: list[Scene]) -> dict[str, torch.Tensor]:
     }
 
 
-def train(work: Path, steps: int, *, sizes=None, lr: float = 2e-3, **run) -> Judge:
+def train(work: Path, steps: int, *, sizes=None, lr: float = 3e-3, dtype=torch.bfloat16, **run) -> Judge:
     """Cross-entropy of every attribute, on spoiled and mirrored scenes of several sizes."""
     sizes = SIZES if sizes is None else sizes
     pools = {size: rendered_scenes(work, TRAIN_SEED, size, count) for size, (count, *_) in sizes.items()}
@@ -75,7 +75,9 @@ def train(work: Path, steps: int, *, sizes=None, lr: float = 2e-3, **run) -> Jud
         if size[0] == size[1] == 256 and rng.random() < 0.5:  # sizes in between
             images = F.interpolate(images, int(rng.integers(112, 256)), mode="bilinear", antialias=True).clamp(0, 1)
         images = spoiled(images, rng, generator).contiguous(memory_format=torch.channels_last)
-        truth, logits = targets(scenes), judge.logits(images)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = {name: logits.float() for name, logits in judge.logits(images).items()}
+        truth = targets(scenes)
         losses = {name: F.cross_entropy(logits[name], truth[name]) for name in ATTRIBUTES}
         right = {f"{name}_right": (logits[name].argmax(1) == truth[name]).float().mean().item() for name in ATTRIBUTES}
         return sum(losses.values()), right
@@ -183,7 +185,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Length of the training.")] = 1200,
     work: Annotated[Path, typer.Option(help="Folder of scenes, checkpoint and log.")] = WORK,
     folder: Annotated[Path, typer.Option(help="Where the judge is written.")] = FOLDER,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     nice: Annotated[int, typer.Option(min=0, help="Added to the process's niceness.")] = 10,
     save_minutes: Annotated[float, typer.Option(help="Time between two checkpoints.")] = 2.0,
 ):
