@@ -116,16 +116,16 @@ def accuracies(judge: Judge, work: Path) -> tuple[dict, dict]:
         batch = max(1, 2**21 // side**2)
         found: dict = {}
         for start in range(0, TEST_SCENES, batch):
-            prompts = [scene.caption() for scene in scenes[start : start + batch]]
             for variant, images in variants(to_images(pixels[start : start + batch])).items():
                 for name, p in judge.probabilities(images).items():
-                    found.setdefault(variant, {}).setdefault(name, []).append(p.argmax(1))
-                found[variant].setdefault("agreement", []).append(judge.agreement(images, prompts))
+                    found.setdefault(variant, {}).setdefault(name, []).append(p)
         for variant, lists in found.items():
-            agreement = torch.cat(lists.pop("agreement")).mean().item()
-            guesses = {name: torch.cat(list_) for name, list_ in lists.items()}
+            p = {name: torch.cat(parts) for name, parts in lists.items()}
+            guesses = {name: p[name].argmax(1) for name in ATTRIBUTES}
             row = {name: (guesses[name] == truth[name]).float().mean().item() for name in ATTRIBUTES}
-            row["agreement"] = agreement
+            # With the scene's own caption, which names every attribute.
+            own = [p[name].gather(1, truth[name][:, None]).mean().item() for name in ATTRIBUTES]
+            row["agreement"] = float(np.mean(own))
             table.setdefault(str(side), {})[variant] = {name: round(value, 4) for name, value in row.items()}
             for name in ATTRIBUTES:
                 np.add.at(confusion[name], (truth[name].numpy(), guesses[name].numpy()), variant == "clean")
