@@ -84,6 +84,8 @@ def train(work: Path, steps: int, *, sizes=None, lr: float = 3e-3, dtype=torch.b
 
     stage.run(loss_of_step, **run)
     judge.eval()
+    if stage.step < steps:
+        return judge
     size = (256, 256) if (256, 256) in sizes else next(iter(sizes))
     clean = pools[size][:600]
     judge.standardize(torch.cat([judge.features(to_images(clean[i : i + 20])) for i in range(0, len(clean), 20)]))
@@ -196,7 +198,7 @@ def main(
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, lambda *_: setattr(Stage, "stopped", True))
     judge = train(work, steps, save_minutes=save_minutes)
-    if Stage.over(None):
+    if Stage.stopped:
         print("Stopped with a checkpoint; the same command goes on from here.")
         return
     save_judge(judge, folder)
