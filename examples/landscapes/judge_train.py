@@ -175,9 +175,11 @@ def write_metrics(folder: Path, work: Path, steps: int | None = None) -> None:
         "distance": distances(judge, work),
     }
     path.write_text(json.dumps(metrics, indent=2) + "\n")
+    columns = [*ATTRIBUTES, "agreement"]
+    print("| size | |", " | ".join(columns), "|\n| ---: | --- |", "---: | " * len(columns))  # for the README
     for side, rows in table.items():
         for variant, row in rows.items():
-            print(f"{side:>4} {variant:8}", *(f"{name} {100 * value:.1f}" for name, value in row.items()))
+            print(f"| {side} | {variant} |", " | ".join(f"{100 * row[name]:.1f} %" for name in columns), "|")
     print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.2f} MB")
 
 
