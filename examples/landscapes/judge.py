@@ -5,8 +5,8 @@
     judge.distance(images, others)                                 # (B,), as LPIPS: 0 for equal images
     FrechetInceptionDistance(judge)                                # torchmetrics; KernelInceptionDistance likewise
 
-It is trained on rendered scenes alone (``judge_train.py``), never on images that a model made. Images keep their size:
-fine texture is the first thing that approximate attention loses, and a resized image no longer has it.
+It is trained on rendered scenes alone (``judge_train.py``), never on images that a model made. Distances see images at
+their own size: fine texture is the first thing that approximate attention loses, and a resized image no longer has it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ ATTRIBUTES = {
 }
 WIDTHS = (16, 32, 64, 96, 128)
 SMALLEST = 32  # pixels a side: the deepest map is 1/32 of the image
+NORMAL = 256  # pixels of the shorter side: what a scene shows is read at this size at most
 
 
 def named(prompt: str) -> dict[str, list[int]]:
@@ -154,8 +155,17 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> dict[str, Tensor]:
-        """Attribute -> (B, classes) probabilities, in the order of ``ATTRIBUTES``."""
-        return {name: logits.softmax(1) for name, logits in self.logits(checked(images)).items()}
+        """Attribute -> (B, classes) probabilities, in the order of ``ATTRIBUTES``.
+
+        Larger images are shrunk to 256 pixels of their shorter side: most scenes of the training were no larger, and
+        what a scene shows does not need its finest texture.
+        """
+        images = checked(images)
+        ratio = NORMAL / min(images.shape[2:])
+        if ratio < 1:
+            size = [round(ratio * side) for side in images.shape[2:]]
+            images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+        return {name: logits.softmax(1) for name, logits in self.logits(images).items()}
 
     def agreement(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Agreement (B,) of each image with its prompt: the mean probability over the attributes that the prompt names.

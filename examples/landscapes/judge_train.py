@@ -186,7 +186,7 @@ def write_metrics(folder: Path, work: Path, steps: int | None = None) -> None:
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    steps: Annotated[int, typer.Option(min=1, help="Length of the training.")] = 1200,
+    steps: Annotated[int, typer.Option(min=1, help="Length of the training.")] = 4500,
     work: Annotated[Path, typer.Option(help="Folder of scenes, checkpoint and log.")] = WORK,
     folder: Annotated[Path, typer.Option(help="Where the judge is written.")] = FOLDER,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,

@@ -20,8 +20,6 @@ TINY = {(64, 64): (24, 8, 0.5), (48, 80): (12, 4, 0.5)}
 
 @pytest.fixture(scope="module")
 def judge():
-    if not (HERE / "judge" / "model.safetensors").exists():
-        pytest.skip("judge/ is not trained yet")
     return load_judge()
 
 
@@ -77,7 +75,7 @@ def test_fixed_scenes_reach_the_stated_accuracy(judge, scenes, images, size):
     for name, probabilities in judge.probabilities(images).items():
         accuracy = (probabilities.argmax(1) == truth[name]).float().mean().item()
         assert accuracy >= stated[name] - 3 * (stated[name] * (1 - stated[name]) / len(scenes)) ** 0.5 - 1 / len(scenes)
-        assert stated[name] > 0.9
+        assert stated[name] > (0.85 if name == "sky" else 0.95)
 
 
 def test_a_mirrored_scene_moves_left_to_right(judge, scenes, images):
