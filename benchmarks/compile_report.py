@@ -21,31 +21,27 @@ from typing import Annotated, Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # interpreted kernels cannot be compiled
 
+import torch
 import triton
 import typer
 from tabulate import tabulate
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from benchmarks import sass
+from benchmarks.launched import Launched, launched
 from benchmarks.options import check_among, make_dump_folder
 from todo_attn.config.dtypes import DTYPES
 from todo_attn.config.modes import MODES
-from todo_attn.kernels import attention, configs, launch, match, pack
+from todo_attn.kernels import configs, launch, match
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (8, 24, 40, 64, 80, 96, 128, 160, 256)
 CHANNELS = (20, 320, 1280)
 KERNELS = ("attention", "pack", "match", "rows")
 
-# The arguments of all kernels by name: pointers to the dtype of the variant; pointers to other types, fp32 scalars.
-_POINTERS = ("query", "key", "value", "out", "packed_key", "packed_value", "x", "packed")
-_TYPES = {
-    **dict.fromkeys(("index", "position"), "*i64"),
-    **dict.fromkeys(("reciprocal", "query_reciprocal", "key_reciprocal", "similarity"), "*fp32"),
-    **dict.fromkeys(("log2_scale", "log2_power", "scale_y", "scale_x", "sign"), "fp32"),
-}
+_TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_BATCH, _HEADS, _COARSE = 2, 8, (16, 32)  # 512 keys: whole tiles of every configuration
 
 
 @dataclass(frozen=True)
@@ -121,57 +117,33 @@ def variants(
                 yield Variant("rows", arch, dtype, count, "plain")
 
 
-def source(variant: Variant) -> tuple[ASTSource, dict[str, object], configs.KernelConfig | None]:
-    """The kernel as launched on contiguous tensors, its compiler options, and its configuration."""
-    capability, half = divmod(variant.arch, 10), variant.dtype != "fp32"
-    tile = configs.tiles(variant.head_dim) if variant.kernel in ("attention", "pack") else None
-    config = None
-    types: dict[str, str] = {}
-    kernel: Any
-    constants: dict[str, Any]
-    if variant.kernel == "attention":
-        assert tile is not None
-        config = variant.config or configs.attention_config(capability, variant.head_dim, half)
-        kernel, options = attention.attention_kernel, config.options
-        tail, large_scale = variant.mode == "tail", variant.mode == "large-scale"
-        constants = launch.constants(
-            variant.head_dim, tile, config, configs.has_tma(capability), tail=tail, large_scale=large_scale
-        )
-        for name, columns in zip(("key_a", "key_b", "value_a", "value_b"), (*tile.k, *tile.v), strict=True):
-            types[name] = f"tensordesc<{variant.dtype}[{config.block_n}, {columns or max(tile.k)}]>"
-    elif variant.kernel == "pack":
-        assert tile is not None
-        window = 2 if variant.mode == "mean" else 1
-        kernel, options = pack.pack_kernel, pack.OPTIONS
-        constants = pack.constants(variant.head_dim, tile, variant.mode, window, window)
-    elif variant.kernel == "match":
-        config = configs.match_config(capability, half)
-        kernel, options = match.match_kernel, config.options
-        constants = match.match_constants(variant.head_dim, half, config)
-    else:
-        kernel, options = match.rows_kernel, match.OPTIONS
-        constants = match.rows_constants(variant.head_dim, half, rescale=variant.dtype != "fp16")
-    names = kernel.arg_names
-    innermost = ("stride_qd", "stride_kd", "stride_vd", "stride_od", "stride_xc", "stride_ik")
-    constants = constants | {name: 1 for name in names if name in innermost}
-    attributes = {}
-    for i, name in enumerate(names):
-        if name in constants:
-            types[name] = "constexpr"
-        elif name in _POINTERS:
-            types[name] = f"*{variant.dtype}"
-        else:
-            types.setdefault(name, _TYPES.get(name, "i32"))
-        whole = name.endswith("rows") or name.startswith("stride")
-        if types[name].startswith("*") or (whole and types[name] == "i32"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    ast = ASTSource(
-        kernel,
-        signature={name: types[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=attributes,
-    )
-    return ast, options, config
+def launches(variant: Variant) -> list[Launched]:
+    """What the launcher of a variant compiles, on tensors with the strides of an attention processor's."""
+    call = _attention if variant.kernel in ("attention", "pack") else _match
+    return launched(variant.arch, lambda: call(variant))
+
+
+def _attention(variant: Variant) -> None:
+    """Queries, keys and values are views into (B, N, H*D), as a linear layer returns them."""
+    mode = variant.mode if variant.kernel == "pack" else "nearest"
+    factor = (2, 2) if mode == "mean" else (1, 1)
+    height, width = _COARSE[0] * factor[0], _COARSE[1] * factor[1]
+    grid = (height, width - factor[1]) if variant.mode == "tail" else (height, width)
+
+    def tokens(count: int) -> torch.Tensor:
+        flat = torch.empty(_BATCH, count, _HEADS * variant.head_dim, dtype=_TORCH[variant.dtype])
+        return flat.unflatten(2, (_HEADS, variant.head_dim))
+
+    key, value = tokens(grid[0] * grid[1]), tokens(grid[0] * grid[1])
+    scale = 1.0 if variant.mode == "large-scale" else variant.head_dim**-0.5
+    launch.attention(tokens(1024), key, value, grid, factor, mode, scale, variant.config)
+
+
+def _match(variant: Variant) -> None:
+    """Half of 1024 tokens as queries, half as keys."""
+    x = torch.empty(_BATCH, 1024, variant.head_dim, dtype=_TORCH[variant.dtype])
+    index = torch.empty(_BATCH, 512, dtype=torch.int64)
+    match.match(x, index, index.clone())
 
 
 def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
@@ -180,20 +152,23 @@ def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
     Clocks are for fp16 and bf16: of attention, and on sm_90 of the match kernel (whose loop over channels is not
     unrolled elsewhere).
     """
-    ast, options, config = source(variant)
-    tile = configs.tiles(variant.head_dim) if variant.kernel == "attention" else None
-    compiled = triton.compile(ast, target=GPUTarget("cuda", variant.arch, 32), options=options)
-    row: dict[str, Any] = {**asdict(variant), **options}
+    found = next(each for each in launches(variant) if each.kernel == variant.kernel)
+    compiled = triton.compile(found.source, target=GPUTarget("cuda", variant.arch, 32), options=found.options)
+    row: dict[str, Any] = {**asdict(variant), **found.options}
     del row["config"]  # in single columns, the shipped ones too
-    if config is not None:
-        row |= {"block_m": config.block_m, "block_n": config.block_n, "polynomial": config.polynomial}
+    tiles = ("BLOCK_M", "BLOCK_N") if variant.kernel in ("attention", "match") else ()
+    row |= {name.lower(): found.constant(name) for name in tiles}
     with TemporaryDirectory() as folder:
         cubin = (dump or Path(folder)) / f"{variant.name}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         row |= {**asdict(sass.usage(cubin)), "shared": compiled.metadata.shared}
-        if config is not None and variant.dtype != "fp32" and (tile or variant.arch == 90):
-            columns = sum(tile.k) + sum(tile.v) if tile else 0
-            row |= sass.clocks_per_score(cubin, variant.arch, config.block_m, config.block_n, config.num_warps, columns)
+        attention = variant.kernel == "attention"
+        if attention:
+            row["polynomial"] = found.constant("POLYNOMIAL")
+        if variant.dtype != "fp32" and (attention or (variant.kernel == "match" and variant.arch == 90)):
+            columns = sum(found.constant(name) for name in ("K_A", "K_B", "V_A", "V_B")) if attention else 0
+            shape = (row["block_m"], row["block_n"], row["num_warps"], columns)
+            row |= sass.clocks_per_score(cubin, variant.arch, *shape)
         if dump and variant.kernel == "attention":
             cubin.with_suffix(".json").write_text(json.dumps(row, indent=1) + "\n")
         elif dump:

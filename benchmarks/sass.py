@@ -16,7 +16,11 @@ tensor clocks are twice those printed.
 Assumptions, the same for all architectures: packing two floats to fp16 or bf16 is an ALU instruction (the guide has 16
 lanes for some conversions to 16 bits); integer additions have 64 lanes (128 on sm_120 by the guide); a maximum of three
 (sm_100) costs as much as one of two. The work of one warp of a program (on sm_100 all matrix instructions) is counted
-as if every warp did it. Of loads, shuffles, tensor memory and waiting, only the clock to issue them is counted.
+as if every warp did it. Shared memory moves 128 bytes a clock, without bank conflicts: what instructions load and
+store, asynchronous copies by threads included, and what a wgmma reads (but not copies by descriptor, nor what the
+matrix instructions of sm_100 read). Of shuffles and tensor memory, only the clock to issue them is counted.
+
+Waiting is not in the clocks. :func:`ahead` says instead how long before its wait a copy to shared memory is issued.
 """
 
 from __future__ import annotations
@@ -60,14 +64,17 @@ RATES = {
     100: Rates(tensor=4096, maximum=128),
     120: Rates(tensor=512),
 }
+_SHARED = ("LDS", "LDSM", "STS", "STSM", "LDGSTS")
+_SHARED_BYTES = 128  # that shared memory moves in a clock
 _LANES = 128  # of the four sub-partitions: an instruction of a warp takes _LANES / rate clocks
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers per thread, stack in bytes, and how many instructions spill or multiply matrices.
+    """Registers per thread, stack in bytes, and how many instructions spill, multiply matrices or access memory badly.
 
-    ``wgmma``: those that read shared memory by themselves (Hopper and later). ``mma``: of any kind.
+    ``wgmma``: those that read shared memory by themselves (Hopper and later). ``mma``: of any kind. ``narrow``: loads
+    and stores of global memory by one or two bytes.
     """
 
     registers: int
@@ -75,6 +82,7 @@ class Usage:
     spills: int
     wgmma: int
     mma: int
+    narrow: int
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -115,11 +123,22 @@ def usage(cubin: Path) -> Usage:
         spills=sum(n.split(".")[0] in ("LDL", "STL") for n in names),
         wgmma=sum(n.startswith(_WGMMA) for n in names),
         mma=sum(n.startswith(_MMA) for n in names),
+        narrow=sum(bool(re.match(r"(LDG|STG)\b.*\.[US](8|16)\b", n)) for n in names),
     )
 
 
 def hot_loop(cubin: Path) -> list[str]:
     """The instructions of the innermost loop with the most matrix instructions.
+
+    Raises:
+        ValueError: no loop holds one.
+    """
+    start, end = _hot_loop(cubin)
+    return disassemble(cubin)[0][start : end + 1]
+
+
+def _hot_loop(cubin: Path) -> tuple[int, int]:
+    """The first and the last instruction of :func:`hot_loop`.
 
     Raises:
         ValueError: no loop holds one.
@@ -139,7 +158,48 @@ def hot_loop(cubin: Path) -> list[str]:
     if not inner:
         raise ValueError(f"{cubin} has no loop with a matrix instruction")
     start, end, _ = max(inner, key=lambda loop: loop[2])
-    return code[start : end + 1]
+    return start, end
+
+
+def ahead(cubin: Path) -> float | None:
+    """Trips of the hot loop between the issue of a copy to shared memory and its wait, the least of all its copies.
+
+    None if the loop waits for no copy.
+
+    Raises:
+        ValueError: no loop holds a matrix instruction.
+    """
+    first, last = _hot_loop(cubin)
+    code = disassemble(cubin)[0]
+    before, loop = code[:first], code[first : last + 1]
+    trips = _ahead_by_threads(loop) + _ahead_by_descriptor(before, loop)
+    return round(min(trips), 2) if trips else None
+
+
+def _ahead_by_threads(loop: list[str]) -> list[float]:
+    """Of each wait: it leaves at most so many of the last groups of copies unfinished."""
+    issued = [i for i, instruction in enumerate(loop) if _name(instruction) == "LDGDEPBAR"]
+    trips = []
+    for at, instruction in enumerate(loop):
+        if issued and (wait := re.match(r"DEPBAR\.LE SB0, 0x([0-9a-f]+)", instruction)):
+            # The newest group that has to be there, counted from the first of this trip; negative in trips before it.
+            group = sum(i < at for i in issued) - 1 - int(wait[1], 16)
+            earlier, which = divmod(group, len(issued))
+            trips.append(-earlier + (at - issued[which]) / len(loop))
+    return trips
+
+
+def _ahead_by_descriptor(before: list[str], loop: list[str]) -> list[float]:
+    """Of each barrier, which is known by its address: the copy announces its bytes there, and the wait asks it."""
+    copies = sum(_name(instruction).startswith("UTMALDG") for instruction in loop)
+    if not copies:
+        return []
+    issued, waited = {}, {}
+    for at, instruction in enumerate(loop):
+        if barrier := re.search(r"SYNCS\.(ARRIVE\.TRANS64|PHASECHK)\S*\s.*\[UR\d+(\+0x[0-9a-f]+)?\]", instruction):
+            (issued if barrier[1] == "ARRIVE.TRANS64" else waited)[barrier[2]] = at
+    earlier = sum(_name(instruction).startswith("UTMALDG") for instruction in before) / copies
+    return [earlier + (waited[barrier] - at) / len(loop) for barrier, at in issued.items() if barrier in waited]
 
 
 def _multiply_adds(name: str) -> int:
@@ -161,7 +221,8 @@ def clocks_per_score(
     """SM clocks per query-key pair of the hot loop by pipe, its bound, and its time without overlap.
 
     ``columns``: multiply-adds per pair, padding included, for code whose matrix instructions do not show their shape
-    (sm_100). "serialised": the loop waits after every wgmma, so that the bound does not apply (sm_90 only).
+    (sm_100). "serialised": the loop waits after every wgmma, so that the bound does not apply (sm_90 only). "ahead":
+    trips of the loop between the issue of a copy and its wait; "ahead_clocks": the same, if every trip takes the bound.
 
     Raises:
         ValueError: no loop holds a matrix instruction, or one is of an unknown shape.
@@ -169,10 +230,12 @@ def clocks_per_score(
     rates = RATES[arch]
     count: Counter[str] = Counter()
     products = 0.0
+    moved = 0.0  # bytes of shared memory, by a warp
     for instruction in hot_loop(cubin):
         name = _name(instruction)
         base = name.split(".")[0]
         count["issue"] += 1
+        moved += _shared_bytes(instruction)
         if base.startswith("UTC"):
             count["tcgen05"] += base.endswith("MMA")
         elif name.startswith("HGMMA"):
@@ -201,6 +264,7 @@ def clocks_per_score(
         "fma": max(fma * (count["fma"] + count["imad"]), _LANES / rates.alu * count["imad"]) * weight,
         "alu": (_LANES / rates.alu * count["alu"] + _LANES / rates.maximum * count["maximum"]) * weight,
         "issue": count["issue"] * weight,
+        "shared": moved * num_warps / scores / _SHARED_BYTES,
     }
     other = max(v for k, v in pipes.items() if k != "tensor")
     return {
@@ -208,4 +272,23 @@ def clocks_per_score(
         "bound": round(max(pipes["tensor"], other), 4),
         "no_overlap": round(pipes["tensor"] + other, 4),
         "serialised": 0 < count["wgmma"] <= count["wait"],
+        "ahead": (trips := ahead(cubin)),
+        # While this program has the SM for itself and every pipe runs as it should: the least there can be.
+        "ahead_clocks": None if trips is None else round(trips * max(pipes["tensor"], other) * scores),
     }
+
+
+def _shared_bytes(instruction: str) -> float:
+    """The bytes that an instruction moves in shared memory for one warp."""
+    name = _name(instruction)
+    base, *kinds = name.split(".")
+    if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
+        # A warpgroup reads B by itself, and A unless that is in registers.
+        rows, columns, depth = map(int, shape.groups())
+        in_shared = not re.match(r"R\d+,\s*R\d+", instruction[instruction.index(name) + len(name) :].strip())
+        return 2 * depth * (columns + rows * in_shared) / 4
+    if base not in _SHARED:
+        return 0
+    if base in ("LDSM", "STSM"):  # 8 x 8 matrices of 2 bytes
+        return 128 * int(kinds[-1]) if kinds[-1] in ("2", "4") else 128
+    return 32 * int(kinds[-1]) / 8 if kinds and kinds[-1] in ("64", "128") else 128

@@ -12,11 +12,12 @@ import torch
 
 # Triton 3.10 fuses multiply-adds only on request; 3.9 warns unless the choice is explicit.
 COMPILER: dict[str, object] = {"enable_fp_fusion": True}
+CPU_CAPABILITY = (8, 0)  # on CPU tensors only the interpreter runs, which takes any configuration
 
 
 def capability(x: torch.Tensor) -> tuple[int, int]:
-    """The compute capability of the device of ``x``; the interpreter, on CPU tensors, takes any configuration."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    """The compute capability of the device of ``x``."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else CPU_CAPABILITY
 
 
 @dataclass(frozen=True)
