@@ -28,6 +28,7 @@ TAIL               the last tile is partial, without ONES  that tile is masked (
 LARGE_SCALE        log2_scale > 1                          the scaled product could overflow fp32
 POLYNOMIAL         exp2 limits the loop, fp16 or bf16      one exp2 in eight runs on the multiply-add units
 USE_TMA            compute capability 9.0 and later        tiles are copied by descriptor
+UNIT = 8, not 1    strides are multiples of 8 elements     the compiler sees that, and loads 16 bytes at a time
 =================  ======================================  ==========================================================
 """
 
@@ -126,30 +127,27 @@ def _load_rows(
     return k_a, k_b, v_a, v_b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_qb", "stride_qn", "stride_qh", "heads", "tokens", "keys", "rows"])
 def attention_kernel(
-    query,  # (B, N, H, D), any strides
+    query,  # (B, N, H, D), any strides, those of b, n and h in units of UNIT elements
     key_a,  # descriptor of packed_key, block [BLOCK_N, K_A]
     key_b,  # the same, block [BLOCK_N, K_B]
     value_a,  # descriptor of packed_value, block [BLOCK_N, V_A]
     value_b,  # the same, block [BLOCK_N, V_B]
     packed_key,  # (B*H*rows, K_A + K_B)
     packed_value,  # (B*H*rows, V_COLUMNS)
-    out,  # (B, N, H, D), any strides
+    out,  # (B, N, H, D), contiguous
     stride_qb,
     stride_qn,
     stride_qh,
     stride_qd,
-    stride_ob,
-    stride_on,
-    stride_oh,
-    stride_od,
     heads,
     tokens,
     keys,
     rows,  # keys, rounded up to BLOCK_N
     log2_scale,  # |scale| * log2(e); for a negative scale the packed keys are negated
     log2_power,  # the smallest power of two that is at least log2_scale
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     K_A: tl.constexpr,
     K_B: tl.constexpr,
@@ -172,7 +170,7 @@ def attention_kernel(
     valid = token[:, None] < tokens
     token = token.to(tl.int64)[:, None]
 
-    query += b * stride_qb + h * stride_qh + token * stride_qn
+    query += (b * stride_qb + h * stride_qh + token * stride_qn) * UNIT
     offs_a = tl.arange(0, K_A)[None, :].to(tl.int64)
     q_a = tl.load(query + offs_a * stride_qd, mask=valid & (offs_a < HEAD_DIM), other=0.0)  # [BLOCK_M, K_A]
     q_b = q_a
@@ -219,8 +217,8 @@ def attention_kernel(
         row_sum = tl.sum(tl.where(offs_a == HEAD_DIM, acc_a, 0.0), 1)
         if V_B > 0:
             row_sum += tl.sum(tl.where(offs_b == HEAD_DIM, acc_b, 0.0), 1)
-    out += b * stride_ob + h * stride_oh + token * stride_on
+    out += ((b * tokens + token) * heads + h) * HEAD_DIM
     dtype = out.dtype.element_ty
-    tl.store(out + offs_a * stride_od, (acc_a / row_sum[:, None]).to(dtype), mask=valid & (offs_a < HEAD_DIM))
+    tl.store(out + offs_a, (acc_a / row_sum[:, None]).to(dtype), mask=valid & (offs_a < HEAD_DIM))
     if V_B > 0:
-        tl.store(out + offs_b * stride_od, (acc_b / row_sum[:, None]).to(dtype), mask=valid & (offs_b < HEAD_DIM))
+        tl.store(out + offs_b, (acc_b / row_sum[:, None]).to(dtype), mask=valid & (offs_b < HEAD_DIM))

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention import attention_kernel
 from .configs import KernelConfig, Tiles, attention_config, capability, has_tma, tiles
-from .pack import pack
+from .pack import pack, strides
 
 LOG2_E = 1.4426950408889634
 
@@ -76,6 +76,7 @@ def attend(query: torch.Tensor, kv: Packed, scale: float) -> torch.Tensor:
     config, tile = kv.config, kv.tile
     rows = kv.key.shape[0] // (batch * heads)
     out = query.new_empty(query.shape)
+    unit, stride = strides(query)
     log2_scale, log2_power = log2_scales(scale)
 
     def descriptor(x: torch.Tensor, columns: int) -> TensorDescriptor:
@@ -90,14 +91,14 @@ def attend(query: torch.Tensor, kv: Packed, scale: float) -> torch.Tensor:
         kv.key,
         kv.value,
         out,
-        *query.stride(),
-        *out.stride(),
+        *stride,
         heads,
         tokens,
         kv.keys,
         rows,
         log2_scale,
         log2_power,
+        UNIT=unit,
         **constants(head_dim, tile, config, kv.use_tma, rows > kv.keys, log2_scale > 1),
         **config.options,
     )
@@ -107,7 +108,7 @@ def attend(query: torch.Tensor, kv: Packed, scale: float) -> torch.Tensor:
 def constants(
     head_dim: int, tile: Tiles, config: KernelConfig, use_tma: bool, tail: bool, large_scale: bool = False
 ) -> dict[str, object]:
-    """The compile-time arguments of :func:`attention_kernel`."""
+    """The compile-time arguments of :func:`attention_kernel`, but UNIT."""
     return {
         "HEAD_DIM": head_dim,
         "K_A": tile.k[0],

@@ -21,6 +21,7 @@ flag                set if               why
 ONES                V has a spare        see ``attention.py``
                     column
 MODE                as the op's mode     "nearest", "nearest-exact" or "mean"
+UNIT                see ``attention.py``
 WINDOW_H, WINDOW_W  MODE is "mean"       longest pooling window: the bounds of the loop over a window
 ==================  ===================  ============================================================
 """
@@ -36,6 +37,7 @@ import triton.language as tl
 from .configs import COMPILER, Tiles
 
 OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}
+STRIDES = ("stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn", "stride_vh")
 
 
 @triton.jit
@@ -48,15 +50,15 @@ def _source_nearest(i, size, scale, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _load_token(x, y, column, width, stride_n, offs_d, stride_d, mask):
-    token = (y * width + column).to(tl.int64)
-    return tl.load(x + token[:, None] * stride_n + offs_d[None, :].to(tl.int64) * stride_d, mask=mask, other=0.0)
+def _load_token(x, y, column, width, stride_n, offs_d, stride_d, mask, UNIT: tl.constexpr):
+    token = (y * width + column).to(tl.int64)[:, None]
+    return tl.load(x + token * stride_n * UNIT + offs_d[None, :].to(tl.int64) * stride_d, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*STRIDES, "heads", "rows", "height", "width", "coarse_height", "coarse_width"])
 def pack_kernel(
-    key,  # (B, gh*gw, H, D), any strides
-    value,  # (B, gh*gw, H, D), any strides
+    key,  # (B, gh*gw, H, D), any strides, those of b, n and h in units of UNIT elements
+    value,  # the same
     packed_key,  # (B*H*rows, K_COLUMNS)
     packed_value,  # (B*H*rows, V_COLUMNS)
     stride_kb,
@@ -76,6 +78,7 @@ def pack_kernel(
     scale_y,  # height / coarse_height, as a float32
     scale_x,
     sign,  # -1.0 if the attention's scale is negative, because its row maximum is of the unscaled product
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     K_COLUMNS: tl.constexpr,
     V_COLUMNS: tl.constexpr,
@@ -90,8 +93,9 @@ def pack_kernel(
     bh = tl.program_id(0) // blocks
     row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_COLUMNS)
-    key += (bh // heads).to(tl.int64) * stride_kb + (bh % heads).to(tl.int64) * stride_kh
-    value += (bh // heads).to(tl.int64) * stride_vb + (bh % heads).to(tl.int64) * stride_vh
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    key += (b * stride_kb + h * stride_kh) * UNIT
+    value += (b * stride_vb + h * stride_vh) * UNIT
 
     keys = coarse_height * coarse_width
     position = tl.minimum(row, keys - 1)
@@ -110,16 +114,20 @@ def pack_kernel(
         for dy in range(WINDOW_H):
             for dx in range(WINDOW_W):
                 inside = mask & (y0 + dy < y1)[:, None] & (x0 + dx < x1)[:, None]
-                k += _load_token(key, y0 + dy, x0 + dx, width, stride_kn, offs_d, stride_kd, inside).to(tl.float32)
-                v += _load_token(value, y0 + dy, x0 + dx, width, stride_vn, offs_d, stride_vd, inside).to(tl.float32)
+                k += _load_token(key, y0 + dy, x0 + dx, width, stride_kn, offs_d, stride_kd, inside, UNIT).to(
+                    tl.float32
+                )
+                v += _load_token(value, y0 + dy, x0 + dx, width, stride_vn, offs_d, stride_vd, inside, UNIT).to(
+                    tl.float32
+                )
         area = ((y1 - y0) * (x1 - x0)).to(tl.float32)[:, None]
         k = tl.div_rn(k, tl.broadcast_to(area, k.shape))
         v = tl.div_rn(v, tl.broadcast_to(area, v.shape))
     else:
         y = _source_nearest(cy, height, scale_y, MODE == "nearest-exact")
         x = _source_nearest(cx, width, scale_x, MODE == "nearest-exact")
-        k = _load_token(key, y, x, width, stride_kn, offs_d, stride_kd, mask)
-        v = _load_token(value, y, x, width, stride_vn, offs_d, stride_vd, mask)
+        k = _load_token(key, y, x, width, stride_kn, offs_d, stride_kd, mask, UNIT)
+        v = _load_token(value, y, x, width, stride_vn, offs_d, stride_vd, mask, UNIT)
 
     v = v.to(packed_value.dtype.element_ty)
     if ONES:
@@ -144,8 +152,22 @@ def window(size: int, coarse: int) -> int:
     return max(-(-(i + 1) * size // coarse) - i * size // coarse for i in range(coarse))
 
 
+def strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
+    """UNIT, and the strides of (B, N, H, D) tensors one after the other, those of b, n and h in units of it.
+
+    Triton learns of an integer argument only whether it is a multiple of 16, and 40, the stride of a head of 40
+    elements, is not. The product of the argument and UNIT is a multiple of 8 for certain, which makes 16 bytes. The
+    stride along an axis of length 1 is never used and may be anything.
+    """
+    found = [
+        (*(s if n > 1 else 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)), t.stride(3)) for t in tensors
+    ]
+    unit = 1 if any(s % 8 for *outer, _ in found for s in outer) else 8
+    return unit, [s for *outer, inner in found for s in (*(s // unit for s in outer), inner)]
+
+
 def constants(head_dim: int, tile: Tiles, mode: str, window_h: int = 1, window_w: int = 1) -> dict[str, Any]:
-    """The compile-time arguments of :func:`pack_kernel`."""
+    """The compile-time arguments of :func:`pack_kernel`, but UNIT."""
     columns = triton.next_power_of_2(max(tile.k_columns, tile.v_columns))
     return {
         "HEAD_DIM": head_dim,
@@ -155,7 +177,7 @@ def constants(head_dim: int, tile: Tiles, mode: str, window_h: int = 1, window_w
         "MODE": mode,
         "WINDOW_H": window_h,
         "WINDOW_W": window_w,
-        "BLOCK": 512 // columns,  # 4 elements of K and of V per thread
+        "BLOCK": 1024 // columns,  # 8 elements of K and of V per thread: 16 bytes
         "BLOCK_COLUMNS": columns,
     }
 
@@ -179,13 +201,13 @@ def pack(
     packed_value = value.new_empty((batch * heads * rows, tile.v_columns))
     windows = [window(size, small) for size, small in zip(grid, coarse, strict=True)] if mode == "mean" else []
     constant = constants(head_dim, tile, mode, *windows)
+    unit, stride = strides(key, value)
     pack_kernel[(triton.cdiv(rows, constant["BLOCK"]) * batch * heads,)](
         key,
         value,
         packed_key,
         packed_value,
-        *key.stride(),
-        *value.stride(),
+        *stride,
         heads,
         rows,
         *grid,
@@ -193,6 +215,7 @@ def pack(
         grid[0] / coarse[0],
         grid[1] / coarse[1],
         -1.0 if negative else 1.0,
+        UNIT=unit,
         **constant,
         **OPTIONS,
     )

@@ -41,6 +41,8 @@ def check(rows):
         assert row["shared"] <= SHARED_MEMORY[row["arch"]] * 1024, row
         if row["dtype"] != "fp32" or row["head_dim"] <= 160 or row["kernel"] in ("match", "rows"):
             assert row["spills"] == 0 and row["stack"] == 0, row
+        if row["kernel"] in ("attention", "pack"):
+            assert row["narrow"] == 0, row
         if row["kernel"] == "attention" and row["dtype"] != "fp32":
             check_clocks(row)
     return rows
@@ -54,7 +56,7 @@ def check_clocks(row):
     assert row["tensor"] == pytest.approx(products, rel=0.01), row
     # And those of a row's factor: one in each of the threads that share the row.
     assert exp2 <= row["mufu"] <= exp2 * (1 + 17 / row["block_n"]), row
-    assert row["bound"] == max(row[pipe] for pipe in ("tensor", "mufu", "fma", "alu", "issue")), row
+    assert row["bound"] == max(row[pipe] for pipe in ("tensor", "mufu", "fma", "alu", "issue", "shared")), row
     assert row["bound"] <= row["no_overlap"] <= 2 * row["bound"] + 1e-4, row
 
 

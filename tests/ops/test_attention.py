@@ -229,6 +229,50 @@ def test_any_strides(backend):
     check(query, key, value, grid, 2, backend=backend)
 
 
+def fused(head_dim):
+    """One projection for all three: (B, N, 3 * H * D)."""
+    return torch.randn(2, 54, 9 * head_dim).unflatten(2, (9, head_dim)).split(3, 2)
+
+
+def odd(head_dim):
+    """Rows of an odd length."""
+    return (torch.randn(2, 54, 3 * head_dim + 1)[..., :-1].unflatten(2, (3, head_dim)) for _ in range(3))
+
+
+def odd_values(head_dim):
+    """Only those of the values."""
+    return *list(fused(head_dim))[:2], list(odd(head_dim))[2]
+
+
+def unaligned(head_dim):
+    """Rows of a length that is a multiple of 8, from the second element on."""
+    return (torch.randn(2, 54, 3 * head_dim + 8)[..., 1:-7].unflatten(2, (3, head_dim)) for _ in range(3))
+
+
+def one_head(head_dim):
+    """The stride along an axis of length 1 says nothing, and here it is odd."""
+    return (torch.randn(2 * 54 * head_dim).as_strided((2, 54, 1, head_dim), (54 * head_dim, head_dim, 3, 1))
+            for _ in range(3))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("views", "unit"), [(fused, 8), (odd, 1), (odd_values, 1), (unaligned, 8), (one_head, 8)], ids=lambda v: str(v)[:20]
+)
+def test_views_that_a_processor_gives(views, unit, dtype):
+    """16 bytes at a time if all strides allow it, right with all others."""
+    from todo_attn.kernels.pack import strides
+
+    def moved(x):  # to the device and dtype, with its strides
+        whole = x.as_strided((x.untyped_storage().nbytes() // 4,), (1,), 0).to(dtype).to(DEVICE)
+        return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    query, key, value = map(moved, views(40))
+    for mode in ("nearest", "mean"):
+        check(query, key, value, (6, 9), 2, mode)
+    assert strides(key, value)[0] == unit
+
+
 def test_every_output_is_written(monkeypatch):
     """Outputs and packed keys start as NaN; a place the kernels leave out shows."""
     plain = torch.Tensor.new_empty
