@@ -5,7 +5,7 @@ are reduced at once. One program serves BLOCK_M queries::
 
     best, best_at = -inf, 0
     for k in tiles of BLOCK_N keys:
-        score = q @ k                                      # in steps of BLOCK_C channels, fp32
+        score = q @ k                                      # in steps of BLOCK_C channels, fp32; one loop with that of k
         score = score * (1 / |k|)
         high, at = max(score), its position                # of equal scores the lowest position
         best, best_at = (high, at) if high > best else (best, best_at)
@@ -108,16 +108,21 @@ def match_kernel(
     key_reciprocal += b * key_rows + offs_n
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     best_at = tl.zeros([BLOCK_M], tl.int32)
-    for start in range(0, key_rows, BLOCK_N):
-        score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for c in range(0, COLUMNS, BLOCK_C):
-            score = tl.dot(tl.load(query + c), tl.load(key + c), score, input_precision="ieee")
-        score = score * tl.load(key_reciprocal + start)[None, :]
-        high, at = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
-        higher = high > best
-        best = tl.where(higher, high, best)
-        best_at = tl.where(higher, start + at, best_at)
-        key += BLOCK_N * COLUMNS
+    score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # One loop over tiles of keys and steps of channels: two loops would empty their pipeline of loads at every tile.
+    STEPS: tl.constexpr = COLUMNS // BLOCK_C
+    for step in range(0, key_rows // BLOCK_N * STEPS):
+        start = step // STEPS * BLOCK_N
+        c = step % STEPS * BLOCK_C
+        k = tl.load(key + start.to(tl.int64) * COLUMNS + c)
+        score = tl.dot(tl.load(query + c), k, score, input_precision="ieee")
+        if c == COLUMNS - BLOCK_C:
+            score = score * tl.load(key_reciprocal + start)[None, :]
+            high, at = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
+            higher = high > best
+            best = tl.where(higher, high, best)
+            best_at = tl.where(higher, start + at, best_at)
+            score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
     best = best * tl.load(query_reciprocal + b * query_rows + row)
     out = b * queries + row
