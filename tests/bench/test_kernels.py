@@ -78,7 +78,7 @@ def test_the_fastest_rival_says_so_and_other_forms_are_set_against_it(monkeypatc
     named = candidates(rows)
     (best,) = (name for name, candidate in named.items() if "best_of" in candidate)
     medians = named[best]["best_of"]
-    assert set(medians) == {"dense", "published", "sdpa-cudnn"}
+    assert set(medians) == {"dense", "published", "sdpa-cudnn", *attention.FLASH}
     assert medians["sdpa-cudnn"] is None
     assert best == min(("dense", "published"), key=lambda name: named[name]["seconds"]["p50"])
     others = {row["contender"]["name"]: row["baseline"]["name"] for row in rows if row["contender"]["name"] != "todo"}
@@ -295,6 +295,24 @@ def test_a_missing_peer_is_a_row_that_says_so(monkeypatch):
     assert row["speedup"] is None
     assert row["contender"]["error"] is None
     assert "sageattention" in report.table([row])
+
+
+def test_another_flash_attention_is_torchs_only_within_its_calls(monkeypatch):
+    """Its package is missing here, which its row says; a stand-in for it is switched on for its own calls alone."""
+    monkeypatch.setattr(peers, "needs_cuda", lambda device: None)
+    monkeypatch.setitem(peers.BUILD, "flex", lambda *_: 1 / 0)
+    rows = {row["baseline"]["name"]: row for row in run(ATTENTION)}
+    for name, package in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn")):
+        assert rows[name]["baseline"]["error"].startswith(f"ModuleNotFoundError: No module named '{package}")
+    active, seen = [], []
+    handle = types.SimpleNamespace(remove=active.clear)
+    flash = torch.nn.attention
+    monkeypatch.setitem(flash._registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: active.append("FA3") or handle)
+    attend = peers.torch_attention
+    monkeypatch.setattr(peers, "torch_attention", lambda *inputs: seen.append(tuple(active)) or attend(*inputs))
+    rows = {row["baseline"]["name"]: row for row in run(ATTENTION)}
+    assert rows["fa3"]["baseline"]["error"] is None
+    assert set(seen) == {(), ("FA3",)} and not active and flash.current_flash_attention_impl() is None
 
 
 def test_sage_gets_padded_tokens_and_keys_of_its_own(monkeypatch):

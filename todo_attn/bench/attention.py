@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..ops import backends, reference
-from .cases import SDPA, Case
+from .cases import FLASH, SDPA, Case
 from .harness import Candidate
 from .peers import BUILD, Call, Inputs, torch_attention
 from .trial import Trial, ends, rotation, spread, work, wrong
@@ -64,7 +64,9 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
     if variants is not None:
         ours = [candidate(name, partial(variants.__getitem__, name)) for name in variants]
         return Trial(inputs, ours, [candidate("todo")], ("todo",))
-    return Trial(inputs, [candidate(name) for name in ("todo", *forms)], [candidate(name) for name in peers], SDPA)
+    return Trial(
+        inputs, [candidate(name) for name in ("todo", *forms)], [candidate(name) for name in peers], (*SDPA, *FLASH)
+    )
 
 
 def _coarse(x: torch.Tensor, case: Case) -> torch.Tensor:

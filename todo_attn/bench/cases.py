@@ -36,8 +36,9 @@ class Peers(NamedTuple):
 
 
 SDPA = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn")
+FLASH = ("fa3", "fa4")  # in place of torch's sdpa-flash
 PEERS = {
-    "all": Peers((*SDPA, "dense", "flex", "sage", "published"), ("todo-packed", "todo-coarse")),
+    "all": Peers((*SDPA, *FLASH, "dense", "flex", "sage", "published"), ("todo-packed", "todo-coarse")),
     "sdpa": Peers(SDPA, ("todo-packed",)),
     "dense": Peers((*SDPA, "dense")),
     "best": Peers(SDPA, best_only=True),
@@ -162,7 +163,7 @@ class Case:
 
 
 def plan(device: torch.device) -> list[Case]:
-    """Cases of at most 60 rows, those with a target first; on a CPU a few that take about a minute."""
+    """Cases of at most 64 rows, those with a target first; on a CPU a few that take about a minute."""
     return _on_cpu() if device.type == "cpu" else _on_gpu()
 
 

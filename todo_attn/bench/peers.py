@@ -51,6 +51,25 @@ def _sdpa(backend: SDPBackend, inputs: Sequence[Inputs], case: Case, device: tor
     return call
 
 
+def _activated(name: str, inputs: Sequence[Inputs], case: Case, device: torch.device) -> Call:
+    """FlashAttention-3 or -4 in place of torch's own -2, by torch's switch; its package has to be installed."""
+    needs_cuda(device)
+    from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+
+    flash = _sdpa(SDPBackend.FLASH_ATTENTION, inputs, case, device)
+    activate_flash_attention_impl(name)  # raises here if it is not there
+    restore_flash_attention_impl()
+
+    def call(x: Inputs) -> torch.Tensor:
+        activate_flash_attention_impl(name)
+        try:
+            return flash(x)
+        finally:
+            restore_flash_attention_impl()
+
+    return call
+
+
 def _flex(inputs: Sequence[Inputs], case: Case, device: torch.device) -> Call:
     needs_cuda(device)
     from torch.nn.attention.flex_attention import flex_attention
@@ -104,6 +123,8 @@ BUILD: dict[str, Callable[[Sequence[Inputs], Case, torch.device], Call]] = {
     "sdpa-flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
     "sdpa-efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
     "sdpa-cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+    "fa3": partial(_activated, "FA3"),
+    "fa4": partial(_activated, "FA4"),
     "flex": _flex,
     "sage": _sage,
     "published": _published,
