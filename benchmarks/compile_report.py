@@ -77,7 +77,7 @@ def parsed(text: str) -> configs.KernelConfig:
     Raises:
         typer.BadParameter: ``text`` is anything else, or no such kernel can be compiled.
     """
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)(:poly)?", text)
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)(:poly)?(:ws)?", text)
     numbers = [int(n) for n in found.groups()[:4]] if found else [0, 0, 0, 0]
     queries, keys, warps, stages = numbers
     tile = all(16 <= n <= 512 and n & (n - 1) == 0 for n in (queries, keys))
@@ -86,7 +86,9 @@ def parsed(text: str) -> configs.KernelConfig:
             "--settings must be QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly: powers of two from 16 to "
             f"512, a power of two up to 32, 1 to 8; got {text!r}"
         )
-    return configs.KernelConfig(queries, keys, warps, stages, polynomial=found[5] is not None)
+    return configs.KernelConfig(
+        queries, keys, warps, stages, polynomial=found[5] is not None, warp_specialize=found[6] is not None
+    )
 
 
 def variants(
@@ -105,7 +107,7 @@ def variants(
             for head_dim in head_dims:
                 for config in others or (None,):
                     yield Variant("attention", arch, dtype, head_dim, "plain", config)
-                    if not configs.tiles(head_dim).ones:
+                    if not configs.tiles(divmod(arch, 10), head_dim).ones:
                         yield Variant("attention", arch, dtype, head_dim, "tail", config)
                     yield Variant("attention", arch, dtype, head_dim, "large-scale", config)
                 if others:
@@ -119,11 +121,11 @@ def variants(
 
 def launches(variant: Variant) -> list[Launched]:
     """What the launcher of a variant compiles, on tensors with the strides of an attention processor's."""
-    call = _attention if variant.kernel in ("attention", "pack") else _match
+    call = attention if variant.kernel in ("attention", "pack") else _match
     return launched(variant.arch, lambda: call(variant))
 
 
-def _attention(variant: Variant) -> None:
+def attention(variant: Variant) -> None:
     """Queries, keys and values are views into (B, N, H*D), as a linear layer returns them."""
     mode = variant.mode if variant.kernel == "pack" else "nearest"
     factor = (2, 2) if mode == "mean" else (1, 1)
@@ -149,8 +151,8 @@ def _match(variant: Variant) -> None:
 def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
     """Compile one variant: registers, stack, spills, shared memory (bytes); clocks per score by pipe.
 
-    Clocks are for fp16 and bf16: of attention, and on sm_90 of the match kernel (whose loop over channels is not
-    unrolled elsewhere).
+    Clocks are for attention in fp16 and bf16. Of the match kernel in these dtypes, only how far ahead it copies: its
+    loop takes a tile of keys in several trips.
     """
     found = next(each for each in launches(variant) if each.kernel == variant.kernel)
     compiled = triton.compile(found.source, target=GPUTarget("cuda", variant.arch, 32), options=found.options)
@@ -162,11 +164,12 @@ def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
         cubin = (dump or Path(folder)) / f"{variant.name}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         row |= {**asdict(sass.usage(cubin)), "shared": compiled.metadata.shared}
-        attention = variant.kernel == "attention"
-        if attention:
+        if variant.kernel == "attention":
             row["polynomial"] = found.constant("POLYNOMIAL")
-        if variant.dtype != "fp32" and (attention or (variant.kernel == "match" and variant.arch == 90)):
-            columns = sum(found.constant(name) for name in ("K_A", "K_B", "V_A", "V_B")) if attention else 0
+        if variant.kernel == "match" and variant.dtype != "fp32":
+            row["ahead"] = sass.ahead(cubin)
+        if variant.kernel == "attention" and variant.dtype != "fp32":
+            columns = sum(found.constant(name) for name in ("K_A", "K_B", "V_A", "V_B"))
             shape = (row["block_m"], row["block_n"], row["num_warps"], columns)
             row |= sass.clocks_per_score(cubin, variant.arch, *shape)
         if dump and variant.kernel == "attention":

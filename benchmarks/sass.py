@@ -16,9 +16,9 @@ tensor clocks are twice those printed.
 Assumptions, the same for all architectures: packing two floats to fp16 or bf16 is an ALU instruction (the guide has 16
 lanes for some conversions to 16 bits); integer additions have 64 lanes (128 on sm_120 by the guide); a maximum of three
 (sm_100) costs as much as one of two. The work of one warp of a program (on sm_100 all matrix instructions) is counted
-as if every warp did it. Shared memory moves 128 bytes a clock, without bank conflicts: what instructions load and
-store, asynchronous copies by threads included, and what a wgmma reads (but not copies by descriptor, nor what the
-matrix instructions of sm_100 read). Of shuffles and tensor memory, only the clock to issue them is counted.
+as if every warp did it. Shared memory moves 128 bytes a clock, without bank conflicts: what threads load, store and
+copy to it. Matrix instructions that read it by themselves do so within their time: a wgmma of two operands there from
+N = 64 on. Of shuffles and tensor memory, only the clock to issue them is counted.
 
 Waiting is not in the clocks. :func:`ahead` says instead how long before its wait a copy to shared memory is issued.
 """
@@ -28,6 +28,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -133,12 +134,22 @@ def hot_loop(cubin: Path) -> list[str]:
     Raises:
         ValueError: no loop holds one.
     """
-    start, end = _hot_loop(cubin)
+    start, end = _hot_loop(cubin, _MMA)
     return disassemble(cubin)[0][start : end + 1]
 
 
-def _hot_loop(cubin: Path) -> tuple[int, int]:
-    """The first and the last instruction of :func:`hot_loop`.
+def _work(cubin: Path) -> list[str]:
+    """The instructions of a trip: of the hot loop, and of that with exp2 if other warps compute it (sm_100)."""
+    loop = hot_loop(cubin)
+    if any(_name(i).startswith("UTC") for i in loop) and not any(_name(i) == "MUFU.EX2" for i in loop):
+        with suppress(ValueError):  # a product of matrices without exp2
+            start, end = _hot_loop(cubin, ("MUFU.EX2",))
+            return loop + disassemble(cubin)[0][start : end + 1]
+    return loop
+
+
+def _hot_loop(cubin: Path, kind: tuple[str, ...]) -> tuple[int, int]:
+    """The first and the last instruction of the innermost loop with the most instructions of a kind.
 
     Raises:
         ValueError: no loop holds one.
@@ -148,15 +159,15 @@ def _hot_loop(cubin: Path) -> tuple[int, int]:
     for end, instruction in enumerate(code):
         jump = re.search(r"BRA(?:\.\S+)?\s+(?:!?U?P\d+,\s*)?`\((\.L_x_\d+)\)", instruction)
         start = labels.get(jump[1], end + 1) if jump else end + 1
-        if start <= end and (matrix := sum(_name(i).startswith(_MMA) for i in code[start : end + 1])):
-            loops.append((start, end, matrix))
+        if start <= end and (count := sum(_name(i).startswith(kind) for i in code[start : end + 1])):
+            loops.append((start, end, count))
     # The retry of a barrier is behind the end of the code and jumps back. It looks like a loop around the real loop, or
     # around a part of it, but is none.
     last = next((i for i, instruction in enumerate(code) if _name(instruction) == "EXIT"), len(code))
     loops = [loop for loop in loops if loop[1] < last] or loops
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     if not inner:
-        raise ValueError(f"{cubin} has no loop with a matrix instruction")
+        raise ValueError(f"{cubin} has no loop with {' or '.join(kind)}")
     start, end, _ = max(inner, key=lambda loop: loop[2])
     return start, end
 
@@ -164,12 +175,12 @@ def _hot_loop(cubin: Path) -> tuple[int, int]:
 def ahead(cubin: Path) -> float | None:
     """Trips of the hot loop between the issue of a copy to shared memory and its wait, the least of all its copies.
 
-    None if the loop waits for no copy.
+    None if the loop waits for no copy: other warps issue them (warp specialization), or each load is waited for.
 
     Raises:
         ValueError: no loop holds a matrix instruction.
     """
-    first, last = _hot_loop(cubin)
+    first, last = _hot_loop(cubin, _MMA)
     code = disassemble(cubin)[0]
     before, loop = code[:first], code[first : last + 1]
     trips = _ahead_by_threads(loop) + _ahead_by_descriptor(before, loop)
@@ -230,8 +241,8 @@ def clocks_per_score(
     rates = RATES[arch]
     count: Counter[str] = Counter()
     products = 0.0
-    moved = 0.0  # bytes of shared memory, by a warp
-    for instruction in hot_loop(cubin):
+    moved = 0  # bytes of shared memory, by a warp
+    for instruction in _work(cubin):
         name = _name(instruction)
         base = name.split(".")[0]
         count["issue"] += 1
@@ -264,7 +275,7 @@ def clocks_per_score(
         "fma": max(fma * (count["fma"] + count["imad"]), _LANES / rates.alu * count["imad"]) * weight,
         "alu": (_LANES / rates.alu * count["alu"] + _LANES / rates.maximum * count["maximum"]) * weight,
         "issue": count["issue"] * weight,
-        "shared": moved * num_warps / scores / _SHARED_BYTES,
+        "smem": moved * num_warps / scores / _SHARED_BYTES,
     }
     other = max(v for k, v in pipes.items() if k != "tensor")
     return {
@@ -278,17 +289,11 @@ def clocks_per_score(
     }
 
 
-def _shared_bytes(instruction: str) -> float:
+def _shared_bytes(instruction: str) -> int:
     """The bytes that an instruction moves in shared memory for one warp."""
-    name = _name(instruction)
-    base, *kinds = name.split(".")
-    if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
-        # A warpgroup reads B by itself, and A unless that is in registers.
-        rows, columns, depth = map(int, shape.groups())
-        in_shared = not re.match(r"R\d+,\s*R\d+", instruction[instruction.index(name) + len(name) :].strip())
-        return 2 * depth * (columns + rows * in_shared) / 4
+    base, *kinds = _name(instruction).split(".")
     if base not in _SHARED:
         return 0
     if base in ("LDSM", "STSM"):  # 8 x 8 matrices of 2 bytes
         return 128 * int(kinds[-1]) if kinds[-1] in ("2", "4") else 128
-    return 32 * int(kinds[-1]) / 8 if kinds and kinds[-1] in ("64", "128") else 128
+    return 4 * int(kinds[-1]) if kinds and kinds[-1] in ("64", "128") else 128

@@ -27,7 +27,8 @@ ONES               V has a spare column                    it holds ones, so P @
 TAIL               the last tile is partial, without ONES  that tile is masked (MASK), ahead of a loop without masks
 LARGE_SCALE        log2_scale > 1                          the scaled product could overflow fp32
 POLYNOMIAL         exp2 limits the loop, fp16 or bf16      one exp2 in eight runs on the multiply-add units
-USE_TMA            compute capability 9.0 and later        tiles are copied by descriptor
+USE_TMA            from Hopper on, fp16 or bf16            tiles are copied by descriptor
+WARP_SPECIALIZE    on request                              see ``configs.py``
 UNIT = 8, not 1    strides are multiples of 8 elements     the compiler sees that, and loads 16 bytes at a time
 =================  ======================================  ==========================================================
 """
@@ -161,6 +162,7 @@ def attention_kernel(
     LARGE_SCALE: tl.constexpr,
     POLYNOMIAL: tl.constexpr,
     USE_TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     blocks = tl.cdiv(tokens, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -195,7 +197,7 @@ def attention_kernel(
                 acc_a, acc_b, K_B > 0, V_B > 0, ONES, True, LARGE_SCALE, POLYNOMIAL,
             )  # fmt: skip
 
-    for start in range(0, full_rows, BLOCK_N):
+    for start in tl.range(0, full_rows, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         if USE_TMA:
             row = bh * rows + start
             k_a = key_a.load([row, 0]).T

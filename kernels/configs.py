@@ -36,16 +36,17 @@ class Tiles:
     ones: bool
 
 
-def tiles(head_dim: int) -> Tiles:
-    """The tiles for a head dim that is a multiple of 8 and at most 256."""
+def tiles(capability: tuple[int, int], head_dim: int) -> Tiles:
+    """The tiles on a GPU of compute capability (major, minor), for a head dim that is a multiple of 8 up to 256."""
     first = max(16, 1 << (head_dim.bit_length() - 1))
     rest = max(0, head_dim - first)
     second = max(16, 1 << (rest - 1).bit_length()) if rest else 0
     if first == second:  # together the next power of two: one tile
         first, second = 2 * first, 0
     k = (first, second)
-    # On Hopper P V costs less with 64 columns than with 32 + 16: a small wgmma is no cheaper to issue.
-    v = (64, 0) if k == (32, 16) else k
+    # The matrix instructions of Hopper and sm_100 take P V whole: those of 64 columns cost less than of 32 and of 16.
+    # Everywhere else it is made of instructions of 8 columns, and 48 cost three quarters of 64.
+    v = (64, 0) if k == (32, 16) and capability[0] in (9, 10) else k
     ones = sum(v) > head_dim
     return Tiles(k=k, v=v, k_columns=sum(k), v_columns=min(sum(v), -(-(head_dim + ones) // 16) * 16), ones=ones)
 
@@ -55,6 +56,8 @@ class KernelConfig:
     """Queries and keys per tile, warps per program, stages of the software pipeline.
 
     ``polynomial``: compute one exp2 in eight by polynomial. For loops that exp2 limits, in fp16 and bf16.
+    ``warp_specialize``: copies, products and exp2 run in warps of their own (Triton on sm_100). No row has it: with 12
+    warps of 168 registers one program fits on an SM, where two of the others do.
     """
 
     block_m: int
@@ -62,6 +65,7 @@ class KernelConfig:
     num_warps: int
     num_stages: int
     polynomial: bool = False
+    warp_specialize: bool = False
 
     @property
     def options(self) -> dict[str, object]:
@@ -69,35 +73,55 @@ class KernelConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILER}
 
 
-# (columns of a packed K row, configuration): the first row with enough columns applies. The default runs on any GPU
-# from compute capability 8.0 on: it fits 99 KB of shared memory and does not spill.
+# (columns of a packed K row, configuration): the first row with enough columns applies. A copy is issued at least a
+# trip of the loop before its wait, and 800 clocks: that takes three stages, or two on sm_100. No row spills.
+#
+# The default runs on any GPU from compute capability 8.0 on: it fits 99 KB of shared memory. There each warp reads all
+# of K and V from shared memory, so 32 queries a warp (4 warps) cost half of what 16 (8 warps) do, and two programs fit
+# on an SM. Four stages if tiles are so small that a trip alone does not cover a load.
 _DEFAULT = [
-    (48, KernelConfig(128, 64, 8, 3)),  # 128 registers on sm_80: two programs per SM
-    (80, KernelConfig(128, 64, 8, 2)),
-    (160, KernelConfig(128, 32, 8, 2)),
-    (256, KernelConfig(64, 32, 4, 2)),
+    (48, KernelConfig(128, 64, 4, 4)),
+    (80, KernelConfig(128, 32, 4, 4)),  # with 64 keys they spill
+    (160, KernelConfig(128, 32, 8, 3)),  # with 4 warps they spill
+    (256, KernelConfig(64, 32, 4, 2)),  # with a third stage they spill
 ]
+# wgmma reads K and V by itself. Tiles are as large as registers allow: a trip costs 130 instructions whatever its size.
 _HOPPER = [
-    (64, KernelConfig(128, 256, 8, 2, polynomial=True)),
+    (64, KernelConfig(128, 256, 8, 3, polynomial=True)),
+    (128, KernelConfig(128, 128, 8, 3)),  # with 256 keys they spill from 80 columns on
+    (160, KernelConfig(128, 64, 8, 3)),  # larger tiles leave no room for a third stage
+    (256, KernelConfig(128, 32, 8, 3)),
+]
+# The outputs are in tensor memory, so registers allow 128 keys. Two programs fit on an SM up to 64 columns.
+_BLACKWELL = [
+    (96, KernelConfig(128, 128, 8, 3)),
     (160, KernelConfig(128, 128, 8, 2)),
     (256, KernelConfig(128, 64, 8, 2)),
 ]
-_BLACKWELL = [(64, KernelConfig(128, 128, 8, 2)), *_DEFAULT]
 _HALF = {90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}
-# Exact fp32 products run on the FMA units, with operands in registers.
-_FP32: list[tuple[int, KernelConfig]] = [(96, KernelConfig(32, 16, 4, 1)), (256, KernelConfig(16, 16, 8, 1))]
+# Exact fp32 products run on the FMA units. What a thread reads from shared memory limits them, and it reads less for
+# each product the larger its tile is: the largest that do not spill.
+_FP32 = [
+    (48, KernelConfig(64, 32, 4, 3)),
+    (96, KernelConfig(32, 32, 4, 3)),
+    (160, KernelConfig(32, 16, 4, 3)),
+    (256, KernelConfig(32, 16, 8, 3)),
+]
 
 
 def attention_config(capability: tuple[int, int], head_dim: int, half: bool) -> KernelConfig:
     """For compute capability (major, minor); ``half``: fp16 or bf16. A GPU without a table gets the default."""
     table = _HALF.get(capability[0] * 10 + capability[1], _DEFAULT) if half else _FP32
-    columns = tiles(head_dim).k_columns
+    columns = tiles(capability, head_dim).k_columns
     return next(config for limit, config in table if columns <= limit)
 
 
-def has_tma(capability: tuple[int, int]) -> bool:
-    """Whether the GPU copies tiles by descriptor (Tensor Memory Accelerator): from Hopper on."""
-    return capability >= (9, 0)
+def has_tma(capability: tuple[int, int], half: bool) -> bool:
+    """Whether tiles are copied by descriptor (Tensor Memory Accelerator): from Hopper on, in fp16 and bf16.
+
+    In fp32 the operands of a product are in registers, which do not suffice for a tile that arrives all at once.
+    """
+    return half and capability >= (9, 0)
 
 
 # The match kernel streams both operands through shared memory, 128 bytes of channels at a time, so any number of

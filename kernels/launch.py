@@ -63,11 +63,12 @@ def packed(
     """Launch the packing kernel, on the current device; ``negative`` negates the keys, for a negative scale."""
     head_dim = key.shape[3]
     gpu = capability(key)
-    config = config or attention_config(gpu, head_dim, half=key.dtype != torch.float32)
-    tile = tile or tiles(head_dim)
+    half = key.dtype != torch.float32
+    config = config or attention_config(gpu, head_dim, half)
+    tile = tile or tiles(gpu, head_dim)
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, config.block_n) * config.block_n
-    return Packed(*pack(key, value, grid, coarse, mode, negative, rows, tile), keys, config, tile, has_tma(gpu))
+    return Packed(*pack(key, value, grid, coarse, mode, negative, rows, tile), keys, config, tile, has_tma(gpu, half))
 
 
 def attend(query: torch.Tensor, kv: Packed, scale: float) -> torch.Tensor:
@@ -123,6 +124,7 @@ def constants(
         "LARGE_SCALE": large_scale,
         "POLYNOMIAL": config.polynomial,
         "USE_TMA": use_tma,
+        "WARP_SPECIALIZE": config.warp_specialize,
     }
 
 

@@ -17,6 +17,7 @@ from todo_attn.kernels import configs
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
+LATENCY = 800  # clocks that a copy from memory to shared memory may take
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 
 
@@ -50,14 +51,18 @@ def check(rows):
 
 def check_clocks(row):
     """The counts of the loop that was found, against arithmetic: its products with padding, an exp2 for each score."""
-    tile = configs.tiles(row["head_dim"])
+    tile = configs.tiles(divmod(row["arch"], 10), row["head_dim"])
     products = (sum(tile.k) + sum(tile.v)) / RATES[row["arch"]].tensor
     exp2 = (7 / 8 if row["polynomial"] else 1) / RATES[row["arch"]].special
     assert row["tensor"] == pytest.approx(products, rel=0.01), row
     # And those of a row's factor: one in each of the threads that share the row.
     assert exp2 <= row["mufu"] <= exp2 * (1 + 17 / row["block_n"]), row
-    assert row["bound"] == max(row[pipe] for pipe in ("tensor", "mufu", "fma", "alu", "issue", "shared")), row
+    assert row["bound"] == max(row[pipe] for pipe in ("tensor", "mufu", "fma", "alu", "issue", "smem")), row
     assert row["bound"] <= row["no_overlap"] <= 2 * row["bound"] + 1e-4, row
+    if row["head_dim"] <= 160:
+        assert row["ahead_clocks"] >= LATENCY, row
+    if row["head_dim"] <= 80:  # beyond, tiles of 4 warps do not fit the registers
+        assert row["smem"] <= row["tensor"] or row["smem"] <= row["mufu"], row
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -69,6 +74,7 @@ def test_fp16_at_every_head_dim_and_mode(arch):
     assert {row["mode"] for row in rows if row["kernel"] == "pack"} == {"nearest", "nearest-exact", "mean"}
     assert {row["head_dim"] for row in rows if row["kernel"] == "match"} == {20, 320, 1280}
     assert all(row["mma"] > 0 for row in rows if row["kernel"] in ("attention", "match"))
+    assert all(row["ahead"] > 1 for row in rows if row["kernel"] == "match")
     if arch == 90:
         assert all(row["wgmma"] > 0 for row in rows if row["kernel"] in ("attention", "match"))
         assert not any(row["serialised"] for row in attention)
@@ -181,9 +187,15 @@ def test_wrong_options_are_refused_before_anything_is_compiled():
 
 def test_tiles_split_head_dims():
     """40, 80 and 160 as 32 + 16, 64 + 16 and 128 + 32; every tile a power of two that covers the head dim."""
-    assert [configs.tiles(d).k for d in (40, 80, 160)] == [(32, 16), (64, 16), (128, 32)]
-    for head_dim in range(8, 257, 8):
-        tile = configs.tiles(head_dim)
+    assert [configs.tiles((9, 0), d).k for d in (40, 80, 160)] == [(32, 16), (64, 16), (128, 32)]
+    assert [configs.tiles(c, 40).v for c in ((8, 0), (9, 0), (10, 0), (12, 0))] == [
+        (32, 16),
+        (64, 0),
+        (64, 0),
+        (32, 16),
+    ]
+    for capability, head_dim in product([(8, 0), (9, 0)], range(8, 257, 8)):
+        tile = configs.tiles(capability, head_dim)
         for parts in (tile.k, tile.v):
             assert all(p == 0 or (p >= 16 and p & (p - 1) == 0) for p in parts)
             assert head_dim <= sum(parts) < head_dim + 32 or sum(parts) in (64, 256)

@@ -51,7 +51,7 @@ def check(query, key, value, grid, factor=1, mode="nearest", scale=None, backend
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
 def use_tma(request, monkeypatch):
     """Tiles through pointers, as before Hopper, and by descriptor, as from Hopper on: the interpreter takes both."""
-    monkeypatch.setattr("todo_attn.kernels.launch.has_tma", lambda capability: request.param)
+    monkeypatch.setattr("todo_attn.kernels.launch.has_tma", lambda *_: request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)

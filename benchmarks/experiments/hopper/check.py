@@ -4,8 +4,9 @@ python -m benchmarks.experiments.hopper.check                             all th
 python -m benchmarks.experiments.hopper.check --head-dim 40 --seconds 30  some, with less patience
 
 Each configuration is tried in a process of its own with a time limit: a wrong barrier is a hang, and must not take the
-rest along. "worst" is the largest error, over that of torch's own attention in the same dtype; it must be below 2. A
-hang is a barrier, NaN a slot of the ring, a factor everywhere a scale.
+rest along. As many run at a time as there are processors, because most of their time goes into compiling. "worst" is
+the largest error, over that of torch's own attention in the same dtype; it must be below 2. A hang is a barrier, NaN a
+slot of the ring, a factor everywhere a scale.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +32,7 @@ from benchmarks.options import check_among
 from todo_attn.ops import reference
 
 BOUND = 2.0  # of "worst"
-SECONDS = 120.0  # most of which goes into compiling: ten programs, as divisible sizes are compiled apart
+SECONDS = 120.0  # most of which goes into compiling: a program for each dtype, and two that pack
 REPEATS = 3  # a race shows now and then
 # Grid, factor, tokens: one key, odd numbers, keys that end a tile, several blocks for each SM.
 _SHAPES = [
@@ -90,6 +93,12 @@ def row(head_dim: int, run: Run, seconds: float = SECONDS) -> dict[str, Any]:
     return result | {"worst": found, "error": wrong}
 
 
+def rows(settings: Sequence[tuple[int, Run]], seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
+    """:func:`row` of each, in order, side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: each waits for a process
+        yield from pool.map(lambda setting: row(*setting, seconds), settings)
+
+
 def main(
     head_dim: Annotated[list[int] | None, typer.Option(help=f"Of {', '.join(map(str, RUNS))}; repeatable.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="For each configuration.")] = SECONDS,
@@ -104,13 +113,13 @@ def main(
     check_among("head-dim", head_dim or (), RUNS)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise typer.BadParameter("the candidate needs a GPU of compute capability 9.0, and there is none here")
-    rows = []
-    for number in head_dim or RUNS:
-        for run in RUNS[number]:
-            rows.append(row(number, run, seconds))
-            typer.echo(f"{number}, {run}: {rows[-1]['error'] or 'right'}", err=True)
-    typer.echo(json.dumps(rows, indent=1) if as_json else tabulate(rows, headers="keys"))
-    if any(each["error"] for each in rows):
+    settings = [(number, run) for number in head_dim or RUNS for run in RUNS[number]]
+    found = []
+    for (number, run), each in zip(settings, rows(settings, seconds), strict=True):
+        found.append(each)
+        typer.echo(f"{number}, {run}: {each['error'] or 'right'}", err=True)
+    typer.echo(json.dumps(found, indent=1) if as_json else tabulate(found, headers="keys"))
+    if any(each["error"] for each in found):
         raise typer.Exit(1)
 
 

@@ -170,7 +170,7 @@ def _consume(
             _store_out(rows_of_out, acc_b, row_sum, token, tokens, stride_on, stride_od, V_A, PLAN.head_dim)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["batch_heads", "heads", "tokens", "keys", "rows"])
 def attention_kernel(
     query,  # (B, N, H, D), any strides
     key_a,  # descriptor of (B*H*rows, k_columns), box [block_n, k_a]

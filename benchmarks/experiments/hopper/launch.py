@@ -97,7 +97,7 @@ def configuration(head_dim: int) -> Run:
     """
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim}")
-    return next(run for limit, run in _RUNS if tiles(head_dim).k_columns <= limit)
+    return next(run for limit, run in _RUNS if tiles((9, 0), head_dim).k_columns <= limit)
 
 
 def plan(head_dim: int, tile: Tiles, run: Run) -> Plan:
@@ -138,7 +138,7 @@ def launch(
     out = query.new_empty(query.shape)
     if out.numel() == 0:
         return out
-    tile = tiles(head_dim)
+    tile = tiles((9, 0), head_dim)
     coarse = (grid[0] // factor[0], grid[1] // factor[1])
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, run.block_n) * run.block_n

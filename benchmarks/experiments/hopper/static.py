@@ -44,7 +44,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def source(head_dim: int, dtype: str, run: Run) -> GluonASTSource:
     """The kernel as it is launched on contiguous tensors."""
-    tile = tiles(head_dim)
+    tile = tiles((9, 0), head_dim)
     constants = {"PLAN": plan(head_dim, tile, run), "stride_qd": 1, "stride_od": 1}
     names: list[str] = attention_kernel.arg_names
     types = dict.fromkeys(constants, "constexpr") | dict.fromkeys(("query", "out"), f"*{dtype}")
@@ -108,7 +108,7 @@ def report(head_dim: int, dtype: str, run: Run, dump: Path | None = None) -> dic
     ast = source(head_dim, dtype, run)
     compiled = triton.compile(ast, target=GPUTarget("cuda", 90, 32), options=OPTIONS)
     row: dict[str, Any] = {"head_dim": head_dim, "dtype": dtype, **asdict(run)}
-    tile = tiles(head_dim)
+    tile = tiles((9, 0), head_dim)
     with TemporaryDirectory() as folder:
         flags = "".join(name[0] for name in ("ahead", "halves") if row[name])
         name = f"hopper-{dtype}-d{head_dim}-n{run.block_n}-s{run.stages}-c{run.consumers}-{flags}"

@@ -2,7 +2,8 @@
 
 python -m benchmarks.experiments.hopper.tune --head-dim 40    options as of ``python -m benchmarks.tune``
 
-Each configuration is checked first, in a process of its own; one that is not right is reported and not timed.
+Each configuration is checked first, in a process of its own, all of a head dim side by side; one that is not right is
+reported and not timed.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from todo_attn.bench.trial import Trial
 def calls(case: Case) -> dict[str, Call]:
     """By name, the candidate in each configuration that is right here; reports those that are not."""
     found = {}
-    for run in launch.RUNS[case.head_dim]:
+    runs = launch.RUNS[case.head_dim]
+    # In a process of its own, with a time limit: a wrong barrier is a hang, and would take all other rows along.
+    checked = check.rows([(case.head_dim, run) for run in runs])
+    for run, result in zip(runs, checked, strict=True):
         flags = [name for name in ("ahead", "halves", "persistent") if getattr(run, name)]
         name = ", ".join([f"hopper {run.consumers}x64x{run.block_n}", f"{run.stages} slots", *flags])
-        # In a process of its own, with a time limit: a wrong barrier is a hang, and would take all other rows along.
-        if error := check.row(case.head_dim, run)["error"]:
+        if error := result["error"]:
             typer.echo(f"{case.head_dim}, {name}: not timed, {error}", err=True)
         else:
             found[name] = tune.call(case, partial(launch.attention, run=run))

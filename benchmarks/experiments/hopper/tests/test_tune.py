@@ -38,12 +38,14 @@ def test_a_candidate_is_timed_where_it_is_right(monkeypatch, cli, capfd):
 
     right = launch.RUNS[80][0]
     monkeypatch.setattr(launch, "attention", attend)
-    monkeypatch.setattr(check, "row", lambda head_dim, run: {"error": None if run == right else "no end after 1 s"})
+    monkeypatch.setattr(
+        check, "row", lambda head_dim, run, seconds: {"error": None if run == right else "no end after 1 s"}
+    )
     result, path = cli("--head-dim", "80")
     assert result.exit_code == 0, result.output
     (row,) = jsonl.read(path)
     assert row["contender"]["name"].startswith("hopper 2x64x64, 4 slots") and row["speedup"]
     assert result.stderr.count("no end after 1 s") == len(launch.RUNS[80]) - 1
-    monkeypatch.setattr(check, "row", lambda head_dim, run: {"error": "needs a Hopper GPU"})
+    monkeypatch.setattr(check, "row", lambda head_dim, run, seconds: {"error": "needs a Hopper GPU"})
     result, path = cli("--head-dim", "40")
     assert "no candidate is right on this device" in jsonl.read(path)[-1]["contender"]["error"]
