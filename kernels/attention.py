@@ -128,7 +128,7 @@ def _load_rows(
     return k_a, k_b, v_a, v_b
 
 
-@triton.jit(do_not_specialize=["stride_qb", "stride_qn", "stride_qh", "heads", "tokens", "keys", "rows"])
+@triton.jit(do_not_specialize=["stride_qb", "stride_qn", "stride_qh", "heads", "tokens", "keys"])
 def attention_kernel(
     query,  # (B, N, H, D), any strides, those of b, n and h in units of UNIT elements
     key_a,  # descriptor of packed_key, block [BLOCK_N, K_A]
@@ -168,11 +168,10 @@ def attention_kernel(
     bh = tl.program_id(0) // blocks
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
-    token = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = token[:, None] < tokens
-    token = token.to(tl.int64)[:, None]
+    token = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    valid = token < tokens
 
-    query += (b * stride_qb + h * stride_qh + token * stride_qn) * UNIT
+    query += (b * stride_qb + h * stride_qh + token.to(tl.int64) * stride_qn) * UNIT
     offs_a = tl.arange(0, K_A)[None, :].to(tl.int64)
     q_a = tl.load(query + offs_a * stride_qd, mask=valid & (offs_a < HEAD_DIM), other=0.0)  # [BLOCK_M, K_A]
     q_b = q_a

@@ -55,7 +55,7 @@ def _load_token(x, y, column, width, stride_n, offs_d, stride_d, mask, UNIT: tl.
     return tl.load(x + token * stride_n * UNIT + offs_d[None, :].to(tl.int64) * stride_d, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "heads", "rows", "height", "width", "coarse_height", "coarse_width"])
+@triton.jit(do_not_specialize=[*STRIDES, "heads", "height", "width", "coarse_height", "coarse_width"])
 def pack_kernel(
     key,  # (B, gh*gw, H, D), any strides, those of b, n and h in units of UNIT elements
     value,  # the same

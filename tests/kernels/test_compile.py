@@ -93,7 +93,7 @@ def test_other_dtypes(dtype):
 
 # SM clocks per score on sm_90: the main loop's bound, and its time without any overlap, for "plain" and "large-scale".
 # A guard: a change that makes the loop slower has to say so here.
-CLOCKS = {40: (0.0565, 0.112, 0.112), 64: (0.0635, 0.120, 0.127), 80: (0.079, 0.149, 0.156), 160: (0.158, 0.234, 0.241)}
+CLOCKS = {40: (0.0565, 0.112, 0.112), 64: (0.0635, 0.120, 0.127), 80: (0.079, 0.149, 0.156), 160: (0.158, 0.268, 0.274)}
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
