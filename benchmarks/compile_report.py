@@ -67,12 +67,15 @@ class Variant:
 
 
 def spelled(config: configs.KernelConfig) -> str:
-    """``config`` as ``--settings`` takes it, but with "-poly" for ":poly", which some file systems refuse in a name."""
-    return f"{config.block_m}x{config.block_n}x{config.num_warps}x{config.num_stages}{'-poly' * config.polynomial}"
+    """``config`` as ``--settings`` takes it, but with "-" for ":", which some file systems refuse in a name."""
+    flags = "-poly" * config.polynomial + "-ws" * config.warp_specialize
+    return f"{config.block_m}x{config.block_n}x{config.num_warps}x{config.num_stages}{flags}"
 
 
 def parsed(text: str) -> configs.KernelConfig:
-    """QUERIES x KEYS x WARPS x STAGES, as 128x64x4x2, and ":poly" for one exp2 in eight by polynomial.
+    """QUERIES x KEYS x WARPS x STAGES, as 128x64x4x2.
+
+    Then ":poly" for one exp2 in eight by polynomial, and ":ws" for warp specialization (sm_100).
 
     Raises:
         typer.BadParameter: ``text`` is anything else, or no such kernel can be compiled.
@@ -189,7 +192,7 @@ def main(
         list[str] | None,
         typer.Option(
             help="Only attention, in this configuration: QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; "
-            "repeatable."
+            ":ws for warp specialization on sm_100; repeatable."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,

@@ -107,7 +107,7 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
 
     def tuning(name: str) -> Callable[[float], Command]:
         def command(seconds: float) -> Command:
-            # A head dim takes about a minute: compiling each variant, its oracle, 6 s of rounds.
+            # A head dim takes less than a minute: its oracle, 6 s of rounds; candidates also their checks.
             minutes = max(0.0, seconds - 60) / 60
             return module(name, "--device", device, "--out", out / "tune.jsonl", "--minutes", f"{minutes:.2f}")
 

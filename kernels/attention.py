@@ -218,7 +218,7 @@ def attention_kernel(
         row_sum = tl.sum(tl.where(offs_a == HEAD_DIM, acc_a, 0.0), 1)
         if V_B > 0:
             row_sum += tl.sum(tl.where(offs_b == HEAD_DIM, acc_b, 0.0), 1)
-    out += ((b * tokens + token) * heads + h) * HEAD_DIM
+    out += (b * tokens * heads + h) * HEAD_DIM + token.to(tl.int64) * (heads * HEAD_DIM)
     dtype = out.dtype.element_ty
     tl.store(out + offs_a, (acc_a / row_sum[:, None]).to(dtype), mask=valid & (offs_a < HEAD_DIM))
     if V_B > 0:

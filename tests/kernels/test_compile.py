@@ -40,8 +40,7 @@ def compile_report(*arguments):
 def check(rows):
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[row["arch"]] * 1024, row
-        if row["dtype"] != "fp32" or row["head_dim"] <= 160 or row["kernel"] in ("match", "rows"):
-            assert row["spills"] == 0 and row["stack"] == 0, row
+        assert row["spills"] == 0 and row["stack"] == 0, row
         if row["kernel"] in ("attention", "pack"):
             assert row["narrow"] == 0, row
         if row["kernel"] == "attention" and row["dtype"] != "fp32":
