@@ -219,6 +219,11 @@ class Kernel:
         return run
 
 
+def jit(function=None, **_):
+    """The decorator, with options or without."""
+    return Kernel if function is None else Kernel(function)
+
+
 def _argument(one):
     if isinstance(one, torch.Tensor):
         size = one.untyped_storage().nbytes() // one.element_size()
@@ -272,7 +277,7 @@ GL = types.SimpleNamespace(
 )
 # By the name they are imported from.
 MODULES = {
-    "triton.experimental": types.SimpleNamespace(gluon=types.SimpleNamespace(jit=Kernel)),
+    "triton.experimental": types.SimpleNamespace(gluon=types.SimpleNamespace(jit=jit)),
     "triton.experimental.gluon": types.SimpleNamespace(language=GL),
     "triton.experimental.gluon.language.nvidia.hopper": types.SimpleNamespace(
         fence_async_shared=lambda: None,
