@@ -81,6 +81,7 @@ class KernelConfig:
 # on an SM. Four stages if tiles are so small that a trip alone does not cover a load.
 _DEFAULT = [
     (48, KernelConfig(128, 64, 4, 4)),
+    (64, KernelConfig(128, 64, 4, 3)),
     (80, KernelConfig(128, 32, 4, 4)),  # with 64 keys they spill
     (160, KernelConfig(128, 32, 8, 3)),  # with 4 warps they spill
     (256, KernelConfig(64, 32, 4, 2)),  # with a third stage they spill
