@@ -205,7 +205,8 @@ def _ahead_by_descriptor(before: list[str], loop: list[str]) -> list[float]:
     copies = sum(_name(instruction).startswith("UTMALDG") for instruction in loop)
     if not copies:
         return []
-    issued, waited = {}, {}
+    issued: dict[str | None, int] = {}
+    waited: dict[str | None, int] = {}
     for at, instruction in enumerate(loop):
         if barrier := re.search(r"SYNCS\.(ARRIVE\.TRANS64|PHASECHK)\S*\s.*\[UR\d+(\+0x[0-9a-f]+)?\]", instruction):
             (issued if barrier[1] == "ARRIVE.TRANS64" else waited)[barrier[2]] = at
@@ -228,7 +229,7 @@ def _multiply_adds(name: str) -> int:
 
 def clocks_per_score(
     cubin: Path, arch: int, block_m: int, block_n: int, num_warps: int, columns: int
-) -> dict[str, float | bool]:
+) -> dict[str, float | bool | None]:
     """SM clocks per query-key pair of the hot loop by pipe, its bound, and its time without overlap.
 
     ``columns``: multiply-adds per pair, padding included, for code whose matrix instructions do not show their shape
