@@ -40,7 +40,6 @@ HEAD_DIMS = (8, 24, 40, 64, 80, 96, 128, 160, 256)
 CHANNELS = (20, 320, 1280)
 KERNELS = ("attention", "pack", "match", "rows")
 
-_TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _BATCH, _HEADS, _COARSE = 2, 8, (16, 32)  # 512 keys: whole tiles of every configuration
 
 
@@ -136,7 +135,7 @@ def attention(variant: Variant) -> None:
     grid = (height, width - factor[1]) if variant.mode == "tail" else (height, width)
 
     def tokens(count: int) -> torch.Tensor:
-        flat = torch.empty(_BATCH, count, _HEADS * variant.head_dim, dtype=_TORCH[variant.dtype])
+        flat = torch.empty(_BATCH, count, _HEADS * variant.head_dim, dtype=getattr(torch, DTYPES[variant.dtype]))
         return flat.unflatten(2, (_HEADS, variant.head_dim))
 
     key, value = tokens(grid[0] * grid[1]), tokens(grid[0] * grid[1])
@@ -146,7 +145,7 @@ def attention(variant: Variant) -> None:
 
 def _match(variant: Variant) -> None:
     """Half of 1024 tokens as queries, half as keys."""
-    x = torch.empty(_BATCH, 1024, variant.head_dim, dtype=_TORCH[variant.dtype])
+    x = torch.empty(_BATCH, 1024, variant.head_dim, dtype=getattr(torch, DTYPES[variant.dtype]))
     index = torch.empty(_BATCH, 512, dtype=torch.int64)
     match.match(x, index, index.clone())
 
