@@ -66,15 +66,16 @@ std::string unavailable_reason() {
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error != cudaSuccess) return std::string("CUDA: ") + cudaGetErrorString(error);
   for (int device = 0; device < devices; ++device) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    if (!has_code_for(major, minor)) {
-      return "the library is not compiled for compute capability " + dotted(major, minor) + " (GPU " +
-          std::to_string(device) + ")";
-    }
+    if (unavailable_reason_on(device).empty()) return "";
   }
-  return "";
+  return devices == 0 ? "there is no GPU" : unavailable_reason_on(0);
+}
+
+std::string unavailable_reason_on(int device) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return has_code_for(major, minor) ? "" : "the library is not compiled for compute capability " + dotted(major, minor);
 }
 
 }  // namespace todo_attn

@@ -13,8 +13,11 @@ namespace todo_attn {
 template <class Job>
 void launch(const Job& job, int64_t batches, int64_t rows, void* stream);
 
-// Why this library cannot serve this machine's GPUs: the driver is older than the CUDA it is linked with, or it has no
-// code for one of them. Empty where it can. Initialises CUDA.
+// Why this library can serve none of this machine's GPUs: the driver is older than the CUDA it is linked with, or it has
+// no code for any of them. Empty if it can. Initialises CUDA.
 std::string unavailable_reason();
+
+// Why this library cannot serve one GPU, by the number that torch has for it. Empty if it can.
+std::string unavailable_reason_on(int device);
 
 }  // namespace todo_attn

@@ -34,6 +34,13 @@ extern "C" C10_EXPORT const char* todo_attn_cuda_unavailable_reason() {
   return todo_attn::reason().c_str();
 }
 
+// Asked for each GPU, if the kernels are registered; empty for one that they serve.
+extern "C" C10_EXPORT const char* todo_attn_cuda_unavailable_reason_on(int device) {
+  static thread_local std::string text;
+  text = todo_attn::unavailable_reason_on(device);
+  return text.c_str();
+}
+
 // A library that cannot run here registers nothing, and the ops stay with torch's kernels.
 STABLE_TORCH_LIBRARY_IMPL(todo_attn, CUDA, m) {
   if (todo_attn::reason().empty()) {

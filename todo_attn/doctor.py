@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,7 @@ def _op_rows(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for dtype in _TOLERANCE:
         columns = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        _try_triton(device, dtype)
         reason = backends.triton_unavailable_reason(device, dtype, _HEAD_DIM)
         chosen = backends.choose("auto", device, dtype, _HEAD_DIM)
         checks = [
@@ -99,9 +101,19 @@ def _op_rows(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+def _try_triton(device: torch.device, dtype: torch.dtype) -> None:
+    """Run each op by Triton, if it may run, so that :mod:`todo_attn.ops.fallback` knows whether it can."""
+    with silent(), suppress(Exception):  # what else is wrong shows in the checks
+        if backends.triton_unavailable_reason(device, dtype, _HEAD_DIM) is None:
+            _attention_error(device, dtype, "triton")
+    with silent(), suppress(Exception):
+        if backends.triton_unavailable_reason(device, dtype) is None:
+            _match_error(device, dtype)
+
+
 def _token_rows(device: torch.device) -> list[dict[str, Any]]:
     """A row per op that moves tokens, for all dtypes at once: by the compiled library or by torch."""
-    reason = libraries.unavailable_reason(device.type)
+    reason = libraries.unavailable_reason(device.type, device.index)
     backend = {"cpu": "C++", "cuda": "CUDA"}[device.type] if reason is None else "torch"
     columns = {"device": str(device), "dtype": "any", "backend": backend, "why_not_compiled": reason}
     return [

@@ -81,7 +81,7 @@ def test_a_broken_move(run, monkeypatch, op):
 
 
 def test_compiled_libraries_that_are_not_there_are_explained(run, monkeypatch):
-    monkeypatch.setattr(libraries, "unavailable_reason", lambda device_type: "it was forgotten")
+    monkeypatch.setattr(libraries, "unavailable_reason", lambda *device: "it was forgotten")
     ran = run("doctor")
     assert ran.code == 0
     assert "no compiled token ops on cpu: it was forgotten" in ran.out

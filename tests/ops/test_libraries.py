@@ -240,6 +240,44 @@ def test_they_can_be_turned_off():
     assert run(code, TODO_ATTN_LIBRARIES="0").splitlines() == [f"{off} {off}", "False", "1.0", "1"]
 
 
+def test_a_gpu_without_code_leaves_the_library_to_the_others():
+    """Tried on the CPU, whose device has no number, by the code that divides the GPUs."""
+    code = (
+        "import torch\nfrom todo_attn.ops import libraries, tokens\n"
+        "def calls(served):\n"
+        "    def kernel(x, *rest):\n"
+        "        served.append(x.shape)\n"
+        "        return x.new_ones(1)\n"
+        "    return kernel\n"
+        "torchs, compiled = libraries._kernels('CPU'), []\n"
+        "library = torch.library.Library('todo_attn', 'IMPL')\n"
+        "for op in ('gather_tokens', 'recover_tokens', 'select_base_tokens'):\n"
+        "    library.impl(op, calls(compiled), 'CPU')\n"
+        "libraries._divide('CPU', torchs)\n"
+        "x, index = torch.arange(8.0).view(1, 4, 2), torch.tensor([[2, 0]])\n"
+        "def use():\n"
+        "    tokens.gather_tokens(x, index)\n"
+        "    tokens.recover_tokens(x, index, x[:, :2])\n"
+        "    tokens.select_base_tokens(x[..., 0], (2, 2), (2, 2))\n"
+        "    return len(compiled)\n"
+        "print(use())\n"
+        "libraries._foreign[None] = 'no code'\n"
+        "print(use(), tokens.gather_tokens(x, index).tolist())\n"
+        "tokens.scatter_tokens_(x, index, -x[:, :2])\n"
+        "print(x[0, :, 0].tolist())\n"
+    )
+    served, foreign, written = run(code, TODO_ATTN_LIBRARIES="0").splitlines()
+    assert (served, foreign) == ("3", "3 [[[4.0, 5.0], [0.0, 1.0]]]")
+    assert written == "[-2.0, 2.0, -0.0, 6.0]"
+
+
+def test_a_reason_of_one_gpu(fresh, monkeypatch):
+    monkeypatch.setattr(libraries, "_reasons", {"cuda": None})
+    monkeypatch.setattr(libraries, "_foreign", {1: "it is not compiled for compute capability 7.5"})
+    assert libraries.unavailable_reason("cuda") is libraries.unavailable_reason("cuda", 0) is None
+    assert "7.5" in libraries.unavailable_reason("cuda", 1)
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """No library loaded yet, and none in the folder where they are looked for."""

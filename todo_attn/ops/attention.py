@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..config.checks import ArgumentError
 from ..config.modes import check_mode
-from . import backends, checks
+from . import backends, checks, fallback
 from .downsample import coarse_tokens
 from .precision import as_given
 from .tracing import constant_in_graphs
@@ -27,12 +27,21 @@ def _forward(
     scale: float,
     backend: str,
 ) -> torch.Tensor:
+    """``backend``: "triton", "torch", or "auto", which is Triton, and torch if Triton cannot run here."""
     gh, gw = grid
     fh, fw = factor
-    if backend == "triton":
-        from ..kernels.launch import attention
+    if backend != "torch":
 
-        return attention(query, key, value, (gh, gw), (fh, fw), mode, scale)
+        def launch() -> torch.Tensor:
+            from ..kernels.launch import attention
+
+            return attention(query, key, value, (gh, gw), (fh, fw), mode, scale)
+
+        required = backend == "triton"
+        if required or fallback.reason(query.device, query.dtype, query.shape[3]) is None:
+            out = fallback.attempt(launch, query.device, query.dtype, query.shape[3], required)
+            if out is not None:
+                return out
     key, value = (coarse_tokens(t, (gh, gw), (fh, fw), mode).transpose(1, 2) for t in (key, value))
     with as_given(query):
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale)
@@ -154,7 +163,8 @@ def downsampled_attention(
         mode: "nearest", "nearest-exact" or "mean", as in :func:`todo_attn.ops.downsample_tokens`.
         scale: multiplies the scores. None is D ** -0.5; 0.0 is allowed.
         backend: "triton" (fp16, bf16, fp32; D a multiple of 8 up to 256; CUDA, or the CPU with TRITON_INTERPRET=1),
-            "torch" (no such limits), or "auto": Triton for fp16 and bf16 on a GPU that can run it, else torch.
+            "torch" (no such limits), or "auto": Triton for fp16 and bf16 on a GPU that can run it, else torch. If
+            Triton cannot compile or launch, "auto" logs why, and torch serves from then on.
 
     Returns:
         (B, N, H, D), contiguous, in the dtype of ``query`` (under autocast in autocast's, like torch's own attention).
@@ -180,5 +190,7 @@ def downsampled_attention(
     grid = checks.grid(grid, key.shape[1], "key")
     factor = checks.factor(factor, grid)
     mode, scale = check_mode(mode), checks.scale(scale, query.shape[3])
-    backend = backends.choose(backend, query.device, query.dtype, query.shape[3])
-    return _forward(query, key, value, grid, factor, mode, scale, backend)
+    chosen = backends.choose(backend, query.device, query.dtype, query.shape[3])
+    if chosen == "triton":
+        chosen = backend
+    return _forward(query, key, value, grid, factor, mode, scale, chosen)

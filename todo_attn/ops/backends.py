@@ -8,6 +8,7 @@ import os
 import torch
 
 from ..config.checks import ArgumentError
+from . import fallback
 from .tracing import constant_in_graphs
 
 BACKENDS = ("auto", "triton", "torch")
@@ -36,10 +37,16 @@ def _gpu_unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
-    """Why the Triton kernels cannot run on such tensors, as half a sentence; None if they can.
+@constant_in_graphs
+def _failure(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
+    return fallback.reason(device, dtype, head_dim)
 
-    ``head_dim``: of attention; None for a kernel that takes any number of channels.
+
+def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+    """Why the Triton kernels cannot run on such tensors, as half a sentence; None if they can, as far as is known.
+
+    Whether Triton compiles and launches is known after the first call. ``head_dim``: of attention; None for a kernel
+    that takes any number of channels.
     """
     if not _installed():
         return "Triton is not installed"
@@ -52,11 +59,13 @@ def triton_unavailable_reason(device: torch.device, dtype: torch.dtype, head_dim
         return "Triton's interpreter does not compute bf16 products" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
         return f"device {device.type!r} is not an NVIDIA GPU"
-    return _gpu_unavailable_reason(device)
+    return _gpu_unavailable_reason(device) or _failure(device, dtype, head_dim)
 
 
 def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
     """Resolve ``backend`` to "triton" or "torch"; ``head_dim`` as in :func:`triton_unavailable_reason`.
+
+    An op that was asked for "auto" and gets "triton" runs it by :func:`todo_attn.ops.fallback.attempt`.
 
     "auto" chooses Triton for fp16 and bf16 on a GPU that can run it. In fp32 its exact products do not use the tensor
     cores, and the interpreter is slow.

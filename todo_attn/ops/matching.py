@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..config.checks import ArgumentError
-from . import backends, checks, libraries
+from . import backends, checks, fallback, libraries
 from .precision import exact
 from .tokens import gather_op
 
@@ -112,18 +112,23 @@ def _match_compiled(
 def _forward(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """``backend``: "compiled", "torch", or "triton", which is torch if Triton cannot run here."""
     for name, index in (("query_index", query_index), ("key_index", key_index)):
         checks.in_range(name, index, x.shape[1])
         if backend == "triton" and x.is_cuda:  # gather_tokens asserts it itself
             torch._assert_async(((index >= 0) & (index < x.shape[1])).all(), f"{name} must be below {x.shape[1]}")
-    if backend == "triton":
-        from ..kernels.match import match
+    found = None
+    if backend == "triton" and fallback.reason(x.device, x.dtype, None) is None:
 
-        position, similarity = match(x, query_index, key_index)
+        def launch() -> tuple[torch.Tensor, torch.Tensor]:
+            from ..kernels.match import match
+
+            return match(x, query_index, key_index)
+
+        found = fallback.attempt(launch, x.device, x.dtype, None, required=False)
     elif backend == "compiled":
-        position, similarity = _match_compiled(x, query_index, key_index)
-    else:
-        position, similarity = _match_in_blocks(x, query_index, key_index)
+        found = _match_compiled(x, query_index, key_index)
+    position, similarity = found or _match_in_blocks(x, query_index, key_index)
     return similarity, position  # the differentiable one first: opcheck sums outputs in the type of the first
 
 
