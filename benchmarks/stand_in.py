@@ -90,7 +90,7 @@ class StandIn:
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    """``backends.choose`` as if the CPU were the GPU."""
-    failed = fallback.reason(device, dtype, head_dim) is not None
+    """``backends.choose`` as if the CPU were the GPU; by name Triton is tried again, and raises what it raised."""
     half = dtype in (torch.float16, torch.bfloat16)
-    return "torch" if backend == "torch" or failed or (backend == "auto" and not half) else "triton"
+    useless = not half or fallback.reason(device, dtype, head_dim) is not None
+    return "torch" if backend == "torch" or (backend == "auto" and useless) else "triton"
