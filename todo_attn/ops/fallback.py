@@ -36,7 +36,7 @@ _OF_THE_KERNEL = (
 )
 
 
-def reason(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
+def reason(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """Why Triton failed on such tensors before, as half a sentence; None if it did not."""
     return (_failures.get((device,)) or _failures.get((device, dtype, head_dim))) if _failures else None
 

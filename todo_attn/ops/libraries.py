@@ -69,7 +69,9 @@ def load() -> None:
 
 
 def _load_cuda() -> None:
-    torch_kernels = _kernels("CUDA") if hasattr(torch.library, "get_kernel") else []  # before torch 2.10 no library loads
+    torch_kernels = (
+        _kernels("CUDA") if hasattr(torch.library, "get_kernel") else []
+    )  # before torch 2.10 no library loads
     _reasons["cuda"] = _attempt("cuda")
     if _reasons["cuda"] is None and _foreign:
         _divide("CUDA", torch_kernels)
