@@ -32,8 +32,8 @@ def unavailable_reason() -> str | None:
 def build(folder: Path) -> Path:
     """Compile the driver into ``folder``, as libcuda.so.1; returns ``folder``."""
     include = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "include"  # type: ignore[union-attr, arg-type]
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-I", include, _SOURCE, "-o"]
-    subprocess.run([*command, folder / "libcuda.so.1"], check=True)
+    flags = ("-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-I", str(include))
+    subprocess.run(["gcc", *flags, str(_SOURCE), "-o", str(folder / "libcuda.so.1")], check=True)
     (folder / "libcuda.so").symlink_to("libcuda.so.1")
     return folder
 
@@ -89,7 +89,7 @@ class StandIn:
         return ctypes.c_ulonglong.in_dll(self._library, f"stand_in_{name}").value
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
+def choose(backend: object, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
     """``backends.choose`` as if the CPU were the GPU; by name Triton is tried again, and raises what it raised."""
     half = dtype in (torch.float16, torch.bfloat16)
     useless = not half or fallback.reason(device, dtype, head_dim) is not None

@@ -36,7 +36,7 @@ from benchmarks import kernels as benchmark
 from benchmarks.options import check_among, checked_out, chosen_device
 from todo_attn import machine
 from todo_attn.bench import attention
-from todo_attn.bench.cases import DTYPES, Case
+from todo_attn.bench.cases import Case
 from todo_attn.bench.kernels import MakeTrial
 from todo_attn.bench.peers import Call, Inputs
 from todo_attn.bench.trial import Trial
@@ -140,7 +140,7 @@ def _compile(arch: int, case: Case, name: str | None) -> None:
     from benchmarks.launched import launched
 
     shape = (case.batch, case.tokens, case.heads, case.head_dim)
-    query = torch.empty(shape, dtype=DTYPES[case.dtype])  # never touched, so it takes no memory
+    query = torch.empty(shape, dtype=case.torch_dtype)  # never touched, so it takes no memory
     inputs = Inputs(0, query, query, query, query, query)
     attend = variants(case)[name] if name else call(case, downsampled_attention)
     for each in launched(arch, lambda: attend(inputs)):

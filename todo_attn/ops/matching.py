@@ -207,7 +207,8 @@ def match_tokens(
             "key_index", f"must name at least one key for the queries, got shape {tuple(key_index.shape)}"
         )
     backend = backends.choose("auto", x.device, x.dtype)
-    if x.device.type == "cpu" and x.dtype != torch.float64 and libraries.unavailable_reason("cpu") is None:
-        backend = "compiled"  # of the backends for a CPU the fastest
+    compilable = backend == "torch" and x.device.type == "cpu" and x.dtype != torch.float64
+    if compilable and libraries.unavailable_reason("cpu") is None:
+        backend = "compiled"
     similarity, position = _forward(x, query_index, key_index, backend)
     return position, similarity

@@ -93,10 +93,10 @@ def row(head_dim: int, run: Run, seconds: float = SECONDS) -> dict[str, Any]:
     return result | {"worst": found, "error": wrong}
 
 
-def rows(settings: Sequence[tuple[int, Run]], seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
+def rows(configurations: Sequence[tuple[int, Run]], seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
     """:func:`row` of each, in order, side by side."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: each waits for a process
-        yield from pool.map(lambda setting: row(*setting, seconds), settings)
+        yield from pool.map(lambda each: row(each[0], each[1], seconds), configurations)
 
 
 def main(
