@@ -93,7 +93,7 @@ _HOPPER = [
     (160, KernelConfig(128, 64, 8, 3)),  # larger tiles leave no room for a third stage
     (256, KernelConfig(128, 32, 8, 3)),
 ]
-# The outputs are in tensor memory, so registers allow 128 keys. Two programs fit on an SM up to 64 columns.
+# The outputs are in tensor memory, so registers allow 128 keys. Two programs fit on an SM up to 48 columns.
 _BLACKWELL = [
     (96, KernelConfig(128, 128, 8, 3)),
     (160, KernelConfig(128, 128, 8, 2)),

@@ -252,7 +252,7 @@ def main(
     context: typer.Context,
     hours: Annotated[float, typer.Option(help="Stop after so long, with a checkpoint and an export.")] = 2.0,
     stage: Annotated[str, typer.Option(help="all, vae, latents or unet")] = "all",
-    vae_steps: Annotated[int, typer.Option(help="Length of stage vae.")] = 1500,
+    vae_steps: Annotated[int, typer.Option(help="Length of stage vae.")] = 2400,
     steps: Annotated[int | None, typer.Option(help="End stage unet at this step, not only by the clock.")] = None,
     decay: Annotated[int, typer.Option(help="Learning rate falls to 0 over the last steps before --steps.")] = 0,
     lr: Annotated[float, typer.Option(help="Highest learning rate of the UNet.")] = 1e-3,
