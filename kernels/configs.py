@@ -78,8 +78,10 @@ class KernelConfig:
 #
 # The default runs on any GPU from compute capability 8.0 on: it fits 99 KB of shared memory. There each warp reads all
 # of K and V from shared memory, so 32 queries a warp (4 warps) cost half of what 16 (8 warps) do, and two programs fit
-# on an SM. Four stages if tiles are so small that a trip alone does not cover a load.
+# on an SM. Four stages and more if tiles are so small that a trip alone does not cover a load.
 _DEFAULT = [
+    (16, KernelConfig(128, 64, 4, 4)),
+    (32, KernelConfig(128, 32, 4, 5)),  # with 64 keys they spill if the scale is above 1
     (48, KernelConfig(128, 64, 4, 4)),
     (64, KernelConfig(128, 64, 4, 3)),
     (80, KernelConfig(128, 32, 4, 4)),  # with 64 keys they spill
