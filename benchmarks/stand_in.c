@@ -70,7 +70,12 @@ CUresult cuTensorMapEncodeTiled(
     const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* element_stride, CUtensorMapInterleave interleave,
     CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   ++stand_in_descriptors;
-  int bad = (size_t)address % 16 != 0;
+  const unsigned row = box[0] * (type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2);  // bytes
+  const unsigned most = swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 32
+      : swizzle == CU_TENSOR_MAP_SWIZZLE_64B                 ? 64
+      : swizzle == CU_TENSOR_MAP_SWIZZLE_128B                ? 128
+                                                             : ~0u;
+  int bad = (size_t)address % 16 != 0 || row % 16 != 0 || row > most;
   for (cuuint32_t i = 0; i < rank; ++i) {
     bad |= size[i] == 0 || size[i] > 1ull << 32 || box[i] == 0 || box[i] > 256;
     bad |= i + 1 < rank && (stride[i] % 16 != 0 || stride[i] >= 1ull << 40);

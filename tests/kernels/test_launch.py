@@ -11,42 +11,40 @@ import sys
 from pathlib import Path
 
 import pytest
-import triton
+
+from benchmarks import stand_in
 
 ROOT = Path(__file__).parents[2]
-STAND_IN = Path(__file__).parent / "stand_in"
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """The folder of the stand-in for libcuda."""
-    if (compiler := shutil.which("cc") or shutil.which("gcc")) is None:
-        pytest.skip("no C compiler to build the stand-in for the CUDA driver")
-    folder = tmp_path_factory.mktemp("libcuda")
-    header = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", header, "-o", folder / "libcuda.so.1"]
-    done = subprocess.run([compiler, *options, STAND_IN / "cuda.c"], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"the stand-in for the CUDA driver cannot be built: {done.stderr[-300:]}")
-    (folder / "libcuda.so").symlink_to("libcuda.so.1")
-    return folder
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to build the stand-in for the CUDA driver")
+    return stand_in.build(tmp_path_factory.mktemp("libcuda"))
 
 
 _LAUNCH = """
-import json
-import gpu
+import json, sys
+from pathlib import Path
+from benchmarks.stand_in import StandIn
+
+arch = int(sys.argv[2])
+gpu = StandIn(Path(sys.argv[1]), arch)
+gpu.use()
+
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from benchmarks import compile_report
 from todo_attn.kernels import attention, pack
 
-arch = gpu.CAPABILITY[0] * 10 + gpu.CAPABILITY[1]
 variants = [compile_report.Variant(kernel, arch, "fp16", 40, mode) for kernel, mode in (
     ("attention", "plain"), ("pack", "nearest"))]
 compile_report.attention(variants[0])
 ran = {kernel.hash for each in (attention.attention_kernel, pack.pack_kernel)
        for kernel in each.device_caches[0][0].values()}
-counted = gpu.launches.value, gpu.descriptors.value
+counted = gpu.launches, gpu.descriptors
 found = {each.kernel: each for each in compile_report.launches(variants[0])}
 target = GPUTarget("cuda", arch, 32)
 said = {triton.compile(found[v.kernel].source, target=target, options=found[v.kernel].options).hash for v in variants}
@@ -60,12 +58,10 @@ def test_the_report_compiles_what_the_launcher_does(library, capability, tmp_pat
     environment = {
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": str(tmp_path),
-        "STUB_DIR": str(library),
-        "FAKE_CC": str(capability),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{STAND_IN}",
+        "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _LAUNCH],
+        [sys.executable, "-W", "ignore", "-c", _LAUNCH, str(library), str(capability)],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
