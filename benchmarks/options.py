@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -13,6 +14,19 @@ from todo_attn.bench import jsonl
 from todo_attn.config import ArgumentError
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Turn a refused argument into an error that names its option.
+
+    Raises:
+        typer.BadParameter: instead of an ArgumentError.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        raise typer.BadParameter(f"--{error.argument.replace('_', '-')} {error.problem}") from error
 
 
 def check_among(option: str, given: Iterable[object], known: Collection[object]) -> None:
@@ -45,10 +59,8 @@ def checked_out(path: Path, argument: str = "out") -> Path:
     Raises:
         typer.BadParameter: it cannot be written.
     """
-    try:
+    with naming_options():
         jsonl.check_appendable(path, argument)
-    except ArgumentError as error:
-        raise typer.BadParameter(f"--{error}") from error
     return path
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 import typer
 
-from benchmarks.options import check_among
+from benchmarks.options import check_among, naming_options
 from todo_attn.config.schedule import names as published
 from todo_attn.models.architectures import PIXELS_PER_LATENT
-from todo_attn.options.methods import KINDS, MethodOptions, SettingError
+from todo_attn.options.methods import KINDS, MethodOptions
 
 DENSE = "dense"
 CACHED = ("dato", "todo+dato", "deepcache")  # a call reuses results of an earlier one
@@ -55,7 +55,7 @@ class Choice:
         Raises:
             typer.BadParameter: a value does not fit; the message names its option.
         """
-        try:
+        with naming_options():
             todos, datos = self._todos(), self._datos()
             of_kind = {
                 "todo": todos,
@@ -68,8 +68,6 @@ class Choice:
                 },
                 "deepcache": {f"deepcache-{i}": MethodOptions(cache_interval=i) for i in self.intervals},
             }
-        except SettingError as error:
-            raise typer.BadParameter(f"--{error.argument.replace('_', '-')} {error.problem}") from error
         return [
             Contender(name, kind, options)
             for kind, named in of_kind.items()

@@ -21,13 +21,13 @@ from benchmarks.fidelity.cases import DENSE, Case, cases_for, chosen
 from benchmarks.fidelity.defaults import Defaults, defaults
 from benchmarks.fidelity.features import Network
 from benchmarks.fidelity.metrics import METRICS
-from benchmarks.fidelity.options import naming_options, parse_sizes, read_prompts, split
+from benchmarks.fidelity.options import parse_sizes, read_prompts, split
 from benchmarks.fidelity.page import page_of
 from benchmarks.fidelity.reference import Reference
 from benchmarks.fidelity.run import Plan, Run
 from benchmarks.fidelity.store import Images, Size, Store, identity, write_whole
 from benchmarks.fidelity.workers import Workers, set_threads
-from benchmarks.options import checked_out
+from benchmarks.options import checked_out, naming_options
 from todo_attn import machine
 from todo_attn.bench import jsonl
 from todo_attn.cli.app import hush_loading

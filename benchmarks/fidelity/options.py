@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-
-import typer
 
 from benchmarks.fidelity.store import Size
 from todo_attn.config.checks import ArgumentError
 from todo_attn.options.settings import SIZE_MULTIPLE, check_area, check_size
-
-
-@contextmanager
-def naming_options() -> Iterator[None]:
-    """Turn a refused argument into an error that names its option."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise typer.BadParameter(f"--{error.argument.replace('_', '-')} {error.problem}") from error
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def _example(rows: Sequence[table.Row], store: Store, images: Images, index: int
 
 
 def _table(title: str, same: Sequence[table.Row], dense: table.Row, rows: Sequence[table.Row]) -> Table:
-    names = [name for name in METRICS if any(name in row["columns"] for row in rows)]
+    names = table.metrics_of(rows)
     columns = [
         Column("seconds"),
         Column("speed-up", "{:.2f}x".format),

@@ -66,20 +66,23 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     write_whole(path, text.encode())
 
 
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """The names of the metrics that any row has, in their own order."""
+    return [name for name in METRICS if any(name in row["columns"] for row in rows)]
+
+
 def headings(rows: Sequence[Row]) -> list[str]:
-    names = [name for name in METRICS if any(name in row["columns"] for row in rows)]
-    return ["case", "s", "speed", "operations saved", *(METRICS[name].title for name in names)]
+    return ["case", "s", "speed", "operations saved", *(METRICS[name].title for name in metrics_of(rows))]
 
 
 def cells(row: Row, dense: Row, rows: Sequence[Row], narrow: bool) -> list[str]:
     """Of a row; ``narrow`` gives half the width of an interval instead of its ends."""
-    names = [name for name in METRICS if any(name in other["columns"] for other in rows)]
     return [
         row["case"],
         f"{row['seconds']:.3g}",
         f"{dense['seconds'] / row['seconds']:.2f}x",
         f"{row['operations_saved']:.1%}",
-        *(_cell(row, name, narrow) for name in names),
+        *(_cell(row, name, narrow) for name in metrics_of(rows)),
     ]
 
 
