@@ -6,6 +6,7 @@ The configurations were chosen from compiled code (registers, spills, shared mem
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class Tiles:
     ones: bool
 
 
+@functools.cache
 def tiles(capability: tuple[int, int], head_dim: int) -> Tiles:
     """The tiles on a GPU of compute capability (major, minor), for a head dim that is a multiple of 8 up to 256."""
     first = max(16, 1 << (head_dim.bit_length() - 1))

@@ -11,7 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention import attention_kernel
 from .configs import KernelConfig, Tiles, attention_config, capability, has_tma, tiles
-from .pack import pack, strides
+from .pack import Pack, strides
+from .plan import Launch, layout, planned
 
 LOG2_E = 1.4426950408889634
 
@@ -45,9 +46,47 @@ def attention(
     """
     if query.numel() == 0:
         return query.new_empty(query.shape)
-    coarse = (grid[0] // factor[0], grid[1] // factor[1])
+    settings = _settings(query, config, tile)
+    layouts = layout(query), layout(key), layout(value)
     with torch.cuda.device_of(query):
-        return attend(query, packed(key, value, grid, coarse, mode, scale < 0, config, tile), scale)
+        plan = planned(
+            (layouts, grid, factor, mode, scale, settings),
+            lambda: Plan(query, key, value, grid, factor, mode, scale, *settings),
+        )
+        return plan.attend(query, *plan.pack(key, value))
+
+
+def _settings(x: torch.Tensor, config: KernelConfig | None, tile: Tiles | None) -> tuple[KernelConfig, Tiles, bool]:
+    """``config`` and ``tile``, or those of ``configs.py`` for the GPU, dtype and head_dim of ``x``; whether to use TMA."""
+    gpu, half = capability(x), x.dtype != torch.float32
+    return config or attention_config(gpu, x.shape[3], half), tile or tiles(gpu, x.shape[3]), has_tma(gpu, half)
+
+
+class Plan:
+    """Both launches of :func:`attention`, for tensors of one layout."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: tuple[int, int],
+        factor: tuple[int, int],
+        mode: str,
+        scale: float,
+        config: KernelConfig,
+        tile: Tiles,
+        use_tma: bool,
+    ) -> None:
+        coarse = (grid[0] // factor[0], grid[1] // factor[1])
+        keys = math.prod(coarse)
+        self.pack = Pack(key, value, grid, coarse, mode, scale < 0, rows_of(keys, config), tile)
+        self.attend = Attend(query, keys, config, tile, use_tma, scale)
+
+
+def rows_of(keys: int, config: KernelConfig) -> int:
+    """``keys``, rounded up to the tile of keys."""
+    return triton.cdiv(keys, config.block_n) * config.block_n
 
 
 def packed(
@@ -61,49 +100,43 @@ def packed(
     tile: Tiles | None = None,
 ) -> Packed:
     """Launch the packing kernel, on the current device; ``negative`` negates the keys, for a negative scale."""
-    head_dim = key.shape[3]
-    gpu = capability(key)
-    half = key.dtype != torch.float32
-    config = config or attention_config(gpu, head_dim, half)
-    tile = tile or tiles(gpu, head_dim)
+    config, tile, use_tma = _settings(key, config, tile)
     keys = math.prod(coarse)
-    rows = triton.cdiv(keys, config.block_n) * config.block_n
-    return Packed(*pack(key, value, grid, coarse, mode, negative, rows, tile), keys, config, tile, has_tma(gpu, half))
+    pack = Pack(key, value, grid, coarse, mode, negative, rows_of(keys, config), tile)
+    return Packed(*pack(key, value), keys, config, tile, use_tma)
 
 
 def attend(query: torch.Tensor, kv: Packed, scale: float) -> torch.Tensor:
     """Launch the attention kernel, on the current device: (B, N, H, D) -> (B, N, H, D), contiguous."""
-    batch, tokens, heads, head_dim = query.shape
-    config, tile = kv.config, kv.tile
-    rows = kv.key.shape[0] // (batch * heads)
-    out = query.new_empty(query.shape)
-    unit, stride = strides(query)
-    log2_scale, log2_power = log2_scales(scale)
+    return Attend(query, kv.keys, kv.config, kv.tile, kv.use_tma, scale)(query, kv.key, kv.value)
 
-    def descriptor(x: torch.Tensor, columns: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(x, [config.block_n, columns])
 
-    attention_kernel[(triton.cdiv(tokens, config.block_m) * batch * heads,)](
-        query,
-        descriptor(kv.key, tile.k[0]),
-        descriptor(kv.key, tile.k[1] or tile.k[0]),
-        descriptor(kv.value, tile.v[0]),
-        descriptor(kv.value, tile.v[1] or tile.v[0]),
-        kv.key,
-        kv.value,
-        out,
-        *stride,
-        heads,
-        tokens,
-        kv.keys,
-        rows,
-        log2_scale,
-        log2_power,
-        UNIT=unit,
-        **constants(head_dim, tile, config, kv.use_tma, rows > kv.keys, log2_scale > 1),
-        **config.options,
-    )
-    return out
+class Attend:
+    """The launch of the attention kernel for queries of one layout."""
+
+    def __init__(
+        self, query: torch.Tensor, keys: int, config: KernelConfig, tile: Tiles, use_tma: bool, scale: float
+    ) -> None:
+        batch, tokens, heads, head_dim = query.shape
+        rows = rows_of(keys, config)
+        unit, stride = strides(query)
+        log2_scale, log2_power = log2_scales(scale)
+        # The blocks of the four descriptors, without TMA or a second column tile None.
+        self._blocks = [[config.block_n, columns] if use_tma and columns else None for columns in (*tile.k, *tile.v)]
+        self._launch = Launch(
+            attention_kernel,
+            triton.cdiv(tokens, config.block_m) * batch * heads,
+            [*stride, heads, tokens, keys, rows, log2_scale, log2_power],
+            {"UNIT": unit, **constants(head_dim, tile, config, use_tma, rows > keys, log2_scale > 1)},
+            config.options,
+        )
+
+    def __call__(self, query: torch.Tensor, packed_key: torch.Tensor, packed_value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        described = zip((packed_key, packed_key, packed_value, packed_value), self._blocks, strict=True)
+        descriptors = [TensorDescriptor.from_tensor(x, block) if block else None for x, block in described]
+        self._launch(query, *descriptors, packed_key, packed_value, out)
+        return out
 
 
 def constants(

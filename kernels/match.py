@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from .configs import COMPILER, KernelConfig, capability, match_config
+from .plan import Launch, layout, planned
 
 OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}
 
@@ -159,17 +160,44 @@ def match_constants(channels: int, half: bool, config: KernelConfig) -> dict[str
     return {"COLUMNS": length, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_C": block_c}
 
 
-def _pack(x: torch.Tensor, index: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The rows of ``x`` at ``index``, the reciprocals of their lengths, and the padded number of rows per sample."""
-    batch, count = index.shape
-    rows = triton.cdiv(count, block) * block
-    constants = rows_constants(x.shape[2], half=x.dtype != torch.float32, rescale=x.dtype != torch.float16)
-    packed = x.new_empty((batch * rows, constants["COLUMNS"]))
-    reciprocal = x.new_empty((batch * rows,), dtype=torch.float32)
-    rows_kernel[(triton.cdiv(rows, constants["BLOCK"]) * batch,)](
-        x, index, packed, reciprocal, *x.stride(), *index.stride(), x.shape[1], count, rows, **constants, **OPTIONS
-    )
-    return packed, reciprocal, rows
+class _Rows:
+    """The launch of :func:`rows_kernel` for tokens and an index of one layout."""
+
+    def __init__(self, x: torch.Tensor, index: torch.Tensor, block: int) -> None:
+        batch, count = index.shape
+        self.rows = triton.cdiv(count, block) * block  # of a sample
+        constants = rows_constants(x.shape[2], half=x.dtype != torch.float32, rescale=x.dtype != torch.float16)
+        self._shape = (batch * self.rows, constants["COLUMNS"])
+        self._launch = Launch(
+            rows_kernel,
+            triton.cdiv(self.rows, constants["BLOCK"]) * batch,
+            [*x.stride(), *index.stride(), x.shape[1], count, self.rows],
+            constants,
+            OPTIONS,
+        )
+
+    def __call__(self, x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of ``x`` at ``index``, and the reciprocals of their lengths."""
+        packed = x.new_empty(self._shape)
+        reciprocal = x.new_empty(self._shape[:1], dtype=torch.float32)
+        self._launch(x, index, packed, reciprocal)
+        return packed, reciprocal
+
+
+class _Plan:
+    """The three launches of :func:`match`, for tensors of one layout."""
+
+    def __init__(
+        self, x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, config: KernelConfig
+    ) -> None:
+        self.queries, self.keys = _Rows(x, query_index, config.block_m), _Rows(x, key_index, config.block_n)
+        self.match = Launch(
+            match_kernel,
+            self.queries.rows // config.block_m * x.shape[0],
+            [query_index.shape[1], key_index.shape[1], self.queries.rows, self.keys.rows],
+            match_constants(x.shape[2], x.dtype != torch.float32, config),
+            config.options,
+        )
 
 
 def match(x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,29 +205,15 @@ def match(x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor) -
 
     ``todo_attn.ops`` has checked the arguments; dtype fp16, bf16 or fp32.
     """
-    batch, queries = query_index.shape
-    position = x.new_empty((batch, queries), dtype=torch.int64)
-    similarity = x.new_empty((batch, queries), dtype=torch.float32)
+    position = x.new_empty(query_index.shape, dtype=torch.int64)
+    similarity = x.new_empty(query_index.shape, dtype=torch.float32)
     if position.numel() == 0:
         return position, similarity
-    half = x.dtype != torch.float32
-    config = match_config(capability(x), half)
-    constants = match_constants(x.shape[2], half, config)
+    config = match_config(capability(x), x.dtype != torch.float32)
+    layouts = layout(x), layout(query_index), layout(key_index)
     with torch.cuda.device_of(x):
-        query, query_reciprocal, query_rows = _pack(x, query_index, config.block_m)
-        key, key_reciprocal, key_rows = _pack(x, key_index, config.block_n)
-        match_kernel[(query_rows // config.block_m * batch,)](
-            query,
-            key,
-            query_reciprocal,
-            key_reciprocal,
-            position,
-            similarity,
-            queries,
-            key_index.shape[1],
-            query_rows,
-            key_rows,
-            **constants,
-            **config.options,
-        )
+        plan = planned((layouts, config), lambda: _Plan(x, query_index, key_index, config))
+        query, query_reciprocal = plan.queries(x, query_index)
+        key, key_reciprocal = plan.keys(x, key_index)
+        plan.match(query, key, query_reciprocal, key_reciprocal, position, similarity)
     return position, similarity

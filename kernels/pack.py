@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 
 from .configs import COMPILER, Tiles
+from .plan import Launch
 
 OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}
 STRIDES = ("stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn", "stride_vh")
@@ -182,41 +183,40 @@ def constants(head_dim: int, tile: Tiles, mode: str, window_h: int = 1, window_w
     }
 
 
-def pack(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    grid: tuple[int, int],
-    coarse: tuple[int, int],
-    mode: str,
-    negative: bool,
-    rows: int,
-    tile: Tiles,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, gh*gw, H, D) keys and values -> (B*H*rows, k_columns) and (B*H*rows, v_columns), contiguous.
+class Pack:
+    """The launch of the packing kernel for keys and values of one layout.
 
     ``rows``: coarse tokens, rounded up to the attention kernel's BLOCK_N.
     """
-    batch, _, heads, head_dim = key.shape
-    packed_key = key.new_empty((batch * heads * rows, tile.k_columns))
-    packed_value = value.new_empty((batch * heads * rows, tile.v_columns))
-    windows = [window(size, small) for size, small in zip(grid, coarse, strict=True)] if mode == "mean" else []
-    constant = constants(head_dim, tile, mode, *windows)
-    unit, stride = strides(key, value)
-    pack_kernel[(triton.cdiv(rows, constant["BLOCK"]) * batch * heads,)](
-        key,
-        value,
-        packed_key,
-        packed_value,
-        *stride,
-        heads,
-        rows,
-        *grid,
-        *coarse,
-        grid[0] / coarse[0],
-        grid[1] / coarse[1],
-        -1.0 if negative else 1.0,
-        UNIT=unit,
-        **constant,
-        **OPTIONS,
-    )
-    return packed_key, packed_value
+
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: tuple[int, int],
+        coarse: tuple[int, int],
+        mode: str,
+        negative: bool,
+        rows: int,
+        tile: Tiles,
+    ) -> None:
+        batch, _, heads, head_dim = key.shape
+        self._key_shape = (batch * heads * rows, tile.k_columns)
+        self._value_shape = (batch * heads * rows, tile.v_columns)
+        windows = [window(size, small) for size, small in zip(grid, coarse, strict=True)] if mode == "mean" else []
+        constant = constants(head_dim, tile, mode, *windows)
+        unit, stride = strides(key, value)
+        scales = (grid[0] / coarse[0], grid[1] / coarse[1], -1.0 if negative else 1.0)
+        self._launch = Launch(
+            pack_kernel,
+            triton.cdiv(rows, constant["BLOCK"]) * batch * heads,
+            [*stride, heads, rows, *grid, *coarse, *scales],
+            {"UNIT": unit, **constant},
+            OPTIONS,
+        )
+
+    def __call__(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, gh*gw, H, D) keys and values -> (B*H*rows, k_columns) and (B*H*rows, v_columns), contiguous."""
+        packed_key, packed_value = key.new_empty(self._key_shape), value.new_empty(self._value_shape)
+        self._launch(key, value, packed_key, packed_value)
+        return packed_key, packed_value

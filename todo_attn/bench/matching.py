@@ -19,7 +19,6 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..ops import reference
-from ..ops.pruning import without
 from .cases import PATCH, PRUNE_RATIO, Case
 from .harness import Candidate
 from .trial import Trial, ends, rotation, spread, work, wrong
@@ -49,7 +48,7 @@ def trial(case: Case, device: torch.device) -> Trial:
         x = torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype)
         score = torch.randn(shape[:2], generator=generator, device=device)
         bases = ops.select_base_tokens(score, case.grid, PATCH)
-        return Inputs(number, x, score, without(case.tokens, bases), bases)
+        return Inputs(number, x, score, _without(case.tokens, bases), bases)
 
     inputs = rotation(make, device)
     match = case.benchmark == "match_tokens"
@@ -95,6 +94,12 @@ def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return reference.gather_tokens(x, index)
 
 
+def _without(tokens: int, index: torch.Tensor) -> torch.Tensor:
+    """The token indices below ``tokens`` that are not in ``index`` (B, K), ascending: (B, tokens - K)."""
+    present = torch.zeros((index.shape[0], tokens), dtype=torch.int8, device=index.device).scatter_(1, index, 1)
+    return present.sort(dim=1, stable=True).indices[:, : tokens - index.shape[1]]
+
+
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """As published: norms in the dtype of the tokens."""
     return x / x.norm(dim=-1, keepdim=True)
@@ -124,10 +129,10 @@ def _published_plan(x: Inputs, case: Case) -> Choice:
     """DaTo as published: bases by score, all other choices from the N x N similarities."""
     bases = _bases(x, case)
     similarity = _all_similarities(x.x)
-    others = without(case.tokens, bases)
+    others = _without(case.tokens, bases)
     _, best = _best(_take(similarity, others, bases))
     gone = others.gather(1, best.argsort(dim=1, descending=True)[:, : case.pruned])
-    kept = without(case.tokens, gone)
+    kept = _without(case.tokens, gone)
     position, _ = _best(_take(similarity, gone, kept))
     return kept, _filled_in(x, kept).scatter_(1, gone, position)
 
@@ -135,14 +140,14 @@ def _published_plan(x: Inputs, case: Case) -> Choice:
 def _pairs_plan(x: Inputs, case: Case) -> Choice:
     """The same choices from the similarities that decide them; the best base of a pruned token is reused."""
     bases, unit = _bases(x, case), _unit(x.x)
-    others = without(case.tokens, bases)
+    others = _without(case.tokens, bases)
     base, best = _best_pairs(unit, others, bases)
     order = best.argsort(dim=1, descending=True)
     first = order[:, : case.pruned]
     gone, stays = others.gather(1, first), others.gather(1, order[:, case.pruned :])
     rival, ahead = _best_pairs(unit, gone, stays)
     token = torch.where(ahead > best.gather(1, first), stays.gather(1, rival), bases.gather(1, base.gather(1, first)))
-    kept = without(case.tokens, gone)
+    kept = _without(case.tokens, gone)
     source = _filled_in(x, kept)
     return kept, source.scatter_(1, gone, source.gather(1, token))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from ..config.checks import ArgumentError
 from ..config.modes import check_mode
-from . import backends, checks, fallback
+from . import backends, checks, eager, fallback
 from .downsample import coarse_tokens
 from .precision import as_given
 from .tracing import constant_in_graphs
@@ -16,13 +18,12 @@ from .tracing import constant_in_graphs
 _BACKWARD_SCORES = 1 << 24
 
 
-@torch.library.custom_op("todo_attn::downsampled_attention", mutates_args=())
-def _forward(
+def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    grid: list[int],
-    factor: list[int],
+    grid: Sequence[int],
+    factor: Sequence[int],
     mode: str,
     scale: float,
     backend: str,
@@ -46,6 +47,9 @@ def _forward(
     with as_given(query):
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale)
     return out.transpose(1, 2).contiguous()
+
+
+_forward = torch.library.custom_op("todo_attn::downsampled_attention", _attention, mutates_args=())
 
 
 @_forward.register_fake
@@ -175,7 +179,9 @@ def downsampled_attention(
             it was; a backend that cannot run here, with the reason. Raised before anything is computed.
     """
     checks.tensor("query", query, "B, N, H, D", checks.FLOATS)
-    query, key, value = (_autocast(t) for t in (query, key, value))
+    plain = eager.plain(query, key, value)
+    if not plain:
+        query, key, value = (_autocast(t) for t in (query, key, value))
     for name, t in (("key", key), ("value", value)):
         checks.tensor(name, t, "B, gh*gw, H, D", checks.FLOATS)
         checks.same(name, t, "query", query)
@@ -193,4 +199,4 @@ def downsampled_attention(
     chosen = backends.choose(backend, query.device, query.dtype, query.shape[3])
     if chosen == "triton":
         chosen = backend
-    return _forward(query, key, value, grid, factor, mode, scale, chosen)
+    return (_attention if plain else _forward)(query, key, value, grid, factor, mode, scale, chosen)

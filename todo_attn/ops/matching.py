@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..config.checks import ArgumentError
-from . import backends, checks, fallback, libraries
+from . import backends, checks, eager, fallback, libraries
 from .precision import exact
 from .tokens import gather_op
 
@@ -108,8 +108,7 @@ def _match_compiled(
     return position, (query * _rows(key, position)).sum(-1)
 
 
-@torch.library.custom_op("todo_attn::match_tokens", mutates_args=())
-def _forward(
+def _match(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``backend``: "compiled", "torch", or "triton", which is torch if Triton cannot run here."""
@@ -117,6 +116,13 @@ def _forward(
         checks.in_range(name, index, x.shape[1])
         if backend == "triton" and x.is_cuda:  # gather_tokens asserts it itself
             torch._assert_async(((index >= 0) & (index < x.shape[1])).all(), f"{name} must be below {x.shape[1]}")
+    return _match_valid(x, query_index, key_index, backend)
+
+
+def _match_valid(
+    x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`_match` for indices that are in range."""
     found = None
     if backend == "triton" and fallback.reason(x.device, x.dtype, None) is None:
 
@@ -130,6 +136,9 @@ def _forward(
         found = _match_compiled(x, query_index, key_index)
     position, similarity = found or _match_in_blocks(x, query_index, key_index)
     return similarity, position  # the differentiable one first: opcheck sums outputs in the type of the first
+
+
+_forward = torch.library.custom_op("todo_attn::match_tokens", _match, mutates_args=())
 
 
 @_forward.register_fake
@@ -173,6 +182,22 @@ def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
+def _backend(x: torch.Tensor) -> str:
+    chosen = backends.choose("auto", x.device, x.dtype)
+    compilable = chosen == "torch" and x.device.type == "cpu" and x.dtype != torch.float64
+    return "compiled" if compilable and libraries.unavailable_reason("cpu") is None else chosen
+
+
+def match_valid_tokens(
+    x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`match_tokens` for arguments that are known to be valid: plain calls check nothing."""
+    if not eager.plain(x, query_index, key_index):
+        return match_tokens(x, query_index, key_index)
+    similarity, position = _match_valid(x, query_index, key_index, _backend(x))
+    return position, similarity
+
+
 def match_tokens(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,9 +231,6 @@ def match_tokens(
         raise ArgumentError(
             "key_index", f"must name at least one key for the queries, got shape {tuple(key_index.shape)}"
         )
-    backend = backends.choose("auto", x.device, x.dtype)
-    compilable = backend == "torch" and x.device.type == "cpu" and x.dtype != torch.float64
-    if compilable and libraries.unavailable_reason("cpu") is None:
-        backend = "compiled"
-    similarity, position = _forward(x, query_index, key_index, backend)
+    call = _match if eager.plain(x, query_index, key_index) else _forward
+    similarity, position = call(x, query_index, key_index, _backend(x))
     return position, similarity

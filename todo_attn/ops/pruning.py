@@ -8,12 +8,14 @@ import torch
 
 from ..config.checks import ArgumentError
 from . import checks
-from .matching import match_tokens
+from .matching import match_valid_tokens
 from .tokens import select_base_tokens
 
 # Similarities are ranked in multiples of this, so that most that differ by rounding alone tie. Equal tokens have equal
 # similarities, so flat regions of an image are pruned in token order on every machine.
 _STEP = 2.0**-21
+# The kinds of tokens, in the order in which they are sorted; 0 is a token that is neither.
+_BASE, _GONE = 1, 2
 
 
 def check_ratio(ratio: object, tokens: int, bases: int) -> int:
@@ -36,33 +38,29 @@ def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, pruned: int) -> tuple[
     tokens to prune, from :func:`check_ratio` (a count, which a graph can use as a size).
     """
     batch, tokens, _ = x.shape
-    number = torch.arange(tokens, device=x.device).expand(batch, -1)
     if pruned == 0:
+        number = torch.arange(tokens, device=x.device).expand(batch, -1)
         return number.contiguous(), number.contiguous()
-    x = x.detach()
-    bases = bases.long().sort(dim=1).values
-    # Sorts instead of masks: sizes are known throughout, so nothing waits for the device and everything traces.
-    others = without(tokens, bases)
-    base, similarity = match_tokens(x, others, bases)
-    order = (similarity / _STEP).round().sort(dim=1, descending=True, stable=True).indices
-    gone, stays = others.gather(1, order[:, :pruned]), others.gather(1, order[:, pruned:]).sort(dim=1).values
-    kept = without(tokens, gone)
+    x, count = x.detach(), bases.shape[1]
+    # Sorts instead of masks: sizes are known throughout, so nothing waits for the device and everything traces. A sort
+    # by kind puts the tokens of each kind side by side, ascending.
+    kind = torch.zeros((batch, tokens), dtype=torch.int8, device=x.device)
+    by_kind = kind.scatter_(1, bases.long(), _BASE).sort(dim=1, stable=True).indices
+    others, bases = by_kind[:, : tokens - count], by_kind[:, tokens - count :]
+    base, similarity = match_valid_tokens(x, others, bases)
+    first = (similarity / _STEP).round_().sort(dim=1, descending=True, stable=True).indices[:, :pruned]
+    gone = others.gather(1, first)
+    by_kind = kind.scatter_(1, gone, _GONE).sort(dim=1, stable=True).indices
+    stays, kept = by_kind[:, : tokens - count - pruned], by_kind[:, : tokens - pruned].sort(dim=1).values
     # The best match among all kept tokens. The best base is known, so only the other kept tokens are searched.
-    source, base_similarity = (t.gather(1, order[:, :pruned]) for t in (bases.gather(1, base), similarity))
+    source = bases.gather(1, base.gather(1, first))
     if stays.shape[1]:
-        place, stays_similarity = match_tokens(x, gone, stays)
-        rival, ahead = stays.gather(1, place), stays_similarity - base_similarity
-        tied = ahead.abs() <= _STEP
-        source = torch.where(tied, source.minimum(rival), torch.where(ahead > 0, rival, source))
-    position = torch.empty_like(number, memory_format=torch.contiguous_format)
-    position = position.scatter(1, kept, torch.arange(tokens - pruned, device=x.device).expand(batch, -1))
-    return kept.contiguous(), position.scatter(1, gone, position.gather(1, source))
-
-
-def without(tokens: int, index: torch.Tensor) -> torch.Tensor:
-    """The token indices below ``tokens`` that are not in ``index`` (B, K), ascending: (B, tokens - K)."""
-    present = torch.zeros((index.shape[0], tokens), dtype=torch.int8, device=index.device).scatter_(1, index, 1)
-    return present.sort(dim=1, stable=True).indices[:, : tokens - index.shape[1]]
+        place, stays_similarity = match_valid_tokens(x, gone, stays)
+        rival, ahead = stays.gather(1, place), stays_similarity - similarity.gather(1, first)
+        better = torch.where(ahead > _STEP, rival, source.minimum(rival))  # of a tie the lowest token
+        source = torch.where(ahead >= -_STEP, better, source)
+    position = (kind < _GONE).cumsum(1).sub_(1)
+    return kept.contiguous(), position.scatter_(1, gone, position.gather(1, source))
 
 
 def plan_pruning(

@@ -6,10 +6,12 @@ CPU and CUDA, which take precedence.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from ..config.checks import ArgumentError
-from . import checks
+from . import checks, eager
 
 
 def _rows(index: torch.Tensor, channels: int) -> torch.Tensor:
@@ -269,4 +271,7 @@ def select_base_tokens(score: torch.Tensor, grid: tuple[int, int], patch: tuple[
     """
     score = checks.tensor("score", score, "B, N", checks.FLOATS)
     height, width = checks.grid(grid, score.shape[1], "score")
-    return select_base_op(score.detach(), height, width, *checks.patch(patch))
+    score, patch = score.detach(), checks.patch(patch)
+    # A Python op looks for gradients, in Python, which here are none. Its kernel may be a compiled library's.
+    with torch._C._AutoDispatchBelowAutograd() if eager.plain(score) else nullcontext():
+        return select_base_op(score, height, width, *patch)

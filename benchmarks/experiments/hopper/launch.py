@@ -14,7 +14,7 @@ from benchmarks.experiments.hopper import step
 from benchmarks.experiments.hopper.kernel import attention_kernel
 from todo_attn.kernels.configs import COMPILER, Tiles, tiles
 from todo_attn.kernels.launch import LOG2_E, log2_scales
-from todo_attn.kernels.pack import pack
+from todo_attn.kernels.pack import Pack
 
 ROWS: int = step.ROWS.value  # queries of a consumer
 MAX_HEAD_DIM = 160
@@ -143,7 +143,7 @@ def launch(
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, run.block_n) * run.block_n
     work = triton.cdiv(tokens, run.consumers * ROWS) * batch * heads
-    packed_key, packed_value = pack(key, value, grid, coarse, mode, scale < 0, rows, tile)
+    packed_key, packed_value = Pack(key, value, grid, coarse, mode, scale < 0, rows, tile)(key, value)
 
     def box(x: torch.Tensor, columns: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(x, [run.block_n, columns], layout(x.dtype, run, columns))
