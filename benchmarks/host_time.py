@@ -68,8 +68,13 @@ def on_a_stand_in(arch: int, calls: int, rounds: int) -> dict[str, float]:
         stand_in.StandIn(stand_in.build(Path(folder)), arch).use()
         from todo_attn.kernels import match
 
-        launch = match.match  # its outputs are whatever lay in memory; plan_pruning takes them as indices
-        match.match = lambda *tensors: tuple(t.zero_() for t in launch(*tensors))
+        launch = match.match
+
+        def zero_positions(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            position, similarity = launch(*tensors)
+            return position.zero_(), similarity  # they are whatever lay in memory, and plan_pruning's next indices
+
+        match.match = zero_positions
         return microseconds("cpu", calls, rounds)
 
 

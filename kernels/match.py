@@ -1,6 +1,6 @@
 """The most similar key of each query by cosine similarity, in one pass over the keys: no scores in memory.
 
-``rows_kernel`` gathers the rows of an index into contiguous memory. ``match_kernel`` is a matrix product whose scores
+``rows_kernel`` gathers the rows of both indices into contiguous memory. ``match_kernel`` is a matrix product whose scores
 are reduced at once. One program serves BLOCK_M queries::
 
     best, best_at = -inf, 0
@@ -39,29 +39,38 @@ OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}
 @triton.jit
 def rows_kernel(
     x,  # (B, N, C), any strides
-    index,  # (B, count) int32 or int64, any strides
-    packed,  # (B*rows, COLUMNS)
+    query_index,  # (B, Q) int32 or int64, any strides
+    key_index,  # (B, K) likewise
+    packed,  # (B*rows, COLUMNS); of each sample first the queries, then the keys: rows = query_rows + key_rows
     reciprocal,  # (B*rows,) fp32: 1 / length of the packed row, 0 for a row of zeros
     stride_xb,
     stride_xn,
     stride_xc,
-    stride_ib,
-    stride_ik,
+    stride_qb,
+    stride_qn,
+    stride_kb,
+    stride_kn,
     tokens,
-    count,
-    rows,
+    queries,
+    keys,
+    query_rows,  # queries, rounded up to the match kernel's BLOCK_M
+    key_rows,  # keys, rounded up to its BLOCK_N
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RESCALE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    rows = query_rows + key_rows
     blocks = tl.cdiv(rows, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_COLUMNS)[None, :].to(tl.int64)
-    entry = tl.minimum(row, count - 1).to(tl.int64)
-    token = tl.load(index + b * stride_ib + entry * stride_ik).to(tl.int64)[:, None]
+    is_query = row < query_rows
+    entry = tl.minimum(tl.where(is_query, row, row - query_rows), tl.where(is_query, queries, keys) - 1).to(tl.int64)
+    token = tl.load(query_index + b * stride_qb + entry * stride_qn, mask=is_query, other=0).to(tl.int64)
+    token += tl.load(key_index + b * stride_kb + entry * stride_kn, mask=~is_query, other=0).to(tl.int64)
+    token = token[:, None]
     inside = (token >= 0) & (token < tokens) & (channel < CHANNELS)
     value = tl.load(x + b * stride_xb + token * stride_xn + channel * stride_xc, mask=inside, other=0.0).to(tl.float32)
     if RESCALE:
@@ -84,10 +93,8 @@ def rows_kernel(
 
 @triton.jit
 def match_kernel(
-    query,  # (B*query_rows, COLUMNS)
-    key,  # (B*key_rows, COLUMNS)
-    query_reciprocal,  # (B*query_rows,) fp32
-    key_reciprocal,  # (B*key_rows,) fp32
+    packed,  # (B*rows, COLUMNS), from rows_kernel
+    reciprocal,  # (B*rows,) fp32
     position,  # (B, Q) int64, contiguous
     similarity,  # (B, Q) fp32, contiguous
     queries,
@@ -104,9 +111,11 @@ def match_kernel(
     row = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
-    query += (b * query_rows + row)[:, None] * COLUMNS + offs_c[None, :]
-    key += (b * key_rows + offs_n)[None, :] * COLUMNS + offs_c[:, None]
-    key_reciprocal += b * key_rows + offs_n
+    query_row = b * (query_rows + key_rows) + row
+    key_row = b * (query_rows + key_rows) + query_rows + offs_n
+    query = packed + query_row[:, None] * COLUMNS + offs_c[None, :]
+    key = packed + key_row[None, :] * COLUMNS + offs_c[:, None]
+    key_reciprocal = reciprocal + key_row
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     best_at = tl.zeros([BLOCK_M], tl.int32)
     score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -125,7 +134,7 @@ def match_kernel(
             best_at = tl.where(higher, start + at, best_at)
             score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
-    best = best * tl.load(query_reciprocal + b * query_rows + row)
+    best = best * tl.load(reciprocal + query_row)
     out = b * queries + row
     # If a NaN won, best_at may be that of a repeated key.
     tl.store(position + out, tl.minimum(best_at, keys - 1).to(tl.int64), mask=row < queries)
@@ -160,42 +169,31 @@ def match_constants(channels: int, half: bool, config: KernelConfig) -> dict[str
     return {"COLUMNS": length, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_C": block_c}
 
 
-class _Rows:
-    """The launch of :func:`rows_kernel` for tokens and an index of one layout."""
-
-    def __init__(self, x: torch.Tensor, index: torch.Tensor, block: int) -> None:
-        batch, count = index.shape
-        self.rows = triton.cdiv(count, block) * block  # of a sample
-        constants = rows_constants(x.shape[2], half=x.dtype != torch.float32, rescale=x.dtype != torch.float16)
-        self._shape = (batch * self.rows, constants["COLUMNS"])
-        self._launch = Launch(
-            rows_kernel,
-            triton.cdiv(self.rows, constants["BLOCK"]) * batch,
-            [*x.stride(), *index.stride(), x.shape[1], count, self.rows],
-            constants,
-            OPTIONS,
-        )
-
-    def __call__(self, x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of ``x`` at ``index``, and the reciprocals of their lengths."""
-        packed = x.new_empty(self._shape)
-        reciprocal = x.new_empty(self._shape[:1], dtype=torch.float32)
-        self._launch(x, index, packed, reciprocal)
-        return packed, reciprocal
-
-
 class _Plan:
-    """The three launches of :func:`match`, for tensors of one layout."""
+    """Both launches of :func:`match`, for tensors of one layout."""
 
     def __init__(
         self, x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, config: KernelConfig
     ) -> None:
-        self.queries, self.keys = _Rows(x, query_index, config.block_m), _Rows(x, key_index, config.block_n)
+        (batch, tokens, channels), queries, keys = x.shape, query_index.shape[1], key_index.shape[1]
+        half = x.dtype != torch.float32
+        query_rows = triton.cdiv(queries, config.block_m) * config.block_m
+        key_rows = triton.cdiv(keys, config.block_n) * config.block_n
+        counts = [queries, keys, query_rows, key_rows]
+        constants = rows_constants(channels, half, rescale=x.dtype != torch.float16)
+        self.packed_shape = (batch * (query_rows + key_rows), constants["COLUMNS"])
+        self.pack = Launch(
+            rows_kernel,
+            triton.cdiv(query_rows + key_rows, constants["BLOCK"]) * batch,
+            [*x.stride(), *query_index.stride(), *key_index.stride(), tokens, *counts],
+            constants,
+            OPTIONS,
+        )
         self.match = Launch(
             match_kernel,
-            self.queries.rows // config.block_m * x.shape[0],
-            [query_index.shape[1], key_index.shape[1], self.queries.rows, self.keys.rows],
-            match_constants(x.shape[2], x.dtype != torch.float32, config),
+            query_rows // config.block_m * batch,
+            counts,
+            match_constants(channels, half, config),
             config.options,
         )
 
@@ -205,15 +203,16 @@ def match(x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor) -
 
     ``todo_attn.ops`` has checked the arguments; dtype fp16, bf16 or fp32.
     """
-    position = x.new_empty(query_index.shape, dtype=torch.int64)
-    similarity = x.new_empty(query_index.shape, dtype=torch.float32)
+    position = torch.empty_like(query_index, dtype=torch.int64, memory_format=torch.contiguous_format)
+    similarity = torch.empty_like(position, dtype=torch.float32)
     if position.numel() == 0:
         return position, similarity
     config = match_config(capability(x), x.dtype != torch.float32)
     layouts = layout(x), layout(query_index), layout(key_index)
     with torch.cuda.device_of(x):
         plan = planned((layouts, config), lambda: _Plan(x, query_index, key_index, config))
-        query, query_reciprocal = plan.queries(x, query_index)
-        key, key_reciprocal = plan.keys(x, key_index)
-        plan.match(query, key, query_reciprocal, key_reciprocal, position, similarity)
+        packed = x.new_empty(plan.packed_shape)
+        reciprocal = x.new_empty(plan.packed_shape[:1], dtype=torch.float32)
+        plan.pack(x, query_index, key_index, packed, reciprocal)
+        plan.match(packed, reciprocal, position, similarity)
     return position, similarity

@@ -26,6 +26,7 @@ try:
         _C._dispatch_tls_local_include_set,
         _C._dispatch_tls_local_exclude_set,
     )
+    below_autograd = _C._AutoDispatchBelowAutograd
     _function_modes, _profiling = _C._len_torch_function_stack, _C._autograd._profiler_enabled
     # Without gradients these change nothing.
     _HARMLESS = _keys("BackendSelect", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA")

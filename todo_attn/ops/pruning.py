@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
 from ..config.checks import ArgumentError
-from . import checks
-from .matching import match_valid_tokens
-from .tokens import select_base_tokens
+from . import checks, eager
+from .matching import match_tokens, match_valid_tokens
+from .tokens import base_tokens
 
 # Similarities are ranked in multiples of this, so that most that differ by rounding alone tie. Equal tokens have equal
 # similarities, so flat regions of an image are pruned in token order on every machine.
 _STEP = 2.0**-21
+_ROUNDING = 6.0  # the fp32 numbers from 4 to 8 are multiples of _STEP, so to add this rounds to one
 # The kinds of tokens, in the order in which they are sorted; 0 is a token that is neither.
 _BASE, _GONE = 1, 2
 
@@ -37,25 +39,30 @@ def plan_from_bases(x: torch.Tensor, bases: torch.Tensor, pruned: int) -> tuple[
     ``x`` (B, N, C); ``bases`` (B, Nb) token indices on the device of ``x``, unique within a row; ``pruned``: how many
     tokens to prune, from :func:`check_ratio` (a count, which a graph can use as a size).
     """
-    batch, tokens, _ = x.shape
+    return _plan(x, bases, pruned, eager.plain(x, bases))
+
+
+def _plan(x: torch.Tensor, bases: torch.Tensor, pruned: int, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`plan_from_bases`; ``plain``: whether :func:`eager.plain` says so of the tensors."""
+    (batch, tokens, _), count = x.shape, bases.shape[1]
     if pruned == 0:
         number = torch.arange(tokens, device=x.device).expand(batch, -1)
         return number.contiguous(), number.contiguous()
-    x, count = x.detach(), bases.shape[1]
+    match = partial(match_valid_tokens, x) if plain else partial(match_tokens, x.detach())
     # Sorts instead of masks: sizes are known throughout, so nothing waits for the device and everything traces. A sort
     # by kind puts the tokens of each kind side by side, ascending.
     kind = torch.zeros((batch, tokens), dtype=torch.int8, device=x.device)
     by_kind = kind.scatter_(1, bases.long(), _BASE).sort(dim=1, stable=True).indices
-    others, bases = by_kind[:, : tokens - count], by_kind[:, tokens - count :]
-    base, similarity = match_valid_tokens(x, others, bases)
-    first = (similarity / _STEP).round_().sort(dim=1, descending=True, stable=True).indices[:, :pruned]
+    others, bases = by_kind.split_with_sizes((tokens - count, count), 1)
+    base, similarity = match(others, bases)
+    first = (similarity + _ROUNDING).sort(dim=1, descending=True, stable=True).indices[:, :pruned]
     gone = others.gather(1, first)
     by_kind = kind.scatter_(1, gone, _GONE).sort(dim=1, stable=True).indices
     stays, kept = by_kind[:, : tokens - count - pruned], by_kind[:, : tokens - pruned].sort(dim=1).values
     # The best match among all kept tokens. The best base is known, so only the other kept tokens are searched.
     source = bases.gather(1, base.gather(1, first))
     if stays.shape[1]:
-        place, stays_similarity = match_valid_tokens(x, gone, stays)
+        place, stays_similarity = match(gone, stays)
         rival, ahead = stays.gather(1, place), stays_similarity - similarity.gather(1, first)
         better = torch.where(ahead > _STEP, rival, source.minimum(rival))  # of a tie the lowest token
         source = torch.where(ahead >= -_STEP, better, source)
@@ -101,10 +108,11 @@ def plan_pruning(
             "score", f"must have the batch and tokens of x, {tuple(x.shape[:2])}, got {tuple(score.shape)}"
         )
     checks.same_device("score", score, "x", x)
-    bases = select_base_tokens(score, grid, patch)
+    plain = eager.plain(x, score)
+    bases = base_tokens(score, grid, checks.patch(patch), plain)
     pruned = check_ratio(ratio, x.shape[1], bases.shape[1])
     if pruned and not bases.shape[1]:
         raise ArgumentError(
             "ratio", f"must be 0 on a grid without a whole patch, which has no base token, got {ratio!r}"
         )
-    return plan_from_bases(x, bases, pruned)
+    return _plan(x, bases, pruned, plain)

@@ -6,8 +6,6 @@ CPU and CUDA, which take precedence.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 
 from ..config.checks import ArgumentError
@@ -270,8 +268,13 @@ def select_base_tokens(score: torch.Tensor, grid: tuple[int, int], patch: tuple[
         ArgumentError: a shape, dtype, grid or patch that does not fit, naming the argument.
     """
     score = checks.tensor("score", score, "B, N", checks.FLOATS)
-    height, width = checks.grid(grid, score.shape[1], "score")
-    score, patch = score.detach(), checks.patch(patch)
-    # A Python op looks for gradients, in Python, which here are none. Its kernel may be a compiled library's.
-    with torch._C._AutoDispatchBelowAutograd() if eager.plain(score) else nullcontext():
-        return select_base_op(score, height, width, *patch)
+    grid = checks.grid(grid, score.shape[1], "score")
+    return base_tokens(score, grid, checks.patch(patch), eager.plain(score))
+
+
+def base_tokens(score: torch.Tensor, grid: tuple[int, int], patch: tuple[int, int], plain: bool) -> torch.Tensor:
+    """:func:`select_base_tokens` for checked arguments; ``plain``: whether :func:`eager.plain` says so of ``score``."""
+    if not plain:
+        return select_base_op(score.detach(), *grid, *patch)
+    with eager.below_autograd():  # where torch would look for gradients, in Python
+        return select_base_op(score, *grid, *patch)
