@@ -131,10 +131,10 @@ def _load_rows(
 @triton.jit(do_not_specialize=["stride_qb", "stride_qn", "stride_qh", "heads", "tokens", "keys"])
 def attention_kernel(
     query,  # (B, N, H, D), any strides, those of b, n and h in units of UNIT elements
-    key_a,  # descriptor of packed_key, block [BLOCK_N, K_A]
-    key_b,  # the same, block [BLOCK_N, K_B]
-    value_a,  # descriptor of packed_value, block [BLOCK_N, V_A]
-    value_b,  # the same, block [BLOCK_N, V_B]
+    key_a,  # descriptor of packed_key, block [BLOCK_N, K_A]; None without USE_TMA
+    key_b,  # the same, block [BLOCK_N, K_B]; None if K_B is 0 as well
+    value_a,  # descriptor of packed_value, block [BLOCK_N, V_A]; None likewise
+    value_b,  # the same, block [BLOCK_N, V_B]; None likewise
     packed_key,  # (B*H*rows, K_A + K_B)
     packed_value,  # (B*H*rows, V_COLUMNS)
     out,  # (B, N, H, D), contiguous

@@ -57,7 +57,7 @@ def attention(
 
 
 def _settings(x: torch.Tensor, config: KernelConfig | None, tile: Tiles | None) -> tuple[KernelConfig, Tiles, bool]:
-    """``config`` and ``tile``, or those of ``configs.py`` for the GPU, dtype and head_dim of ``x``; whether to use TMA."""
+    """``config`` and ``tile``, or else those of ``configs.py`` for tensors like ``x``; whether to use TMA."""
     gpu, half = capability(x), x.dtype != torch.float32
     return config or attention_config(gpu, x.shape[3], half), tile or tiles(gpu, x.shape[3]), has_tma(gpu, half)
 
@@ -121,7 +121,7 @@ class Attend:
         rows = rows_of(keys, config)
         unit, stride = strides(query)
         log2_scale, log2_power = log2_scales(scale)
-        # The blocks of the four descriptors, without TMA or a second column tile None.
+        # The blocks of the four descriptors; None if there is none: without TMA, or without a second column tile.
         self._blocks = [[config.block_n, columns] if use_tma and columns else None for columns in (*tile.k, *tile.v)]
         self._launch = Launch(
             attention_kernel,

@@ -1,7 +1,7 @@
 """The most similar key of each query by cosine similarity, in one pass over the keys: no scores in memory.
 
-``rows_kernel`` gathers the rows of both indices into contiguous memory. ``match_kernel`` is a matrix product whose scores
-are reduced at once. One program serves BLOCK_M queries::
+``rows_kernel`` gathers the rows of both indices into contiguous memory. ``match_kernel`` is a matrix product whose
+scores are reduced at once. One program serves BLOCK_M queries::
 
     best, best_at = -inf, 0
     for k in tiles of BLOCK_N keys:

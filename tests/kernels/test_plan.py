@@ -14,7 +14,7 @@ from todo_attn.ops import eager
 from todo_attn.ops.attention import _forward
 
 pytest.importorskip("triton")
-from todo_attn.kernels import plan  # noqa: E402
+from todo_attn.kernels import plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,7 +207,16 @@ def test_what_is_plain():
     assert not eager.plain(x, leaf)
     with torch.no_grad():
         assert eager.plain(x, leaf)
-    others = [Subclass(), torch.nn.Parameter(x), x.to_sparse(), x.to("meta"), torch._neg_view(x), x.to_mkldnn(), None, 1.0]
+    others = [
+        Subclass(),
+        torch.nn.Parameter(x),
+        x.to_sparse(),
+        x.to("meta"),
+        torch._neg_view(x),
+        x.to_mkldnn(),
+        None,
+        1.0,
+    ]
     for other in others:
         assert not eager.plain(x, other), type(other)
     with torch.autocast("cpu", torch.bfloat16):

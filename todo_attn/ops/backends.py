@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -19,6 +20,8 @@ _MIN_CAPABILITY = (8, 0)
 # torch.compile cannot trace these (up to torch 2.11), so they are called while tracing.
 @constant_in_graphs
 def _installed() -> bool:
+    if "triton" in sys.modules:  # None there forbids the import
+        return sys.modules["triton"] is not None
     return importlib.util.find_spec("triton") is not None
 
 
