@@ -29,8 +29,8 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import sass
-from benchmarks.launched import Launched, launched
 from benchmarks.options import check_among, make_dump_folder
+from todo_attn.bench.launched import Launched, launched
 from todo_attn.config.dtypes import DTYPES
 from todo_attn.config.modes import MODES
 from todo_attn.kernels import configs, launch, match
@@ -61,14 +61,9 @@ class Variant:
 
     @property
     def name(self) -> str:
-        other = f"-{spelled(self.config)}" if self.config else ""
+        # Some file systems refuse a colon in a name.
+        other = f"-{self.config}".replace(":", "-") if self.config else ""
         return f"{self.kernel}-sm{self.arch}-{self.dtype}-d{self.head_dim}-{self.mode}{other}"
-
-
-def spelled(config: configs.KernelConfig) -> str:
-    """``config`` as ``--settings`` takes it, but with "-" for ":", which some file systems refuse in a name."""
-    flags = "-poly" * config.polynomial + "-ws" * config.warp_specialize
-    return f"{config.block_m}x{config.block_n}x{config.num_warps}x{config.num_stages}{flags}"
 
 
 def parsed(text: str) -> configs.KernelConfig:
@@ -80,17 +75,13 @@ def parsed(text: str) -> configs.KernelConfig:
         typer.BadParameter: ``text`` is anything else, or no such kernel can be compiled.
     """
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)(:poly)?(:ws)?", text)
-    numbers = [int(n) for n in found.groups()[:4]] if found else [0, 0, 0, 0]
-    queries, keys, warps, stages = numbers
-    tile = all(16 <= n <= 512 and n & (n - 1) == 0 for n in (queries, keys))
-    if found is None or not tile or warps not in (1, 2, 4, 8, 16, 32) or not 1 <= stages <= 8:
+    config = configs.KernelConfig(*map(int, found.groups()[:4]), *map(bool, found.groups()[4:])) if found else None
+    if config is None or config.problem:
         raise typer.BadParameter(
             "--settings must be QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly: powers of two from 16 to "
             f"512, a power of two up to 32, 1 to 8; got {text!r}"
         )
-    return configs.KernelConfig(
-        queries, keys, warps, stages, polynomial=found[5] is not None, warp_specialize=found[6] is not None
-    )
+    return config
 
 
 def variants(

@@ -44,7 +44,7 @@ class StandIn:
     Ops on tensors of the CPU choose Triton as they would on that GPU. Make it before Triton is first used.
     """
 
-    def __init__(self, folder: Path, arch: int) -> None:
+    def __init__(self, folder: Path, arch: int, name: str = "stand-in") -> None:
         os.environ["STAND_IN_CAPABILITY"] = str(arch)
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
         self._library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
@@ -53,9 +53,10 @@ class StandIn:
         torch.cuda.current_device = lambda: 0
         torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
 
-        from todo_attn.kernels import configs
+        from todo_attn.kernels import configs, tuned
 
         configs.CPU_CAPABILITY = capability
+        tuned.gpu_of = lambda device: tuned.Gpu(name, capability, self._shared_memory())
         backends.choose = choose
 
     def use(self) -> None:
@@ -84,6 +85,16 @@ class StandIn:
     def descriptors(self) -> int:
         """TMA descriptors made so far."""
         return self._count("descriptors")
+
+    def clock(self) -> float:
+        """Seconds on a clock of its own, which only launches move: a nanosecond for each thread of every program, and
+        one for each KiB of the programs' shared memory."""
+        return self._count("nanoseconds") / 1e9
+
+    def _shared_memory(self) -> int:
+        value = ctypes.c_int()
+        self._library.cuDeviceGetAttribute(ctypes.byref(value), 97, 0)  # the most of a program, in bytes
+        return value.value
 
     def _count(self, name: str) -> int:
         return ctypes.c_ulonglong.in_dll(self._library, f"stand_in_{name}").value

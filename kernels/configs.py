@@ -69,6 +69,26 @@ class KernelConfig:
     polynomial: bool = False
     warp_specialize: bool = False
 
+    def __str__(self) -> str:
+        """Queries x keys x warps x stages, such as "128x256x8x3:poly"; ":ws" for warp specialization."""
+        numbers = (self.block_m, self.block_n, self.num_warps, self.num_stages)
+        return "x".join(map(str, numbers)) + ":poly" * self.polynomial + ":ws" * self.warp_specialize
+
+    @property
+    def problem(self) -> str | None:
+        """Why no kernel of ours can be compiled so on any GPU, as half a sentence; None if it may be."""
+        for name in ("block_m", "block_n", "num_warps", "num_stages"):
+            if type(getattr(self, name)) is not int:
+                return f"{name} must be an integer, got {getattr(self, name)!r}"
+        for name, tile in (("block_m", self.block_m), ("block_n", self.block_n)):
+            if not 16 <= tile <= 512 or tile & (tile - 1):
+                return f"{name} must be a power of two from 16 to 512, got {tile}"
+        if self.num_warps not in (1, 2, 4, 8, 16, 32):
+            return f"num_warps must be a power of two up to 32, got {self.num_warps}"
+        if not 1 <= self.num_stages <= 8:
+            return f"num_stages must be from 1 to 8, got {self.num_stages}"
+        return None
+
     @property
     def options(self) -> dict[str, object]:
         """Options of the launch."""

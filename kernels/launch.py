@@ -10,9 +10,10 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention import attention_kernel
-from .configs import KernelConfig, Tiles, attention_config, capability, has_tma, tiles
+from .configs import KernelConfig, Tiles, capability, has_tma, tiles
 from .pack import Pack, strides
 from .plan import Launch, layout, planned
+from .tuned import attention_config
 
 LOG2_E = 1.4426950408889634
 
@@ -42,7 +43,7 @@ def attention(
     """(B, N, H, D), (B, gh*gw, H, D), (B, gh*gw, H, D) -> (B, N, H, D), contiguous.
 
     ``todo_attn.ops`` has checked the arguments; head_dim is a multiple of 8 up to 256, dtype fp16, bf16 or fp32.
-    ``config`` and ``tile`` override the choice of ``configs.py``.
+    ``config`` and ``tile`` override the choice of ``tuned.py`` and ``configs.py``.
     """
     if query.numel() == 0:
         return query.new_empty(query.shape)
@@ -57,9 +58,9 @@ def attention(
 
 
 def _settings(x: torch.Tensor, config: KernelConfig | None, tile: Tiles | None) -> tuple[KernelConfig, Tiles, bool]:
-    """``config`` and ``tile``, or else those of ``configs.py`` for tensors like ``x``; whether to use TMA."""
+    """``config`` and ``tile``, or else what suits tensors like ``x``; whether to use TMA."""
     gpu, half = capability(x), x.dtype != torch.float32
-    return config or attention_config(gpu, x.shape[3], half), tile or tiles(gpu, x.shape[3]), has_tma(gpu, half)
+    return config or attention_config(x), tile or tiles(gpu, x.shape[3]), has_tma(gpu, half)
 
 
 class Plan:

@@ -30,8 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import COMPILER, KernelConfig, capability, match_config
+from .configs import COMPILER, KernelConfig
 from .plan import Launch, layout, planned
+from .tuned import match_config
 
 OPTIONS: dict[str, object] = {"num_warps": 4, **COMPILER}
 
@@ -198,16 +199,19 @@ class _Plan:
         )
 
 
-def match(x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def match(
+    x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor, config: KernelConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch both kernels: (B, N, C), (B, Q), (B, K) -> position (B, Q) int64, similarity (B, Q) fp32.
 
-    ``todo_attn.ops`` has checked the arguments; dtype fp16, bf16 or fp32.
+    ``todo_attn.ops`` has checked the arguments; dtype fp16, bf16 or fp32. ``config`` overrides the choice of
+    ``tuned.py`` and ``configs.py``.
     """
     position = torch.empty_like(query_index, dtype=torch.int64, memory_format=torch.contiguous_format)
     similarity = torch.empty_like(position, dtype=torch.float32)
     if position.numel() == 0:
         return position, similarity
-    config = match_config(capability(x), x.dtype != torch.float32)
+    config = config or match_config(x)
     layouts = layout(x), layout(query_index), layout(key_index)
     with torch.cuda.device_of(x):
         plan = planned((layouts, config), lambda: _Plan(x, query_index, key_index, config))

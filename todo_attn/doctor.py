@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import ops
+from .kernels import tuned
 from .logs import one_line, silent
 from .machine import device_name, driver, machine, versions
 from .ops import backends, libraries, reference
@@ -25,8 +26,8 @@ def examine() -> dict[str, Any]:
 
     Returns:
         ``ok``, whether what is installed works; ``problems``, one line for each thing that does not; ``versions``;
-        ``machine``; ``cuda``; ``ops``, a row per op, device and dtype; ``diffusers``, whether ToDo works in it. What
-        is not installed is no problem; the rows say so.
+        ``machine``; ``cuda``; ``tuning``, what ``todo-attn tune`` found for each GPU; ``ops``, a row per op, device
+        and dtype; ``diffusers``, whether ToDo works in it. What is not installed is no problem; the rows say so.
     """
     rows = [row for device in _devices() for row in (*_op_rows(device), *_token_rows(device))]
     diffusers = _check_diffusers()
@@ -44,6 +45,7 @@ def examine() -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
         "cuda": _cuda(),
+        "tuning": _tuning(),
         "ops": rows,
         "diffusers": diffusers,
     }
@@ -72,6 +74,19 @@ def _cuda() -> dict[str, Any]:
     else:
         reason = "torch has CUDA but sees no GPU that it can use"
     return {"torch_cuda": torch.version.cuda, "driver": driver(), "gpus": gpus, "why_not": reason}
+
+
+def _tuning() -> list[dict[str, Any]]:
+    """What was tuned for each GPU; ``file`` is None if nothing was."""
+    rows = []
+    for device in _devices():
+        if tuned.gpu_of(device) is None:
+            continue
+        found = tuned.tuned(device)
+        file = str(tuned.path_of(device)) if found.attention or found.match else None
+        what = {"head_dims": sorted(found.attention), "match": found.match is not None, "measured": found.measured}
+        rows.append({"device": str(device), "file": file, **what})
+    return rows
 
 
 def _op_rows(device: torch.device) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ _OURS, _PEERS, _QUANTISED = 2, 8, 256  # bounds, in errors of torch's own attent
 
 
 def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None = None) -> Trial:
-    """The candidates that ``case.peers`` names, or the ``variants`` of ours against ours as shipped."""
+    """The candidates that ``case.peers`` names, or the ``variants`` of ours against the first of them."""
 
     def make_inputs(number: int, generator: torch.Generator) -> Inputs:
         shape = (case.batch, case.tokens, case.heads, case.head_dim)
@@ -62,8 +62,8 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
         return Candidate(name, make or build[name], info, partial(_check, oracles[name == "dense"], bound, info))
 
     if variants is not None:
-        ours = [candidate(name, partial(variants.__getitem__, name)) for name in variants]
-        return Trial(inputs, ours, [candidate("todo")], ("todo",))
+        first, *others = (candidate(name, partial(variants.__getitem__, name)) for name in variants)
+        return Trial(inputs, others, [first], (first.name,))
     return Trial(
         inputs, [candidate(name) for name in ("todo", *forms)], [candidate(name) for name in peers], (*SDPA, *FLASH)
     )

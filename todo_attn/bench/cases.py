@@ -255,7 +255,24 @@ def short(
 ) -> list[Case]:
     """The self-attentions of an image at which ToDo acts, and DaTo's ops at the finest level.
 
-    Arguments are those of :class:`Case`.
+    Arguments, and what is raised, are those of :func:`attentions`.
+    """
+    attention = attentions(model, height, width, batch, dtype, levels, pixels_per_latent)
+    finest = replace(attention[0], benchmark="gather", peers="all")
+    moving = [finest, replace(finest, benchmark="recover", residual=True)]
+    return [*(case for case in attention if case.factor != (1, 1)), *moving, replace(finest, benchmark="match_tokens")]
+
+
+def attentions(
+    model: str,
+    height: int,
+    width: int,
+    batch: int,
+    dtype: str,
+    levels: Mapping[int, tuple[int, int]] | None = None,
+    pixels_per_latent: int = PIXELS_PER_LATENT,
+) -> list[Case]:
+    """The self-attention of each level, the finest first; arguments are those of :class:`Case`.
 
     Raises:
         ArgumentError: ``model``, ``height``, ``width`` or ``dtype`` does not fit.
@@ -270,7 +287,4 @@ def short(
             raise ArgumentError(name, f"must be a multiple of {pixels_per_latent} pixels, at least {least}, got {side}")
     first = Case("attention", model, height, width, 1, batch, dtype, "dense")
     first = replace(first, levels=levels, pixels_per_latent=pixels_per_latent)
-    attention = [replace(first, level=level) for level in sorted(known_models[model])]
-    finest = replace(attention[0], benchmark="gather", peers="all")
-    moving = [finest, replace(finest, benchmark="recover", residual=True)]
-    return [*(case for case in attention if case.factor != (1, 1)), *moving, replace(finest, benchmark="match_tokens")]
+    return [replace(first, level=level) for level in sorted(known_models[model])]

@@ -165,12 +165,14 @@ def measure(
     *,
     check: Callable[[Any, Any], None] | None = None,
     label: str = "",
+    bar: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Measured]:
     """Build, warm up, check and time all ``candidates``; the first is the baseline. An exception ends one candidate.
 
     Each candidate's own ``check`` gets its first warm-up output. ``check(baseline_output, output)`` gets it too, also
-    for the baseline, and raises if it is wrong. If the baseline failed, there is nothing to check against.
+    for the baseline, and raises if it is wrong. If the baseline failed, there is nothing to check against. ``bar``:
+    show the progress on a terminal, named ``label``.
 
     Raises:
         ValueError: fewer than two candidates, or a check without a warm-up round.
@@ -184,10 +186,11 @@ def measure(
     for result in results:
         with _ending(result):
             result.call = result.candidate.build()
-    with tqdm(total=len(candidates) * (rounds.warmup + rounds.rounds), desc=label, leave=False, disable=None) as bar:
+    turns = len(candidates) * (rounds.warmup + rounds.rounds)
+    with tqdm(total=turns, desc=label, leave=False, disable=None if bar else True) as shown:
         reference = None
         for i in range(rounds.warmup):
-            for result in _turns(results, bar):
+            for result in _turns(results, shown):
                 with _ending(result):
                     output = meter(result.call).output
                     if i == 0 and result.candidate.check:
@@ -201,7 +204,7 @@ def measure(
         for i in range(rounds.rounds):
             if i >= _MIN_ROUNDS and clock() - start >= rounds.seconds:
                 break
-            for result in _turns(results[::-1] if i % 2 else results, bar):
+            for result in _turns(results[::-1] if i % 2 else results, shown):
                 with _ending(result):
                     result.add(meter(result.call))
     for result in results:

@@ -57,8 +57,10 @@ def run(
         yield rows
 
 
-def measure(case: Case, device: torch.device, rounds: Rounds, about: dict[str, Any], make: MakeTrial) -> list[Row]:
-    """The rows of one case; ``about`` describes the machine."""
+def measure(
+    case: Case, device: torch.device, rounds: Rounds, about: dict[str, Any], make: MakeTrial, *, bar: bool = True
+) -> list[Row]:
+    """The rows of one case; ``about`` describes the machine; ``bar``: whether a terminal shows the progress."""
     with torch.no_grad():
         try:
             trial = make(case, device)
@@ -67,7 +69,7 @@ def measure(case: Case, device: torch.device, rounds: Rounds, about: dict[str, A
         calls = -(-_SAMPLE_CALLS // len(trial.inputs)) if device.type == "cuda" else 1
         meter = Meter(device, calls, trial.inputs, alone=True)
         label = f"{case.benchmark} {case.width}x{case.height}"
-        results = harness.measure([*trial.peers, *trial.ours], meter, rounds, label=label)
+        results = harness.measure([*trial.peers, *trial.ours], meter, rounds, label=label, bar=bar)
         for result in results:
             if result.error is None:
                 result.candidate.info.update(rates(result.candidate.info, _median(result)))

@@ -10,7 +10,7 @@ be worse than the best by a rounding of the candidate's own arithmetic (fp32 for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ _ROWS = 1024  # queries whose similarities an oracle computes at a time
 _COSINE = 1.01  # the largest possible, rounding included
 _OURS = 1e-5
 Choice = tuple[torch.Tensor, torch.Tensor]
+Call = Callable[["Inputs"], Choice]
 
 
 class Inputs(NamedTuple):
@@ -40,8 +41,11 @@ class Inputs(NamedTuple):
     bases: torch.Tensor
 
 
-def trial(case: Case, device: torch.device) -> Trial:
-    """Ours, the published arithmetic, and torch ops on only the pairs that decide something."""
+def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None = None) -> Trial:
+    """Ours, the published arithmetic, and torch ops on only the pairs that decide something.
+
+    With ``variants`` of ours, those against the first of them.
+    """
 
     def make(number: int, generator: torch.Generator) -> Inputs:
         shape = (case.batch, case.tokens, case.channels)
@@ -53,13 +57,17 @@ def trial(case: Case, device: torch.device) -> Trial:
     inputs = rotation(make, device)
     match = case.benchmark == "match_tokens"
     oracle: Callable[[], Any] = cache(partial(_match_oracle if match else _plan_oracle, inputs[-1], case))
-    calls = _calls(case)
+    calls = _calls(case) if variants is None else variants
     check: Callable[..., None] = _check_match if match else _check_plan
 
     def candidate(name: str) -> Candidate:
-        allowed = _OURS if name == "todo" else max(_OURS, 4 * torch.finfo(case.torch_dtype).eps)
+        exact = variants is not None or name == "todo"
+        allowed = _OURS if exact else max(_OURS, 4 * torch.finfo(case.torch_dtype).eps)
         return Candidate(name, lambda: calls[name], _work(case), lambda out: check(oracle(), out, allowed))
 
+    if variants is not None:
+        first, *others = map(candidate, variants)
+        return Trial(inputs, others, [first], (first.name,))
     peers = [name for name in calls if name != "todo"]
     return Trial(inputs, [candidate("todo")], [candidate(name) for name in peers], peers)
 
@@ -76,7 +84,7 @@ def _work(case: Case) -> dict[str, Any]:
 # The candidates.
 
 
-def _calls(case: Case) -> dict[str, Callable[[Inputs], Choice]]:
+def _calls(case: Case) -> dict[str, Call]:
     if case.benchmark == "plan_pruning":
         return {
             "todo": lambda x: ops.plan_pruning(x.x, x.score, case.grid, PRUNE_RATIO, PATCH),

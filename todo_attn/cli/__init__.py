@@ -44,7 +44,8 @@ def _run(arguments: list[str] | None, interrupts: list[int]) -> tuple[int, str]:
     try:
         import typer
 
-        from .commands import app
+        from . import commands, tune  # noqa: F401  (each registers its commands)
+        from .app import app
 
         try:
             code = app(arguments, prog_name="todo-attn", standalone_mode=False) or 0

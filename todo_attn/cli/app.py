@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,10 @@ from .. import __version__
 from ..config.checks import ArgumentError
 from ..config.dtypes import DTYPES
 from ..options.methods import SettingError
+from ..options.settings import CompareSettings
+
+if TYPE_CHECKING:
+    from ..models.architectures import Architecture
 
 app = typer.Typer(
     name="todo-attn",
@@ -81,3 +86,20 @@ def hush_loading() -> None:
         hub_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+def chosen_architecture(model: str) -> Architecture:
+    """The UNet that ``--model`` names; a path that does not exist is not looked up on the Hub."""
+    from ..models.architectures import CONFIGS, read_architecture
+
+    if model not in CONFIGS and not Path(model).expanduser().exists():
+        try:
+            CompareSettings(model=model)  # checks what may be a Hub id
+        except SettingError as error:
+            known = ", ".join(CONFIGS)
+            raise SettingError(
+                "model",
+                f"must be {known}, or a folder or Hub id of a pipeline with a UNet, got {model!r}: there is no such "
+                "folder, and a Hub id is owner/name",
+            ) from error
+    return read_architecture(model)

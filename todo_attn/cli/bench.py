@@ -54,7 +54,7 @@ def bench(
     check_area(height, width)
     dtype = ("fp16" if gpu else "fp32") if dtype == "auto" else _SHORT.get(dtype, dtype)
     batch = 2 if gpu else 1
-    levels = None if architecture is None else _heads(architecture)
+    levels = None if architecture is None else heads(architecture)
     pixels_per_latent = cases.PIXELS_PER_LATENT if architecture is None else architecture.pixels_per_latent
     chosen = cases.short(model, height, width, batch, dtype, levels, pixels_per_latent)
     if not gpu:
@@ -70,7 +70,7 @@ def bench(
     return {"rows": rows, "notes": notes, "machine": machine.describe(resolved)}
 
 
-def _heads(architecture: Architecture) -> dict[int, tuple[int, int]]:
+def heads(architecture: Architecture) -> dict[int, tuple[int, int]]:
     """(heads, head_dim) of each level's self-attention."""
     from ..diffusers.levels import heads_by_level
     from ..models.unets import on_meta

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,11 +17,25 @@ from ..example import example_pipeline
 from ..options.methods import NO_SCHEDULE, SettingError
 from ..options.settings import CompareSettings
 from . import compare  # noqa: F401  (registers its own command, which is listed first)
-from .app import DeviceName, DtypeName, MaxKeys, PruneRatio, UserError, app, hush_loading, naming_options
-from .printing import DIGITS_NOTE, print_examination, schedule_lines, schedules_notes, schedules_table
-
-if TYPE_CHECKING:
-    from ..models.architectures import Architecture
+from .app import (
+    DeviceName,
+    DtypeName,
+    MaxKeys,
+    PruneRatio,
+    UserError,
+    app,
+    chosen_architecture,
+    hush_loading,
+    naming_options,
+)
+from .printing import (
+    DIGITS_NOTE,
+    print_examination,
+    print_lines,
+    schedule_lines,
+    schedules_notes,
+    schedules_table,
+)
 
 # The methods whose gain doctor predicts.
 _ADVISED = "dense,todo,dato,todo+dato"
@@ -100,13 +114,6 @@ def doctor_command(
         _advise(str(example_pipeline()) if model is None else model, settings, measure, as_json)
 
 
-def _tell(lines: list[str], *, stderr: bool = False) -> None:
-    """Print ``lines``; a terminal gets them wrapped between words, a file or pipe whole."""
-    console = Console(stderr=stderr)
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-
-
 def _examine(as_json: bool) -> None:
     from ..doctor import examine
 
@@ -120,34 +127,17 @@ def _examine(as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _read_architecture(model: str) -> Architecture:
-    """The UNet that ``--model`` names; a path that does not exist is not looked up on the Hub."""
-    from ..models.architectures import CONFIGS, read_architecture
-
-    if model not in CONFIGS and not Path(model).expanduser().exists():
-        try:
-            CompareSettings(model=model)  # checks what may be a Hub id
-        except SettingError as error:
-            known = ", ".join(CONFIGS)
-            raise SettingError(
-                "model",
-                f"must be {known}, or a folder or Hub id of a pipeline with a UNet, got {model!r}: there is no such "
-                "folder, and a Hub id is owner/name",
-            ) from error
-    return read_architecture(model)
-
-
 def _advise(model: str, settings: CompareSettings, measure: bool, as_json: bool) -> None:
     from ..predict.gains import advice_lines, build_advice
 
     with Console(stderr=True).status("reading the model") as status:
         hush_loading()
-        architecture = _read_architecture(model)
+        architecture = chosen_architecture(model)
         advice = build_advice(architecture, settings, measured=measure, watch=status.update)
     if as_json:
         print(json.dumps(advice, indent=2, allow_nan=False))
         return
-    _tell(advice_lines(advice))
+    print_lines(advice_lines(advice))
 
 
 @app.command("bench")
@@ -174,7 +164,7 @@ def bench_command(
 
     print(json.dumps(timed, indent=2, allow_nan=False) if as_json else report.table(timed["rows"]))
     notes = [f"note: {note}" for note in timed["notes"]]
-    _tell(notes if as_json else [report.LEGEND, *notes], stderr=as_json)
+    print_lines(notes if as_json else [report.LEGEND, *notes], stderr=as_json)
     if refused := report.refused(timed["rows"]):
         raise UserError("; ".join(refused), 1)
     if report.found_no_memory(timed["rows"]):
@@ -192,7 +182,7 @@ def _bench(
         with naming_options(ArgumentError):
             if out is not None:
                 jsonl.check_appendable(out)
-            architecture = None if model in cases.MODELS else _read_architecture(model)  # whose shapes are known
+            architecture = None if model in cases.MODELS else chosen_architecture(model)  # whose shapes are known
 
             def show(rows: list[dict[str, Any]]) -> None:
                 if out is not None:
@@ -238,7 +228,7 @@ def schedules_command(
         raise UserError(f"--name and --all cannot both be given, got --name {name}")
     with naming_options():
         chosen = _chosen_schedules(name, every or as_json)
-        architecture = _read_architecture(str(example_pipeline()) if model is None else model)
+        architecture = chosen_architecture(str(example_pipeline()) if model is None else model)
         columns = SpinnerColumn(), TextColumn("counting the operations of a call of each kind"), BarColumn()
         with Progress(*columns, console=aside, transient=True, disable=not aside.is_terminal) as bar:
             task = bar.add_task("", total=None)

@@ -13,6 +13,13 @@ from ..compare.words import bytes_text, psnr_text, seconds_text, steps_text
 from ..config.schedule import FEWEST_CALLS
 
 
+def print_lines(lines: list[str], *, stderr: bool = False) -> None:
+    """Print ``lines``; a terminal gets them wrapped between words, a file or pipe whole."""
+    console = Console(stderr=stderr)
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
 def compare_table(report: dict[str, Any]) -> Table:
     """One row per method."""
     settings = report["settings"]
@@ -104,6 +111,18 @@ def _published_text(row: dict[str, Any]) -> str:
     return "-" if speedup is None else f"{speedup:.2f}x"
 
 
+def tuning_table(result: dict[str, Any]) -> Table:
+    """One row for each kernel that :func:`todo_attn.bench.tuning.tune` timed."""
+    table = Table(title=f"tuned for {result['machine']['device']}", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("head dim", "before", "kept", "ratio"):
+        table.add_column(heading, justify="right" if heading == "ratio" else "left", no_wrap=True)
+    for row in result["rows"]:
+        name = "matching" if row["head_dim"] is None else str(row["head_dim"])
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        table.add_row(name, row["before"], row["kept"] or "-", ratio)
+    return table
+
+
 def print_examination(examination: dict[str, Any], console: Console) -> None:
     """What :func:`todo_attn.doctor.examine` found."""
     found, cuda, diffusers = examination["versions"], examination["cuda"], examination["diffusers"]
@@ -115,6 +134,8 @@ def print_examination(examination: dict[str, Any], console: Console) -> None:
     facts.add_row("CUDA", f"{cuda['torch_cuda'] or 'none'} in torch, driver {cuda['driver'] or 'not found'}")
     for gpu in cuda["gpus"]:
         facts.add_row("GPU", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
+    for each in examination["tuning"]:
+        facts.add_row("tuned", _tuning_text(each))
     if cuda["why_not"]:
         facts.add_row("GPU", f"none: {cuda['why_not']}")
     console.print(facts)
@@ -143,6 +164,14 @@ def print_examination(examination: dict[str, Any], console: Console) -> None:
         console.print("[red]broken[/red]", escape(problem), soft_wrap=True)
     if examination["ok"]:
         console.print("[green]Everything that is installed works.[/green]")
+
+
+def _tuning_text(each: dict[str, Any]) -> str:
+    if each["file"] is None:
+        return f"{each['device']}: no; `todo-attn tune` looks for faster configurations, in about a minute"
+    what = [f"head dim {', '.join(map(str, each['head_dims']))}"] if each["head_dims"] else []
+    what += ["matching"] if each["match"] else []
+    return f"{each['device']}: {' and '.join(what)}, {each['measured']}"
 
 
 def _verdict(checks: list[dict[str, Any]]) -> str:

@@ -42,9 +42,16 @@ def reason(device: torch.device, dtype: torch.dtype, head_dim: int | None = None
 
 
 def attempt(
-    launch: Callable[[], _Result], device: torch.device, dtype: torch.dtype, head_dim: int | None, required: bool
+    launch: Callable[[], _Result],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    required: bool,
+    again: bool = False,
 ) -> _Result | None:
     """The result of ``launch``, which compiles and launches Triton kernels; None if Triton cannot on such tensors.
+
+    If a configuration that ``todo-attn tune`` chose fails, the shipped one is tried.
 
     Raises:
         ArgumentError: Triton cannot, and is ``required``.
@@ -55,6 +62,11 @@ def attempt(
     except Exception as error:
         if not _is_of_triton(error):
             raise
+        if not again and not _is_of_the_machine(error):
+            from ..kernels import tuned
+
+            if tuned.give_up(device, dtype, head_dim, error):
+                return attempt(launch, device, dtype, head_dim, required, again=True)
         why = _remember(error, device, dtype, head_dim)
         if required:
             raise ArgumentError("backend", f"must be 'auto' or 'torch' here, got 'triton': {why}") from error
