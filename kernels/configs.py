@@ -80,6 +80,9 @@ class KernelConfig:
         for name in ("block_m", "block_n", "num_warps", "num_stages"):
             if type(getattr(self, name)) is not int:
                 return f"{name} must be an integer, got {getattr(self, name)!r}"
+        for name in ("polynomial", "warp_specialize"):
+            if type(getattr(self, name)) is not bool:
+                return f"{name} must be true or false, got {getattr(self, name)!r}"
         for name, tile in (("block_m", self.block_m), ("block_n", self.block_n)):
             if not 16 <= tile <= 512 or tile & (tile - 1):
                 return f"{name} must be a power of two from 16 to 512, got {tile}"

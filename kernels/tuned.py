@@ -141,20 +141,23 @@ def problem(config: KernelConfig, gpu: Gpu, head_dim: int | None) -> str | None:
         return reason
     if config.warp_specialize and gpu.capability[0] != 10:
         return "warp_specialize needs compute capability 10.x"
+    # The least that is known of the buffers: where a product reads them itself, one for each stage.
+    buffers = config.num_stages if gpu.capability[0] in (9, 10) else max(1, config.num_stages - 1)
     if head_dim is None:
         if config.polynomial or config.warp_specialize:
             return "the match kernel has neither polynomial nor warp_specialize"
-        # Queries and keys, 128 bytes of channels at a time.
-        shared = config.num_stages * (config.block_m + config.block_n) * 128
+        shared = buffers * (config.block_m + config.block_n) * 128  # 128 bytes of channels at a time
     else:
+        if head_dim % 8 or not 8 <= head_dim <= 256:
+            return f"head_dim must be a multiple of 8 from 8 to 256, got {head_dim}"
         tile = configs.tiles(gpu.capability, head_dim)
-        shared = config.num_stages * config.block_n * (sum(tile.k) + sum(tile.v)) * 2
+        shared = buffers * config.block_n * (sum(tile.k) + sum(tile.v)) * 2
         if gpu.capability[0] == 9:  # wgmma reads queries from shared memory too
             shared += config.block_m * sum(tile.k) * 2
         if configs.has_tma(gpu.capability, half=True) and config.block_n > _MOST_ROWS:
             return f"block_n must be at most {_MOST_ROWS}, got {config.block_n}"
     if shared > gpu.shared_memory:
-        return f"{config} needs {shared} bytes of shared memory, and a program may have {gpu.shared_memory}"
+        return f"{config} needs at least {shared} bytes of shared memory, and a program may have {gpu.shared_memory}"
     return None
 
 

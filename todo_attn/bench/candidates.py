@@ -46,20 +46,29 @@ _HOPPER: _Table = [
     ),
     (256, [KernelConfig(128, 64, 8, 2), KernelConfig(128, 32, 8, 2), KernelConfig(64, 32, 4, 3)]),
 ]
-# Outputs in tensor memory. With warp specialization one program fits on an SM, without it two.
+# Outputs in tensor memory. With warp specialization one program fits on an SM, without it two. With 4 warps and more
+# than 48 columns they spill.
 _BLACKWELL: _Table = [
+    (
+        48,
+        [
+            KernelConfig(128, 128, 8, 3, polynomial=True),
+            KernelConfig(128, 128, 8, 2),
+            KernelConfig(128, 128, 4, 3),
+            KernelConfig(128, 128, 4, 3, warp_specialize=True),
+        ],
+    ),
     (
         96,
         [
             KernelConfig(128, 128, 8, 3, polynomial=True),
             KernelConfig(128, 128, 8, 2),
-            KernelConfig(128, 128, 4, 3),
             KernelConfig(128, 64, 8, 3),
             KernelConfig(128, 128, 4, 3, warp_specialize=True),
         ],
     ),
-    (160, [KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 2), KernelConfig(128, 128, 4, 2)]),
-    (256, [KernelConfig(128, 32, 8, 2), KernelConfig(128, 64, 4, 2)]),
+    (160, [KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 2)]),
+    (256, [KernelConfig(128, 32, 8, 2), KernelConfig(128, 32, 8, 3)]),
 ]
 # 16 queries a warp (8 warps) read shared memory twice as often as 32, but leave more registers; few keys or few
 # queries at a time let more programs fit on an SM.
@@ -106,7 +115,7 @@ _DEFAULT: _Table = [
 ]
 _ATTENTION = {9: _HOPPER, 10: _BLACKWELL}
 
-_MATCH_HOPPER = [KernelConfig(128, 128, 8, 3), KernelConfig(128, 256, 8, 3), KernelConfig(128, 64, 4, 4)]
+_MATCH_HOPPER = [KernelConfig(128, 128, 8, 3), KernelConfig(128, 64, 4, 4), KernelConfig(64, 128, 4, 4)]
 _MATCH = [KernelConfig(128, 128, 8, 2), KernelConfig(128, 64, 4, 3), KernelConfig(64, 64, 4, 4)]
 
 
@@ -120,7 +129,7 @@ def of_attention(capability: tuple[int, int], head_dim: int) -> list[KernelConfi
 
 def of_match(capability: tuple[int, int]) -> list[KernelConfig]:
     """The match kernel's, likewise."""
-    others = _MATCH_HOPPER if capability[0] >= 9 and capability[0] < 12 else _MATCH
+    others = _MATCH_HOPPER if capability[0] in (9, 10) else _MATCH
     return _unique(configs.match_config(capability, half=True), others)
 
 

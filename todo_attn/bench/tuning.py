@@ -60,7 +60,7 @@ def contests(device: torch.device, gpu: Gpu, cases: Iterable[Case]) -> list[Cont
     if found:
         match = replace(cases[0], benchmark="match_tokens")
         found.append(Contest(None, match, _fitting(gpu, None, now.match, candidates.of_match(gpu.capability))))
-    return found
+    return [contest for contest in found if len(contest.configs) > 1]
 
 
 def _fitting(gpu: Gpu, head_dim: int | None, now: KernelConfig | None, known: list[KernelConfig]) -> list[KernelConfig]:
