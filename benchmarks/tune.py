@@ -67,8 +67,14 @@ def variants(case: Case, device: torch.device) -> dict[str, Launch]:
 
 
 def trial(case: Case, device: torch.device, without: Container[Launch] = ()) -> Trial:
-    """Every variant, except those in ``without``, against the shipped kernel."""
+    """Every variant, except those in ``without``, against the shipped kernel.
+
+    Raises:
+        RuntimeError: there is no other.
+    """
     others = {name: launch for name, launch in variants(case, device).items() if launch not in without}
+    if not others:
+        raise RuntimeError("no other configuration compiles for this device")
     return attention.trial(case, device, {"todo": shipped(case, device), **others})
 
 

@@ -103,7 +103,8 @@ def _check_triton(device: torch.device) -> None:
     try:
         backends.choose("triton", device, torch.float16)
     except ArgumentError as error:
-        raise UserError(f"tune needs Triton, {error.problem}", 1) from error
+        reason = error.problem.rpartition("got 'triton': ")[2]
+        raise UserError(f"tune needs Triton: {reason}", 1) from error
 
 
 def _contests(device: torch.device, model: str, height: int | None, width: int | None) -> Sequence[Contest]:
