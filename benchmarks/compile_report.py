@@ -75,8 +75,9 @@ def parsed(text: str) -> configs.KernelConfig:
         typer.BadParameter: ``text`` is anything else, or no such kernel can be compiled.
     """
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)(:poly)?(:ws)?", text)
-    config = configs.KernelConfig(*map(int, found.groups()[:4]), *map(bool, found.groups()[4:])) if found else None
-    if config is None or config.problem:
+    numbers, flags = (found.groups()[:4], found.groups()[4:]) if found else ("0000", ())
+    config = configs.KernelConfig(*(int(n) for n in numbers), *(flag is not None for flag in flags))  # type: ignore[arg-type]
+    if config.problem:
         raise typer.BadParameter(
             "--settings must be QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly: powers of two from 16 to "
             f"512, a power of two up to 32, 1 to 8; got {text!r}"

@@ -91,6 +91,8 @@ schedules
     --model= --height= --width= --steps=50 --name= --all --json
 bench
     --model=sd15 --height= --width= --device=auto --dtype=auto --out= --json
+tune
+    --model=sd15 --height= --width= --device=auto --reset --json
 """
 
 

@@ -129,7 +129,7 @@ def test_a_file_that_has_no_room_is_named(run, monkeypatch):
     assert ran == (1, "", "todo-attn: error: /cache/weights cannot be written: No space left on device\n")
 
 
-@pytest.mark.parametrize("command", ["compare", "doctor", "bench", "schedules"])
+@pytest.mark.parametrize("command", ["compare", "tune", "doctor", "bench", "schedules"])
 def test_help_in_a_terminal_of_ascii(monkeypatch, command):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
@@ -146,7 +146,7 @@ def test_an_error_in_a_terminal_of_ascii(monkeypatch):
 
 def test_help_fits_80_columns(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for command in ((), ("compare",), ("doctor",), ("bench",), ("schedules",)):
+    for command in ((), ("compare",), ("tune",), ("doctor",), ("bench",), ("schedules",)):
         text = run(*command, "-h").out
         assert text == run(*command, "--help").out
         assert max(map(len, text.splitlines())) <= 80 and "…" not in text

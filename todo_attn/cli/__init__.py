@@ -10,8 +10,9 @@ from typing import NoReturn
 from ..interrupt import EXIT_CODE, MESSAGE, noticing_interrupts
 from ..peak_memory import MAY_FIT, OUT_OF_MEMORY, is_out_of_memory
 
-# Packages of the extra "cli" that may be missing.
+# Packages that may be missing.
 _EXTRA = {"typer", "rich", "tabulate", "tqdm", "PIL", "skimage", "jinja2", "diffusers", "transformers", "accelerate"}
+_EXTRA |= {"platformdirs"}  # of every install, but the ops work without it
 # What the system says of a file or terminal that cannot take more.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -44,8 +45,7 @@ def _run(arguments: list[str] | None, interrupts: list[int]) -> tuple[int, str]:
     try:
         import typer
 
-        from . import commands, tune  # noqa: F401  (each registers its commands)
-        from .app import app
+        from .commands import app
 
         try:
             code = app(arguments, prog_name="todo-attn", standalone_mode=False) or 0

@@ -16,7 +16,7 @@ from ..config.schedule import FEWEST_CALLS
 from ..example import example_pipeline
 from ..options.methods import NO_SCHEDULE, SettingError
 from ..options.settings import CompareSettings
-from . import compare  # noqa: F401  (registers its own command, which is listed first)
+from . import compare, tune  # noqa: F401  (register their own commands, which are listed first)
 from .app import (
     DeviceName,
     DtypeName,
