@@ -75,14 +75,15 @@ def parsed(text: str) -> configs.KernelConfig:
         typer.BadParameter: ``text`` is anything else, or no such kernel can be compiled.
     """
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)(:poly)?(:ws)?", text)
-    numbers, flags = (found.groups()[:4], found.groups()[4:]) if found else ("0000", ())
-    config = configs.KernelConfig(*(int(n) for n in numbers), *(flag is not None for flag in flags))  # type: ignore[arg-type]
-    if config.problem:
-        raise typer.BadParameter(
-            "--settings must be QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly: powers of two from 16 to "
-            f"512, a power of two up to 32, 1 to 8; got {text!r}"
-        )
-    return config
+    if found:
+        queries, keys, warps, stages = (int(number) for number in found.groups()[:4])
+        config = configs.KernelConfig(queries, keys, warps, stages, found[5] is not None, found[6] is not None)
+        if config.problem is None:
+            return config
+    raise typer.BadParameter(
+        "--settings must be QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly: powers of two from 16 to "
+        f"512, a power of two up to 32, 1 to 8; got {text!r}"
+    )
 
 
 def variants(

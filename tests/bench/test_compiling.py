@@ -63,7 +63,7 @@ def test_an_interrupt_ends_the_processes(child, tmp_path):
     def interrupt():
         while not os.listdir(tmp_path):
             time.sleep(0.01)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)

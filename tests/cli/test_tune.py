@@ -27,7 +27,8 @@ SHIPPED, FAST, FASTER = KernelConfig(128, 256, 8, 3, True), KernelConfig(64, 64,
 SLOW = KernelConfig(128, 64, 8, 3)
 MATCH = KernelConfig(128, 128, 8, 4)  # shipped
 SECONDS = {SHIPPED: 4.0, MATCH: 4.0, FAST: 2.0, FASTER: 1.0, SLOW: 5.0}
-ARGUMENTS = ("tune", "--height", 64, "--model", "sdxl")  # one head dim, 64
+TUNE = ("tune", "--device", "cpu")  # which passes for a GPU
+ARGUMENTS = (*TUNE, "--height", 64, "--model", "sdxl")  # one head dim, 64
 
 
 class Machine:
@@ -197,7 +198,7 @@ def test_every_head_dim_of_a_model_at_its_finest_level(gpu, sd_folder, run, monk
     monkeypatch.setattr(tuning, "tune", lambda device, chosen, watch: asked.extend(chosen) or 1 / 0)
     for model in ("sd15", sd_folder):
         with pytest.raises(ZeroDivisionError):
-            run("tune", "--model", model, "--height", 128, "--width", 256)
+            run(*TUNE, "--model", model, "--height", 128, "--width", 256)
     shapes = [(each.head_dim, each.case.level, each.case.heads, each.case.tokens) for each in asked]
     assert shapes[:4] == [(40, 1, 8, 512), (80, 2, 8, 128), (160, 4, 8, 32), (None, 1, 8, 512)]
     assert shapes[4:] == [(8, 1, 4, 512), (16, 2, 4, 128), (None, 1, 4, 512)]
@@ -207,11 +208,11 @@ def test_every_head_dim_of_a_model_at_its_finest_level(gpu, sd_folder, run, monk
 def test_reset_forgets(run, gpu, tmp_path):
     assert run(*ARGUMENTS).code == 0
     (path,) = (tmp_path / "cache").rglob("*.json")
-    ran = run("tune", "--reset")
+    ran = run(*TUNE, "--reset")
     assert ran == (0, f"forgotten: {path}\n", "")
     assert not path.exists() and tuned.tuned(CPU).attention == {}
-    assert run("tune", "--reset") == (0, f"this GPU was not tuned: there is no {path}\n", "")
-    assert json.loads(run("tune", "--reset", "--json").out) == {"forgotten": False, "file": str(path)}
+    assert run(*TUNE, "--reset") == (0, f"this GPU was not tuned: there is no {path}\n", "")
+    assert json.loads(run(*TUNE, "--reset", "--json").out) == {"forgotten": False, "file": str(path)}
 
 
 # What is refused, before anything is computed.
@@ -240,7 +241,7 @@ def test_without_a_gpu_it_is_said_before_anything(run, tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line(run, gpu, tmp_path, arguments, message):
-    ran = run("tune", *arguments)
+    ran = run(*TUNE, *arguments)
     assert (ran.code, ran.out, files(tmp_path)) == (2, "", [])
     line, end = ran.err.split("\n")
     assert end == "" and line.startswith(f"todo-attn: error: {message}")
@@ -259,7 +260,7 @@ def test_a_model_that_the_kernels_do_not_serve_is_refused(run, gpu, tmp_path):
         attention_head_dim=2,
         norm_num_groups=2,
     ).save_pretrained(tmp_path / "unet")
-    ran = run("tune", "--model", tmp_path)
+    ran = run(*TUNE, "--model", tmp_path)
     said = (
         f"--model must have a head dim that the kernels serve, a multiple of 8 up to 256, and {str(tmp_path)!r} has 12"
     )

@@ -84,8 +84,9 @@ def test_the_launcher_uses_it(monkeypatch):
     launched = []
     monkeypatch.setattr(launch, "attend", lambda query, kv, scale: launched.append(kv.config) or query)
     tuned.save(CPU, Tuned({40: SMALL}))
-    launch.attention(*[tokens()] * 3, (3, 4), (1, 1), "nearest", 1.0)
-    launch.attention(*[tokens()] * 3, (3, 4), (1, 1), "nearest", 1.0, MATCH)
+    x = tokens().to("cuda" if torch.cuda.is_available() else "cpu")
+    launch.attention(x, x, x, (3, 4), (1, 1), "nearest", 1.0)
+    launch.attention(x, x, x, (3, 4), (1, 1), "nearest", 1.0, MATCH)
     assert launched == [SMALL, MATCH]
 
 
