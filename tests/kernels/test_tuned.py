@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 platformdirs = pytest.importorskip("platformdirs")
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from todo_attn.kernels import configs, launch, tuned  # noqa: E402
+from todo_attn.kernels import configs, launch, plan, tuned  # noqa: E402
 from todo_attn.kernels.configs import KernelConfig  # noqa: E402
 from todo_attn.kernels.tuned import Gpu, Tuned  # noqa: E402
 
@@ -82,7 +82,16 @@ def test_what_was_kept_is_used(said):
 
 def test_the_launcher_uses_it(monkeypatch):
     launched = []
-    monkeypatch.setattr(launch, "attend", lambda query, kv, scale: launched.append(kv.config) or query)
+
+    class Attend:
+        def __init__(self, query, keys, config, *rest):
+            launched.append(config)
+
+        def __call__(self, query, key, value):
+            return query
+
+    monkeypatch.setattr(launch, "Attend", Attend)
+    monkeypatch.setattr(plan, "_plans", {})
     tuned.save(CPU, Tuned({40: SMALL}))
     x = tokens().to("cuda" if torch.cuda.is_available() else "cpu")
     launch.attention(x, x, x, (3, 4), (1, 1), "nearest", 1.0)
