@@ -18,7 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -70,12 +71,12 @@ def on_a_stand_in(arch: int, calls: int, rounds: int) -> dict[str, float]:
 
         launch = match.match
 
-        def zero_positions(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            position, similarity = launch(*tensors)
+        def zero_positions(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            position, similarity = launch(*arguments)
             return position.zero_(), similarity  # they are whatever lay in memory, and plan_pruning's next indices
 
-        match.match = zero_positions
-        return microseconds("cpu", calls, rounds)
+        with mock.patch.object(match, "match", zero_positions):
+            return microseconds("cpu", calls, rounds)
 
 
 def of_a_checkout(folder: Path, arguments: list[str]) -> dict[str, float]:
@@ -95,7 +96,7 @@ def main(
 ) -> None:
     """Print microseconds of host time per call."""
     if stand_in_arch is None and not torch.cuda.is_available():
-        raise typer.BadParameter("must be given where there is no GPU, got none", param_hint="--stand-in")
+        raise typer.BadParameter("must be given if there is no GPU, got none", param_hint="--stand-in")
     if stand_in_arch is not None and (reason := stand_in.unavailable_reason()):
         raise typer.BadParameter(f"cannot be used here: {reason}", param_hint="--stand-in")
     if before is not None and not (before / "todo_attn").is_dir():
