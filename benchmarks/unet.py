@@ -141,7 +141,9 @@ def main(
     schedule: Annotated[
         list[str] | None, typer.Option(help="DaTo's: a published name or a JSON file; repeatable. coco.")
     ] = None,
-    prune_ratio: Annotated[float, typer.Option(help="DaTo's share of tokens pruned, at most 0.75.")] = 0.4,
+    prune_ratio: Annotated[
+        float | None, typer.Option(help="DaTo's share of tokens pruned, at most 0.75; the schedule's own, or 0.4.")
+    ] = None,
     cache_interval: Annotated[
         list[int] | None, typer.Option(help="DeepCache: every n-th call is full; repeatable. 3 and 5.")
     ] = None,

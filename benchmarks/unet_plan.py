@@ -11,6 +11,7 @@ import torch
 import typer
 
 from benchmarks.options import check_among, naming_options
+from todo_attn.config.dato import DaToConfig
 from todo_attn.config.schedule import names as published
 from todo_attn.models.architectures import PIXELS_PER_LATENT
 from todo_attn.options.methods import KINDS, MethodOptions
@@ -38,7 +39,7 @@ class Choice:
         kinds: of :data:`todo_attn.options.methods.KINDS`.
         caps, factors: ToDo's; its defaults if both are empty.
         schedules: DaTo's, names or JSON files.
-        prune_ratio: DaTo's.
+        prune_ratio: DaTo's; None is the schedule's own, or 0.4.
         intervals: DeepCache's.
     """
 
@@ -46,7 +47,7 @@ class Choice:
     caps: Sequence[int] = ()
     factors: Sequence[str] = ()
     schedules: Sequence[str] = ("coco",)
-    prune_ratio: float = 0.4
+    prune_ratio: float | None = None
     intervals: Sequence[int] = (3, 5)
 
     def contenders(self) -> list[Contender]:
@@ -82,7 +83,8 @@ class Choice:
         return named or {"todo": _DEFAULTS}
 
     def _datos(self) -> dict[str, MethodOptions]:
-        ratio = "" if self.prune_ratio == _DEFAULTS.prune_ratio else f"-{self.prune_ratio:g}"
+        default = self.prune_ratio in (None, DaToConfig.prune_ratio)
+        ratio = "" if default else f"-{self.prune_ratio:g}"
         return {
             f"dato-{schedule if schedule in published() else Path(schedule).stem}{ratio}": MethodOptions(
                 schedule=schedule, prune_ratio=self.prune_ratio

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "bench": {"config", "ops", "kernels"},
     "predict": {"config", "ops", "options", "models", "diffusers", "bench"},
     "compare": {"config", "options", "models", "diffusers"},
+    "search": {"config", "options", "models", "diffusers", "predict", "compare"},
     "doctor": {"config", "ops", "models", "diffusers", "kernels"},
     "__init__": {"config", "ops", "diffusers"},
     "__main__": {"cli"},
@@ -115,6 +116,9 @@ def test_module(path, name):
         ("todo_attn.predict.x", "from ..compare import bind"),
         ("todo_attn.compare.x", "from ..predict import gains"),
         ("todo_attn.compare.x", "from ..cli import app"),
+        ("todo_attn.compare.x", "from ..search import Plan"),
+        ("todo_attn.diffusers.x", "from ..search import Plan"),
+        ("todo_attn.search.x", "from ..cli import app"),
         ("todo_attn.kernels.x", "from ..ops import checks"),
         ("todo_attn.cli.x", "from benchmarks import options"),
         ("todo_attn.doctor", "import benchmarks.sass"),
@@ -146,4 +150,4 @@ def test_the_library_loads_no_upper_layer():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name.split(".")[1] for name in json.loads(done.stdout) if name.startswith("todo_attn.")}
     assert "diffusers" in loaded
-    assert not loaded & {"predict", "compare", "bench", "cli", "models", "options", "doctor"}
+    assert not loaded & {"predict", "compare", "bench", "cli", "models", "options", "doctor", "search"}

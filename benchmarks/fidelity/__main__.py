@@ -19,22 +19,24 @@ from rich.console import Console
 from benchmarks.fidelity import attention_error, table
 from benchmarks.fidelity.cases import DENSE, Case, cases_for, chosen
 from benchmarks.fidelity.defaults import Defaults, defaults
-from benchmarks.fidelity.features import Network
 from benchmarks.fidelity.metrics import METRICS
-from benchmarks.fidelity.options import parse_sizes, read_prompts, split
+from benchmarks.fidelity.options import parse_sizes, split
 from benchmarks.fidelity.page import page_of
 from benchmarks.fidelity.reference import Reference
 from benchmarks.fidelity.run import Plan, Run
-from benchmarks.fidelity.store import Images, Size, Store, identity, write_whole
-from benchmarks.fidelity.workers import Workers, set_threads
+from benchmarks.fidelity.store import Images, Size, Store, identity
 from benchmarks.options import checked_out, naming_options
 from todo_attn import machine
 from todo_attn.bench import jsonl
 from todo_attn.cli.app import hush_loading
+from todo_attn.compare.features import Network
+from todo_attn.compare.files import write_whole
 from todo_attn.compare.page import build_page
+from todo_attn.compare.workers import Workers, set_threads
 from todo_attn.config.checks import ArgumentError
 from todo_attn.diffusers.levels import transformers_by_level
 from todo_attn.models.pipelines import load_pipeline, sized
+from todo_attn.options.prompts import read_prompts
 from todo_attn.options.settings import SCHEDULERS, CompareSettings
 
 app = typer.Typer(pretty_exceptions_enable=False, help=__doc__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
@@ -82,10 +82,7 @@ class Case:
     def bind(self, pipe: Any, steps: int) -> BoundMethod:
         """The case on ``pipe`` for an image of ``steps`` steps of its scheduler; not tried yet."""
         if self.dato is not None:
-            config = self.dato
-            if config.cache_schedule is not None:
-                digits = config.schedule_for(calls_of(pipe.scheduler, steps))
-                config = replace(config, cache_schedule=digits or None)  # one call has nothing to reuse
+            config = self.dato.for_calls(calls_of(pipe.scheduler, steps))
             return bind_dato(pipe, config, self.name, self.schedule)
         if self.todo is not None:
             return bind_todo(pipe, self.todo, self.name)

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.fidelity.cases import Case, bind_checked
-from benchmarks.fidelity.store import Images, Shard, Size, Store
+from benchmarks.fidelity.store import Images, Size, Store
 from todo_attn.compare.run import Shot, quiet, take_shot, told_once
+from todo_attn.compare.workers import Shard
 from todo_attn.config.checks import ArgumentError
 from todo_attn.options.settings import CompareSettings
 from todo_attn.peak_memory import is_out_of_memory
@@ -88,7 +89,7 @@ class Generator:
         bound = bind_checked(case, self.pipe, steps)
         try:
             with bound.applied(), _counted(self.pipe.unet) as calls:
-                shot = take_shot(self.pipe, settings, prompt, seed, steps, _keep, label=case.name, number=index)
+                shot = take_shot(self.pipe, settings, prompt, seed, steps, label=case.name, number=index)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -103,10 +104,6 @@ def enlarged(pixels: np.ndarray, size: Size) -> np.ndarray:
     if pixels.shape[:2] == size:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
-
-
-def _keep(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-    return values
 
 
 @contextmanager

@@ -11,10 +11,10 @@ import numpy as np
 from skimage.filters import gaussian
 
 from benchmarks.fidelity import distances, intervals
-from benchmarks.fidelity.features import Network, perceptual_distance
 from benchmarks.fidelity.intervals import Interval
 from benchmarks.fidelity.reference import Reference
 from benchmarks.fidelity.store import Images, Size, Store
+from todo_attn.compare.features import Network, perceptual_distance
 from todo_attn.compare.metrics import psnr, ssim
 from todo_attn.config.checks import ArgumentError
 

@@ -90,7 +90,7 @@ class Operations:
             handle = self.pipe.unet.register_forward_pre_hook(look, with_kwargs=True)
             try:
                 with quiet(self.pipe):
-                    take_shot(self.pipe, settings, self.prompt, 0, self.steps, None, label="", number=0)  # type: ignore[arg-type]
+                    take_shot(self.pipe, settings, self.prompt, 0, self.steps, label="", number=0)
             except _StopError:
                 pass
             finally:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from benchmarks.fidelity.features import load_object
+from todo_attn.compare.features import load_object
 from todo_attn.config.checks import ArgumentError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from benchmarks.fidelity import table
 from benchmarks.fidelity.cases import DENSE, Case, bind_checked
-from benchmarks.fidelity.features import Network
 from benchmarks.fidelity.generate import Generator
 from benchmarks.fidelity.metrics import METRICS, Column, Part, columns, measure, selected
 from benchmarks.fidelity.operations import Operations
 from benchmarks.fidelity.reference import Reference
-from benchmarks.fidelity.store import Images, Size, Store, write_whole
-from benchmarks.fidelity.workers import Workers
+from benchmarks.fidelity.store import Images, Size, Store
 from todo_attn import machine
+from todo_attn.compare.features import Network
+from todo_attn.compare.files import write_whole
+from todo_attn.compare.workers import Workers
 from todo_attn.config.checks import ArgumentError
 from todo_attn.options.settings import CompareSettings
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from tabulate import tabulate
 
 from benchmarks.fidelity.metrics import METRICS, Column, Part
-from benchmarks.fidelity.store import write_whole
 from todo_attn.bench import jsonl
+from todo_attn.compare.files import write_whole
 
 BENCHMARK = "fidelity"
 Row = dict[str, Any]

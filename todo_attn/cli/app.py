@@ -31,7 +31,10 @@ app = typer.Typer(
 # Options that several commands have.
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 MaxKeys = Annotated[int, typer.Option(help="ToDo: the most keys that factor auto keeps.")]
-PruneRatio = Annotated[float, typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.")]
+PruneRatio = Annotated[
+    float | None,
+    typer.Option(help="DaTo: the share of tokens pruned, at most 0.75.", show_default="the schedule's own, or 0.4"),
+]
 DtypeName = Annotated[
     str,
     typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES.values())}, or {', '.join(DTYPES)}."),
@@ -58,6 +61,15 @@ def naming_options(refused: type[ArgumentError] = SettingError, **names: str) ->
     except refused as error:
         option = names.get(error.argument, f"--{error.argument.replace('_', '-')}")
         raise UserError(f"{option} {error.problem}", getattr(error, "exit_code", 2)) from error
+
+
+def as_typed(argument: str) -> str:
+    """``argument`` in UTF-8: Python decodes arguments by the locale, and the C locale loses what is not ASCII."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(argument).decode(errors="replace")
+    return argument
 
 
 def _say_version(asked: bool) -> None:

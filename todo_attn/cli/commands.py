@@ -16,7 +16,7 @@ from ..config.schedule import FEWEST_CALLS
 from ..example import example_pipeline
 from ..options.methods import NO_SCHEDULE, SettingError
 from ..options.settings import CompareSettings
-from . import compare, tune  # noqa: F401  (register their own commands, which are listed first)
+from . import compare, search, tune  # noqa: F401  (register their own commands, which are listed first)
 from .app import (
     DeviceName,
     DtypeName,
@@ -80,7 +80,7 @@ def doctor_command(
             show_default=f"{_PRESET}, or {NO_SCHEDULE} below {FEWEST_CALLS} calls of the UNet",
         ),
     ] = None,
-    prune_ratio: PruneRatio = 0.4,
+    prune_ratio: PruneRatio = None,
     steps: Annotated[
         int,
         typer.Option(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..config.modes import MODES
 from ..options.methods import METHODS_TEXT
 from ..options.settings import OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
 from ..peak_memory import MAY_FIT, OUT_OF_MEMORY
-from .app import DeviceName, DtypeName, MaxKeys, PruneRatio, UserError, app, hush_loading, naming_options
+from .app import DeviceName, DtypeName, MaxKeys, PruneRatio, UserError, app, as_typed, hush_loading, naming_options
 from .printing import compare_table
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def compare_command(
     schedule: Annotated[
         str, typer.Option(help="DaTo: the name of a published schedule, a JSON file, or none.")
     ] = "coco",
-    prune_ratio: PruneRatio = 0.4,
+    prune_ratio: PruneRatio = None,
     cache_interval: Annotated[int, typer.Option(help="DeepCache: every n-th call of the UNet is full.")] = 3,
     warmup_steps: Annotated[int, typer.Option(help="Steps of each method's warm-up, which is not counted.")] = 2,
     variant: Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")] = None,
@@ -114,7 +113,7 @@ def compare_command(
     with naming_options(model="MODEL", prompts="--prompt", seeds="--seed"):
         settings = CompareSettings(
             model=model,
-            prompts=tuple(map(_as_typed, prompt or ())),
+            prompts=tuple(map(as_typed, prompt or ())),
             seeds=tuple(seed or (0,)),
             height=height,
             width=width,
@@ -139,15 +138,6 @@ def compare_command(
             _compare(settings, choose_folder(out, overwrite), page, as_json)
         except KeyboardInterrupt:  # while the pipeline is loaded
             raise UserError(f"interrupted: {NOTHING_MADE}", 130) from None
-
-
-def _as_typed(argument: str) -> str:
-    """``argument`` in UTF-8: Python decodes arguments by the locale, and the C locale loses what is not ASCII."""
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(argument).decode(errors="replace")
-    return argument
 
 
 def _compare(settings: CompareSettings, folder: Path, page: bool, as_json: bool) -> None:

@@ -30,15 +30,14 @@ def build_listing(
         architecture: the UNet.
         height, width: in pixels; None is what the UNet was trained for.
         steps: of the scheduler, one fewer than the calls of the UNet, as with PNDM.
-        schedules: resampled to ``steps``.
+        schedules: resampled to ``steps``; with their own prune ratio and ToDo if they have them.
         watch: called with the number of calls counted so far, and of all.
 
     Raises:
         SettingError: a size or number of steps that does not fit, or a UNet that cannot be counted.
     """
     from ..models.architectures import chosen_size
-    from ..predict.count import count_work
-    from ..predict.model import gain
+    from ..predict.count import RunCounter, count_work
 
     check_steps("steps", steps)
     height, width = chosen_size(architecture, height, width)
@@ -53,15 +52,20 @@ def build_listing(
     for published in schedules:
         digits = schedule.resample(published.digits, steps)
         kinds = schedule.FULL + digits
-        run, dense_run = [dato.of(kind).operations for kind in kinds], [dense.full.operations] * len(kinds)
+        if published.prune_ratio is None and published.todo is None:
+            run = sum(dato.of(kind).operations for kind in kinds)
+        else:
+            counter = RunCounter(architecture.config, height, width, _BATCH, architecture.pixels_per_latent)
+            run = counter.operations(DaToConfig.from_schedule(published), len(kinds))
+        dense_run = dense.full.operations * len(kinds)
         rows.append(
             {
                 "name": published.name,
                 "digits": digits,
                 **{name: kinds.count(kind) for kind, name in schedule.KINDS.items()},
-                "operations": sum(run),
-                "speedup": gain(dense_run, run),
-                "saving": 1 - sum(run) / sum(dense_run),
+                "operations": run,
+                "speedup": dense_run / run,
+                "saving": 1 - run / dense_run,
                 "source": published.source,
                 "published": {
                     "digits": published.digits,

@@ -196,13 +196,41 @@ def take_shot(
     prompt: str,
     seed: int,
     steps: int,
-    on_step: Callable[..., Any],
+    on_step: Callable[..., Any] | None = None,
     **names: Any,
 ) -> Shot:
     """One image at the size and guidance of ``settings``, timed; ``names`` are the Shot's label and number.
 
     Args:
         on_step: the pipeline's ``callback_on_step_end``.
+    """
+    output, seconds, peak_bytes = call_pipeline(pipe, settings, prompt, seed, steps, on_step)
+    return Shot(
+        **names,
+        prompt=prompt,
+        seed=seed,
+        pixels=pixels_of(output),
+        seconds=seconds,
+        peak_bytes=peak_bytes,
+        finite=bool(np.isfinite(output.images[0]).all()),
+        blacked_out=any(getattr(output, "nsfw_content_detected", None) or ()),
+    )
+
+
+def call_pipeline(
+    pipe: Any,
+    settings: CompareSettings,
+    prompt: str,
+    seed: int,
+    steps: int,
+    on_step: Callable[..., Any] | None = None,
+    output_type: str = "np",
+) -> tuple[Any, float, int | None]:
+    """The pipeline's output for one image, its seconds and its peak memory, as in :class:`Shot`.
+
+    Args:
+        on_step: the pipeline's ``callback_on_step_end``.
+        output_type: the pipeline's: "np" for pixels, "latent" for latents, without the VAE.
     """
     device = pipe.unet.device
     guidance = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
@@ -218,25 +246,18 @@ def take_shot(
             width=settings.width,
             num_inference_steps=steps,
             generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="np",
+            output_type=output_type,
             callback_on_step_end=on_step,
             **guidance,
         )
         _wait_for(device)
-        seconds = time.perf_counter() - start
-        peak_bytes = peak()
+        return output, time.perf_counter() - start, peak()
+
+
+def pixels_of(output: Any) -> np.ndarray:
+    """The image of a pipeline's output of type "np": (height, width, 3) uint8; NaN and infinity are black or white."""
     image = output.images[0]  # (height, width, 3) float in [0, 1]
-    pixels = (np.nan_to_num(image, posinf=1.0, neginf=0.0) * 255).round().astype(np.uint8)
-    return Shot(
-        **names,
-        prompt=prompt,
-        seed=seed,
-        pixels=pixels,
-        seconds=seconds,
-        peak_bytes=peak_bytes,
-        finite=bool(np.isfinite(image).all()),
-        blacked_out=any(getattr(output, "nsfw_content_detected", None) or ()),
-    )
+    return (np.nan_to_num(image, posinf=1.0, neginf=0.0) * 255).round().astype(np.uint8)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -37,6 +37,33 @@ def check_at_least(least: int, argument: str, value: object) -> None:
     """Refuse a ``value`` that is not an integer of at least ``least``."""
     if not isinstance(value, int) or not is_int(value) or value < least:
         raise ArgumentError(argument, f"must be an integer of at least {least}, got {value!r}")
+
+
+def checked_ratio(value: object) -> float | tuple[float, ...]:
+    """``value`` as a prune ratio, or as one for each call."""
+
+    def checked(x: object) -> float:
+        if not isinstance(x, (int, float)) or not is_number(x) or not 0 <= x < 1:
+            raise ArgumentError(
+                "prune_ratio", f"must be at least 0 and below 1, or a sequence of such numbers, got {x!r}"
+            )
+        return float(x)
+
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return checked(value)
+    if not value:
+        raise ArgumentError("prune_ratio", "must have a number for each call, got none")
+    return tuple(map(checked, value))
+
+
+def check_ratios(ratio: float | tuple[float, ...] | None, digits: str, name: str) -> None:
+    """Refuse ratios per call that are not as many as the calls of ``digits``, which are called ``name``."""
+    if isinstance(ratio, tuple) and len(ratio) != len(digits) + 1:
+        raise ArgumentError(
+            "prune_ratio",
+            f"must have a ratio for each of the {len(digits) + 1} calls of {name} (its digits and the first call), "
+            f"got {len(ratio)}",
+        )
 
 
 def arguments_of(cls: type, data: object) -> dict[str, Any]:

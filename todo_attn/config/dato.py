@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any
 
 from . import schedule
-from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_number
+from .checks import ArgumentError, arguments_of, check_at_least, check_ratios, checked_ratio, is_int, is_number
 from .todo import ToDoConfig
 
 _FLAGS = ("align_guidance", "prune_cross_attention", "prune_feed_forward")
@@ -52,7 +53,7 @@ class DaToConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        ratio = _checked_ratio(self.prune_ratio)
+        ratio = checked_ratio(self.prune_ratio)
         object.__setattr__(self, "prune_ratio", ratio)
         if self.cache_schedule is not None:
             schedule.check_digits(self.cache_schedule, "cache_schedule")
@@ -69,14 +70,8 @@ class DaToConfig:
             raise ArgumentError("todo", f"must be a ToDoConfig or None, got {self.todo!r}")
         if not is_int(self.seed) or not 0 <= self.seed <= _MAX_SEED:
             raise ArgumentError("seed", f"must be an integer from 0 to {_MAX_SEED}, got {self.seed!r}")
-        if isinstance(self.prune_ratio, tuple) and self.cache_schedule is not None:
-            ratios, calls = len(self.prune_ratio), len(self.cache_schedule) + 1
-            if ratios != calls:
-                raise ArgumentError(
-                    "prune_ratio",
-                    f"must have a ratio for each of the {calls} calls of cache_schedule (its digits and "
-                    f"the first call), got {ratios}",
-                )
+        if self.cache_schedule is not None:
+            check_ratios(ratio, self.cache_schedule, "cache_schedule")
 
     @property
     def computes_everything(self) -> bool:
@@ -92,7 +87,7 @@ class DaToConfig:
             name: one of :func:`todo_attn.config.schedule.names`, such as "coco", or a schedule's JSON file.
             steps: at least 1. The schedule gets one digit per step, for a scheduler that calls the UNet once more than
                 it has steps, such as PNDM, for which the schedules were made.
-            overrides: other arguments of ``DaToConfig``.
+            overrides: other arguments of ``DaToConfig``, in place of those of the schedule's file too.
 
         Raises:
             ArgumentError: no such schedule, ``steps`` is not a positive integer, or an argument does not fit.
@@ -100,7 +95,33 @@ class DaToConfig:
         check_at_least(1, "steps", steps)
         if "cache_schedule" in overrides:
             raise ArgumentError("cache_schedule", "must not be given: it is what the preset says")
-        return cls(cache_schedule=schedule.resample(schedule.load(name).digits, steps), **overrides)
+        return replace(cls.from_schedule(schedule.load(name)).for_calls(steps + 1), **overrides)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], calls: int | None = None, **overrides: Any) -> DaToConfig:
+        """The configuration in a schedule's JSON file, as :meth:`from_schedule`.
+
+        Args:
+            path: such as ``todo-attn search`` writes; or the name of a published schedule.
+            calls: of the UNet in a run: a file for another number of calls is refused. None takes any file, and a run
+                of another length resamples it.
+            overrides: other arguments of ``DaToConfig``, in place of the file's too.
+
+        Raises:
+            ArgumentError: there is no such file, it is for another number of calls, or an argument does not fit.
+            ValueError: the file cannot be read or is no schedule: its path and what is wrong.
+        """
+        found = schedule.load(path)
+        if calls is not None and calls != found.calls:
+            made = f"{os.fspath(path)!r} is for {found.calls}{found.made_for}"
+            raise ArgumentError("path", f"must be a schedule for the {calls} calls of this run, and {made}")
+        return replace(cls.from_schedule(found), **overrides)
+
+    @classmethod
+    def from_schedule(cls, found: schedule.Schedule) -> DaToConfig:
+        """The configuration of a schedule: its digits, and its prune ratio and ToDo if it has them."""
+        ratio = cls.prune_ratio if found.prune_ratio is None else found.prune_ratio
+        return cls(ratio, cache_schedule=found.digits, todo=found.todo)
 
     def schedule_for(self, calls: int) -> str:
         """The digits for a run of ``calls`` calls of the UNet: ``calls - 1`` of them, all "2" without a schedule.
@@ -112,6 +133,19 @@ class DaToConfig:
         if self.cache_schedule is None:
             return schedule.FULL * (calls - 1)
         return schedule.resample(self.cache_schedule, calls - 1)
+
+    def for_calls(self, calls: int) -> DaToConfig:
+        """The same for a run of ``calls`` calls: its schedule, and ratios per call, are fitted to them.
+
+        Raises:
+            ArgumentError: ``calls`` is not an integer of at least 1.
+        """
+        digits, ratio = self.cache_schedule, self.prune_ratio
+        if digits is not None:
+            digits = self.schedule_for(calls) or None  # a single call has nothing to reuse
+        if isinstance(ratio, tuple):
+            ratio = tuple(self.ratio_for(call, calls) for call in range(calls))
+        return replace(self, cache_schedule=digits, prune_ratio=ratio)
 
     def ratio_for(self, call: int, calls: int | None = None) -> float:
         """The share of tokens that call number ``call`` of a run prunes.
@@ -152,21 +186,6 @@ class DaToConfig:
         if isinstance(arguments.get("todo"), Mapping):
             arguments["todo"] = ToDoConfig.from_dict(arguments["todo"])
         return cls(**arguments)
-
-
-def _checked_ratio(value: object) -> float | tuple[float, ...]:
-    def checked(x: object) -> float:
-        if not isinstance(x, (int, float)) or not is_number(x) or not 0 <= x < 1:
-            raise ArgumentError(
-                "prune_ratio", f"must be at least 0 and below 1, or a sequence of such numbers, got {x!r}"
-            )
-        return float(x)
-
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return checked(value)
-    if not value:
-        raise ArgumentError("prune_ratio", "must have a number for each call, got none")
-    return tuple(map(checked, value))
 
 
 def _checked_patch(value: object) -> tuple[int, int]:

@@ -11,13 +11,14 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_number
+from .checks import ArgumentError, arguments_of, check_at_least, check_ratios, checked_ratio, is_int, is_number
+from .todo import ToDoConfig
 
 FULL, SHALLOW, REUSE = "2", "1", "0"
 KINDS = {FULL: "full", SHALLOW: "shallow", REUSE: "reuse"}  # in words
@@ -57,6 +58,9 @@ class Schedule:
         published_speedup: operations of the dense run over those of the code it was published with, for Stable
             Diffusion 1.5 at 512 x 512 with nothing pruned. That code's shallow calls compute the middle block too and
             throw it away; what this package's calls cost is counted by :mod:`todo_attn.predict.count`.
+        prune_ratio, todo: of the :class:`~todo_attn.DaToConfig` that the schedule is a part of; None leaves them to
+            whoever uses it.
+        provenance: how it was found, as plain data.
 
     Raises:
         ArgumentError: an argument that does not fit.
@@ -68,6 +72,9 @@ class Schedule:
     steps: int | None = None
     scheduler: str | None = None
     published_speedup: float | None = None
+    prune_ratio: float | Sequence[float] | None = None
+    todo: ToDoConfig | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_digits(self.digits)
@@ -84,6 +91,14 @@ class Schedule:
             raise ArgumentError(
                 "published_speedup", f"must be a number above 0 or None, got {self.published_speedup!r}"
             )
+        if self.prune_ratio is not None:
+            ratio = checked_ratio(self.prune_ratio)
+            check_ratios(ratio, self.digits, "digits")
+            object.__setattr__(self, "prune_ratio", ratio)
+        if self.todo is not None and not isinstance(self.todo, ToDoConfig):
+            raise ArgumentError("todo", f"must be a ToDoConfig or None, got {self.todo!r}")
+        if not isinstance(self.provenance, Mapping):
+            raise ArgumentError("provenance", f"must be a mapping, got {self.provenance!r}")
 
     @property
     def calls(self) -> int:
@@ -105,9 +120,20 @@ class Schedule:
         """Calls that return the previous output."""
         return self.digits.count(REUSE)
 
+    @property
+    def made_for(self) -> str:
+        """ " calls, 50 steps of PNDM", as far as it is known."""
+        steps = "" if self.steps is None else f", {self.steps} steps"
+        return f" calls{steps}" + ("" if self.scheduler is None else f" of {self.scheduler}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``json.dumps`` takes. Fields that are None or empty are left out."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, "")}
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        if isinstance(self.prune_ratio, tuple):
+            data["prune_ratio"] = list(self.prune_ratio)
+        if self.todo is not None:
+            data["todo"] = self.todo.to_dict()
+        return {key: value for key, value in data.items() if value is not None and value not in ("", {})}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
@@ -119,6 +145,8 @@ class Schedule:
         arguments = arguments_of(cls, data)
         if "digits" not in arguments:
             raise ArgumentError("data", f"must have digits, got only {list(data)}")
+        if isinstance(arguments.get("todo"), Mapping):
+            arguments["todo"] = ToDoConfig.from_dict(arguments["todo"])
         return cls(**arguments)
 
 

@@ -46,12 +46,12 @@ def check_pipeline(pipe: Any, source: str) -> None:
         raise SettingError("model", f"must have a UNet with self-attention, and {source!r} has none")
 
 
-def sized(settings: CompareSettings, pipe: Any) -> CompareSettings:
-    """The settings with height and width filled in, in pixels: twice the model's normal size if none was given.
+def sized(settings: CompareSettings, pipe: Any, times: int = 2) -> CompareSettings:
+    """The settings with height and width filled in, in pixels: ``times`` the model's normal size if none was given.
 
     Raises:
         SettingError: a size that is no multiple of the pipeline's own, or a model that does not say its normal size.
     """
     architecture = Architecture(settings.source, pipe.unet.config, pipe.vae_scale_factor)
-    height, width = chosen_size(architecture, settings.height, settings.width, times=2)
+    height, width = chosen_size(architecture, settings.height, settings.width, times=times)
     return replace(settings, height=height, width=width)

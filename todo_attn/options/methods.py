@@ -9,7 +9,6 @@ from typing import cast
 from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..config.modes import Mode
-from ..config.schedule import load as load_schedule
 from ..config.schedule import names as published
 from ..config.todo import FINEST, Factor, ToDoConfig
 
@@ -64,7 +63,8 @@ class MethodOptions:
         tome_ratio: the share of tokens that "tome" merges, above 0 and at most 0.75.
         schedule: of "dato" and "todo+dato": a name in :func:`todo_attn.config.schedule.names`, a JSON file, or "none"
             to prune alone. A variant is such a name, or "none".
-        prune_ratio: the share of tokens that "dato" and "todo+dato" prune, from 0 to 0.75.
+        prune_ratio: the share of tokens that "dato" and "todo+dato" prune, from 0 to 0.75; None is what the schedule
+            says, and 0.4 if it does not.
         cache_interval: "deepcache" computes every n-th call of the UNet in full; n, at least 1.
 
     Raises:
@@ -77,7 +77,7 @@ class MethodOptions:
     mode: str = "nearest"
     tome_ratio: float = 0.5
     schedule: str = "coco"
-    prune_ratio: float = 0.4
+    prune_ratio: float | None = None
     cache_interval: int = 3
 
     def __post_init__(self) -> None:
@@ -132,24 +132,25 @@ class MethodOptions:
             calls: of the UNet for one image, at least 1; the schedule is resampled to them.
             height, width: of the image, in pixels.
         """
-        if not 0 <= self.prune_ratio <= MAX_RATIO:
+        if self.prune_ratio is not None and not 0 <= self.prune_ratio <= MAX_RATIO:
             raise SettingError("prune_ratio", f"must be from 0 to {MAX_RATIO}, got {self.prune_ratio}")
-        todo = self.todo_config(Method("todo"), height, width) if method.kind == "todo+dato" else None
-        config = DaToConfig(prune_ratio=self.prune_ratio, cache_schedule=self._digits_of(method), todo=todo)
-        if config.cache_schedule is None:
-            return config
-        return replace(config, cache_schedule=config.schedule_for(calls) or None)  # one call has nothing to reuse
+        config = self._config_of(method).for_calls(calls)
+        if self.prune_ratio is not None:
+            config = replace(config, prune_ratio=self.prune_ratio)
+        if method.kind == "todo+dato":
+            config = replace(config, todo=self.todo_config(Method("todo"), height, width))
+        return config
 
-    def _digits_of(self, method: Method) -> str | None:
-        """The digits of the schedule before resampling; None without one."""
+    def _config_of(self, method: Method) -> DaToConfig:
+        """What the schedule says, before resampling."""
         if (method.variant or self.schedule) == NO_SCHEDULE:
-            return None
+            return DaToConfig()
         if method.variant is not None and method.variant not in published():
             some = ", ".join(map(repr, published()[:3]))
             problem = f"must be published (todo-attn schedules lists them), such as {some}, got {method.variant!r}"
             raise refusal(method, "schedule", problem)
         try:
-            return load_schedule(self.schedule if method.variant is None else method.variant).digits
+            return DaToConfig.from_file(self.schedule if method.variant is None else method.variant)
         except ArgumentError as error:
             raise SettingError("schedule", error.problem) from None
         except ValueError as error:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import logs
 from ..config.checks import ArgumentError, check_at_least
 from ..config.dato import DaToConfig
-from ..config.schedule import KINDS, REUSE, SHALLOW
+from ..config.schedule import FULL, KINDS, REUSE, SHALLOW
 from ..config.todo import ToDoConfig
 from ..diffusers.apply import apply_todo, remove_todo
 from ..diffusers.dato import apply_dato, remove_dato
@@ -97,6 +97,49 @@ def count_work(
             remove_dato(model)
             remove_todo(model)
     return found
+
+
+class RunCounter:
+    """Counts the operations of whole runs of one UNet at one size; each kind of call is counted once.
+
+    Args:
+        unet, height, width, batch, pixels_per_latent: as :func:`count_work`.
+
+    Raises:
+        ArgumentError: as :func:`count_work`.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel | Mapping[str, Any],
+        height: int,
+        width: int,
+        batch: int = 2,
+        pixels_per_latent: int = PIXELS_PER_LATENT,
+    ) -> None:
+        self._given = (unet, height, width), (batch, pixels_per_latent)
+        (dense,) = self._count()
+        self._dense = dense.full.operations
+        self._works: dict[DaToConfig, CallWork] = {}
+
+    def dense(self, calls: int) -> int:
+        """Operations of a dense run of ``calls`` calls."""
+        return calls * self._dense
+
+    def operations(self, config: DaToConfig, calls: int) -> int:
+        """Operations of a run of ``calls`` calls under ``config``, whose schedule and ratios are fitted to them."""
+        fitted = config.for_calls(calls)
+        total = 0
+        for call, kind in enumerate(FULL + fitted.schedule_for(calls)):
+            alike = replace(fitted, cache_schedule=None, prune_ratio=fitted.ratio_for(call))
+            if alike not in self._works:
+                self._works[alike] = self._count(alike)[1]
+            total += self._works[alike].of(kind).operations
+        return total
+
+    def _count(self, *configs: DaToConfig) -> list[CallWork]:
+        of, (batch, pixels_per_latent) = self._given
+        return count_work(*of, configs, batch, pixels_per_latent)
 
 
 def count_self_attention(

@@ -6,11 +6,11 @@ from fixtures.features import SmallNetwork, draw
 from fixtures.pipelines import *  # noqa: F403
 
 from benchmarks.fidelity.cases import cases_for, chosen
-from benchmarks.fidelity.features import Network
 from benchmarks.fidelity.reference import Reference
 from benchmarks.fidelity.run import Plan, Run
 from benchmarks.fidelity.store import Images, Store, identity
-from benchmarks.fidelity.workers import Workers
+from todo_attn.compare.features import Network
+from todo_attn.compare.workers import Workers
 from todo_attn.diffusers.levels import transformers_by_level
 from todo_attn.options.settings import CompareSettings
 

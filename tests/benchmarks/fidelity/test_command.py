@@ -9,9 +9,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks.fidelity import __main__ as command
-from benchmarks.fidelity.options import parse_sizes, read_prompts
+from benchmarks.fidelity.options import parse_sizes
 from todo_attn.bench import jsonl
 from todo_attn.config.checks import ArgumentError
+from todo_attn.options.prompts import read_prompts
 
 
 @pytest.fixture

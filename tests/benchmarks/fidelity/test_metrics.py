@@ -8,9 +8,9 @@ from fixtures import features as networks
 from skimage.filters import gaussian
 
 from benchmarks.fidelity import distances, intervals
-from benchmarks.fidelity.features import Network, perceptual_distance
 from benchmarks.fidelity.metrics import METRICS, Column, high_pass_energy, selected
 from benchmarks.fidelity.reference import Reference
+from todo_attn.compare.features import Network, perceptual_distance
 from todo_attn.config.checks import ArgumentError
 
 CPU = torch.device("cpu")

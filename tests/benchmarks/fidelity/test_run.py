@@ -11,9 +11,10 @@ from PIL import Image
 from benchmarks.fidelity import generate, table
 from benchmarks.fidelity.generate import Generator, enlarged
 from benchmarks.fidelity.metrics import measure
-from benchmarks.fidelity.store import Images, Shard
+from benchmarks.fidelity.store import Images
 from todo_attn.bench import jsonl
 from todo_attn.compare.metrics import psnr
+from todo_attn.compare.workers import Shard
 from todo_attn.config.checks import ArgumentError
 
 CASES = ["todo:factor=2", "tome:0.5", "dato:coco", "deepcache:2", "dense:enlarged=2", "dense:steps=1"]

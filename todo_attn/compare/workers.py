@@ -1,4 +1,4 @@
-"""The processes of one run: ``accelerate launch -m benchmarks.fidelity`` starts several, plain Python one."""
+"""The processes of one run: ``accelerate launch`` starts several, plain Python one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.fidelity.store import Shard
-
 _PATIENCE = timedelta(days=7)  # shards may end hours apart
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of one process."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, count: int) -> range:
+        """Its indexes among ``count``."""
+        return range(self.rank, count, self.world)
 
 
 @dataclass(frozen=True)

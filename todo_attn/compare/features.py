@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from todo_attn.config.checks import ArgumentError
+from ..config.checks import ArgumentError
 
 
 def load_object(argument: str, text: str) -> Any:

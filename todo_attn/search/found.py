@@ -1,0 +1,74 @@
+"""What a search has found: every candidate with its figures, and the front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..compare.curve import Curve, Estimate, pareto_front
+from ..compare.curve import Point as PointOfCurve
+from ..config.dato import DaToConfig
+from ..options.settings import CompareSettings
+from .fidelity import Metric
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate with its figures.
+
+    Args:
+        key: its name, unique.
+        config: what it does.
+        fidelity: the mean of the metric over the images.
+        cost: of an image: operations, or seconds.
+        generation: that first had it, from 1.
+        origin: the name of the schedule if it is known from elsewhere, such as "coco" or "uniform 3".
+    """
+
+    key: str
+    config: DaToConfig
+    fidelity: float
+    cost: float
+    generation: int
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of :func:`~todo_attn.search.search`, or what there is of it so far.
+
+    Args:
+        settings, plan: of the search, filled in.
+        calls: of the UNet for an image.
+        metric: of fidelity.
+        dense_cost: of a dense image.
+        generations: done.
+        points: every candidate that has figures, in the order of evaluation.
+        failures: why each of the others has none, by its name.
+        about: what decided all figures, as plain data.
+    """
+
+    settings: CompareSettings
+    plan: Plan
+    calls: int
+    metric: Metric
+    dense_cost: float
+    generations: int
+    points: Sequence[Point]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def front(self) -> list[Point]:
+        """The points that no other beats in both cost and fidelity, and that cost less than dense, by cost."""
+        cheaper = {point.key: point for point in self.points if point.cost < self.dense_cost}
+        points = [PointOfCurve(p.key, "", Estimate(p.cost), Estimate(p.fidelity)) for p in cheaper.values()]
+        best = pareto_front(Curve("", "", "", points, self.metric.higher_is_better))
+        return [cheaper[point.method] for point in best]
+
+    def speedup(self, point: Point) -> float:
+        """Dense's cost over the point's."""
+        return self.dense_cost / point.cost
