@@ -206,12 +206,10 @@ def test_an_interrupted_search_goes_on_to_the_same_front(whole, searched, monkey
 
 
 def test_another_search_is_refused_and_nothing_is_lost(sd, whole, searched, tmp_path):
-    found, folder = whole
+    _, folder = whole
     shutil.copytree(folder, tmp_path / "found")
     before = {file: file.read_bytes() for file in (tmp_path / "found").rglob("*") if file.is_file()}
-    with pytest.raises(
-        ArgumentError, match=r"^folder must be of the same search, .*metric 'latents' instead of 'psnr'"
-    ):
+    with pytest.raises(ArgumentError, match=r"^folder must be of the same search, .*'latents' instead of 'psnr'"):
         searched("found", metric="psnr")
     with pytest.raises(ArgumentError, match="search_seed 0 instead of 1"):
         searched("found", search_seed=1)
