@@ -29,6 +29,7 @@ CONTENTS = """
 :hidden:
 
 docs/usage
+docs/search
 docs/api
 docs/compatibility
 docs/troubleshooting
