@@ -20,8 +20,11 @@ todo_attn
     DaToConfig(prune_ratio=0.4, *, cache_schedule=None, patch=(2, 2), noise_weight=0.1, dynamics_weight=0.1, \
 align_guidance=True, prune_cross_attention=False, prune_feed_forward=False, todo=None, seed=0)
     DaToConfig.preset(name, steps=50, **overrides)
+    DaToConfig.from_file(path, calls=None, **overrides)
+    DaToConfig.from_schedule(found)
     DaToConfig.computes_everything
     DaToConfig.schedule_for(calls)
+    DaToConfig.for_calls(calls)
     DaToConfig.ratio_for(call, calls=None)
     DaToConfig.to_dict()
     DaToConfig.from_dict(data)
@@ -50,7 +53,8 @@ todo_attn.config
     ToDoConfig
     DaToConfig
 todo_attn.config.schedule
-    Schedule(digits, name='', source='', steps=None, scheduler=None, published_speedup=None)
+    Schedule(digits, name='', source='', steps=None, scheduler=None, published_speedup=None, prune_ratio=None, \
+todo=None, provenance=<factory>)
     Schedule.calls
     Schedule.full
     Schedule.shallow
@@ -65,6 +69,15 @@ todo_attn.config.schedule
     names()
     named()
     resample(digits, length)
+todo_attn.search
+    Plan(*, metric='psnr', features=None, cost='operations', prune_ratios=(0.4,), prune_per_call=False, \
+todo_factors=(1,), population=24, generations=20, search_seed=0, start=())
+    Found
+    Found.front
+    Found.speedup(point)
+    Point
+    Progress
+    search(pipe, settings, plan=None, folder='search', workers=None, watch=None)
 todo_attn.diffusers
     ToDoProcessor
     apply_todo
@@ -81,12 +94,17 @@ COMMANDS = """
 todo-attn
     --version
 doctor
-    --model= --height= --width= --steps=50 --max-kv-tokens=4096 --schedule= --prune-ratio=0.4 --device=auto
+    --model= --height= --width= --steps=50 --max-kv-tokens=4096 --schedule= --prune-ratio= --device=auto
     --dtype=auto --measure --json
 compare
     MODEL --prompt=... --seed=... --height= --width= --steps= --guidance= --scheduler= --device=auto --dtype=auto
     --methods=dense,todo --factor=auto --max-kv-tokens=4096 --mode=nearest --tome-ratio=0.5 --schedule=coco
-    --prune-ratio=0.4 --cache-interval=3 --warmup-steps=2 --variant= --config= --out= --overwrite --json
+    --prune-ratio= --cache-interval=3 --warmup-steps=2 --variant= --config= --out= --overwrite --json
+search
+    MODEL --prompts= --prompt=... --seed=... --height= --width= --steps= --guidance= --scheduler= --device=auto
+    --dtype=auto --threads= --metric=psnr --features= --cost=operations --prune-ratios=0.4 --prune-per-call
+    --todo-factors=1 --population=24 --generations=20 --search-seed=0 --start=... --variant= --config= --folder=search
+    --json
 schedules
     --model= --height= --width= --steps=50 --name= --all --json
 bench

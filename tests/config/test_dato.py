@@ -6,10 +6,12 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from todo_attn.config import schedule
+from todo_attn.config.checks import ArgumentError
 from todo_attn.config.dato import DaToConfig
 from todo_attn.config.todo import ToDoConfig
 
@@ -196,6 +198,55 @@ def test_presets():
 def test_a_preset_from_a_file(tmp_path):
     schedule.save(schedule.Schedule("1202"), tmp_path / "mine.json")
     assert DaToConfig.preset(str(tmp_path / "mine.json"), 4).cache_schedule == "1202"
+
+
+MINE = schedule.Schedule("1202", "mine", steps=4, scheduler="PNDM", prune_ratio=0.25, todo=ToDoConfig({1: 2}))
+
+
+def test_from_a_file(tmp_path):
+    file = tmp_path / "mine.json"
+    schedule.save(MINE, file)
+    whole = DaToConfig(0.25, cache_schedule="1202", todo=ToDoConfig({1: 2}))
+    assert DaToConfig.from_file(file) == DaToConfig.from_file(str(file), calls=5) == whole
+    assert DaToConfig.from_file(file, prune_ratio=0.1, seed=3) == replace(whole, prune_ratio=0.1, seed=3)
+    assert DaToConfig.preset(str(file), 4) == whole and DaToConfig.preset(str(file), 4, todo=None).todo is None
+    assert DaToConfig.preset(str(file), 8) == whole.for_calls(9)
+    schedule.save(schedule.Schedule("1202"), file)
+    assert DaToConfig.from_file(file) == DaToConfig(cache_schedule="1202")
+    schedule.save(schedule.Schedule("12", prune_ratio=(0.1, 0.2, 0.3)), file)
+    assert DaToConfig.from_file(file).prune_ratio == (0.1, 0.2, 0.3)
+
+
+def test_a_file_that_is_refused(tmp_path):
+    file = tmp_path / "mine.json"
+    schedule.save(MINE, file)
+    with pytest.raises(
+        ArgumentError, match=r"^path must be .* the 20 calls of this run, and .*mine.json' is for 5 calls, 4"
+    ):
+        DaToConfig.from_file(file, calls=20)
+    with pytest.raises(ArgumentError, match=r"^schedule must be a file or a name"):
+        DaToConfig.from_file(str(tmp_path / "none.json"))
+    file.write_text('{"version": 1, "digits": "12", "prune_ratio": [0.1, 0.2]}')
+    with pytest.raises(
+        ValueError, match=r"mine.json is not a schedule: prune_ratio must have a ratio for each of the 3"
+    ):
+        DaToConfig.from_file(file)
+    for part in ('"prune_ratio": 2', '"todo": {"factor": 0}', '"todo": 3', '"provenance": 3'):
+        file.write_text('{"version": 1, "digits": "12", ' + part + "}")
+        with pytest.raises(
+            ValueError, match=r"mine.json is not a schedule: (prune_ratio|factor|todo|provenance) must be"
+        ):
+            DaToConfig.from_file(file)
+
+
+def test_a_configuration_for_another_number_of_calls():
+    config = DaToConfig((0.1, 0.2, 0.3), cache_schedule="12", seed=5)
+    assert config.for_calls(3) == config
+    assert config.for_calls(5) == DaToConfig(
+        (0.1, 0.2, 0.2, 0.3, 0.3), cache_schedule=schedule.resample("12", 4), seed=5
+    )
+    assert config.for_calls(1) == DaToConfig((0.1,), seed=5)  # one call has nothing to reuse
+    assert DaToConfig(0.3).for_calls(7) == DaToConfig(0.3)
 
 
 def test_a_preset_refuses():

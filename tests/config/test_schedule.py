@@ -10,6 +10,7 @@ import pytest
 
 from todo_attn.config import schedule
 from todo_attn.config.schedule import Schedule
+from todo_attn.config.todo import ToDoConfig
 
 COCO = "11110110110112100011010200000010101200000010120101"
 
@@ -62,9 +63,12 @@ def test_counts():
 
 
 FULL_SCHEDULE = Schedule("0212", "mine", "by hand", 5, "DDIM", 1.5)
+FOUND = Schedule(
+    "01", prune_ratio=(0.0, 0.2, 0.4), todo=ToDoConfig({1: 2, 2: 4}), provenance={"metric": "psnr", "seeds": [0, 1]}
+)
 
 
-@pytest.mark.parametrize("given", [Schedule("1"), FULL_SCHEDULE], ids=["digits-only", "all"])
+@pytest.mark.parametrize("given", [Schedule("1"), FULL_SCHEDULE, FOUND], ids=["digits-only", "all", "found"])
 def test_file_round_trip(given, tmp_path):
     assert Schedule.from_dict(given.to_dict()) == given == schedule.loads(schedule.dumps(given))
     schedule.save(given, tmp_path / "x.json")

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from todo_attn import ToDoConfig
+from todo_attn import DaToConfig, ToDoConfig
 from todo_attn.config import schedule
 from todo_attn.options.methods import Method, SettingError, parse_factor
 from todo_attn.options.settings import CompareSettings
@@ -138,6 +138,23 @@ def test_methods_that_cache(sd_folder, tmp_path):
     assert settings.dato_config(mine, 26, 64, 64).cache_schedule == "10" * 12 + "2"
     assert settings.dato_config(mine, 51, 64, 64).cache_schedule == schedule.resample("10" * 12 + "2", 50)
     assert settings.dato_config(mine, 1, 64, 64).cache_schedule is None
+
+
+def test_a_schedule_with_a_ratio_and_factors_of_its_own(sd_folder, tmp_path):
+    file = tmp_path / "mine.json"
+    todo = ToDoConfig({1: 2})
+    schedule.save(schedule.Schedule("10", prune_ratio=0.2, todo=todo), file)
+    given = {"model": str(sd_folder), "methods": "dense,dato,todo+dato,dato:coco", "schedule": str(file)}
+    _, mine, both, coco = CompareSettings(**given).parsed_methods()
+    settings = CompareSettings(**given)
+    assert settings.dato_config(mine, 3, 64, 64) == DaToConfig(0.2, cache_schedule="10", todo=todo)
+    assert settings.dato_config(both, 3, 64, 64) == DaToConfig(0.2, cache_schedule="10", todo=ToDoConfig())
+    assert settings.dato_config(coco, 3, 64, 64).prune_ratio == DaToConfig.prune_ratio
+    asked = CompareSettings(**given, prune_ratio=0.5)
+    assert asked.dato_config(mine, 3, 64, 64) == DaToConfig(0.5, cache_schedule="10", todo=todo)
+    schedule.save(schedule.Schedule("10", prune_ratio=(0.0, 0.1, 0.2)), file)
+    assert settings.dato_config(mine, 3, 64, 64).prune_ratio == (0.0, 0.1, 0.2)
+    assert settings.dato_config(mine, 5, 64, 64).prune_ratio == (0.0, 0.1, 0.1, 0.2, 0.2)
     assert [settings.cache_interval_of(m) for m in deepcache] == [2, 5]
 
 

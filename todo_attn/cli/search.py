@@ -205,6 +205,11 @@ def _search(settings: CompareSettings, plan: searching.Plan, folder: Path, threa
     except KeyboardInterrupt:
         kept = f"{done} of {plan.generations} generations are in {folder}, and the same command goes on"
         raise UserError(f"interrupted: {kept}", 130) from None
+    except OSError as error:  # such as a full disk
+        if error.filename is None:
+            raise
+        problem = f"{error.filename} cannot be written: {error.strerror}: what is there stays, and the same command"
+        raise UserError(f"{problem} goes on", 1) from error
     if not workers.is_main:
         return
     console = notes if as_json else Console()

@@ -96,6 +96,7 @@ def table_of(found: Found) -> dict[str, Any]:
     return {
         "search": hashlib.sha256(json_bytes(found.about)).hexdigest()[:16],
         "about": {"model_name": model_name(found), **found.about},
+        "prompts": list(found.settings.prompts),
         "generations": found.generations,
         "calls": found.calls,
         "dense_cost": found.dense_cost,

@@ -25,7 +25,6 @@ from ..options.settings import CompareSettings
 from ..peak_memory import is_out_of_memory
 from ..predict.count import RunCounter
 from .checkpoint import Checkpoint, Result
-from .evolution import Evolution
 from .fidelity import Fidelity, MetricError
 from .found import Found, Point
 from .images import Images
@@ -96,7 +95,10 @@ class _Search:
         workers: Workers | None,
         watch: Callable[[Progress], None] | None,
     ) -> None:
+        from .evolution import Evolution  # pymoo takes a second to import
+
         assert settings.steps is not None
+        self.evolution = Evolution
         self.pipe, self.settings, self.plan, self.folder = pipe, settings, plan, folder
         self.workers = workers or Workers.joined(pipe.unet.device.type)
         self.watch = watch
@@ -153,7 +155,7 @@ class _Search:
         try:
             self._make_dense()
             self.dense_cost, self._cost_of = self._costs()
-            evolution = Evolution(self.space)
+            evolution = self.evolution(self.space)
             for generation in range(1, self.plan.generations + 1):
                 self.generation = generation
                 rows = evolution.ask()
@@ -234,6 +236,7 @@ class _Search:
                 self.checkpoint.save()
         if self.generation == 1 and not any(self.checkpoint.figures(key) for key in keys):
             reason = next(filter(None, map(self.checkpoint.failure, keys)), "there is none")
+            self.checkpoint.results.clear()  # so that a better metric of the same name is tried
             raise ArgumentError("metric", f"must give a number for a candidate, and does for none: {reason}")
 
     def _result(self, key: str, index: int) -> Result:
