@@ -1,6 +1,7 @@
 """``todo-attn search``: what it prints and writes, and what it refuses."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,8 @@ def search(run, sd_folder, tmp_path, monkeypatch):
 
 
 def test_from_a_model_to_a_comparison_by_a_schedule_that_was_found(search, run, sd_folder, tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "def nearness(image, dense, prompt):\n    return -float((image != dense).mean())\n"
-    )
+    code = "def nearness(image, dense, prompt):\n    return -float((image != dense).mean())\n"
+    (tmp_path / "mine.py").write_text(code)
     options = ("--prune-ratios", "0,0.5", "--todo-factors", "1,2", "--metric", "mine:nearness")
     done = search(*options)
     assert done.code == 0, done.err
@@ -122,10 +122,9 @@ def test_an_interrupt(search, monkeypatch, tmp_path):
     assert search().code == 0
 
 
-def test_without_pymoo(search, monkeypatch):
-    import sys
-
+def test_without_pymoo(search, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pymoo.algorithms.moo.nsga2", None)
     monkeypatch.delitem(sys.modules, "todo_attn.search.evolution", raising=False)
     done = search()
     assert done.code == 1 and "pymoo is not installed: pip install 'todo_attn[search]'" in done.err
+    assert not (tmp_path / "found").exists()

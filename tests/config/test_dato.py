@@ -220,21 +220,19 @@ def test_from_a_file(tmp_path):
 def test_a_file_that_is_refused(tmp_path):
     file = tmp_path / "mine.json"
     schedule.save(MINE, file)
-    with pytest.raises(
-        ArgumentError, match=r"^path must be .* the 20 calls of this run, and .*mine.json' is for 5 calls, 4"
-    ):
+    with pytest.raises(ArgumentError, match=r"^path must be .* the 20 calls .*mine.json' is for 5 calls, 4 steps"):
         DaToConfig.from_file(file, calls=20)
     with pytest.raises(ArgumentError, match=r"^schedule must be a file or a name"):
         DaToConfig.from_file(str(tmp_path / "none.json"))
     file.write_text('{"version": 1, "digits": "12", "prune_ratio": [0.1, 0.2]}')
     with pytest.raises(
-        ValueError, match=r"mine.json is not a schedule: prune_ratio must have a ratio for each of the 3"
+        ValueError, match=r"mine.json is not a schedule: prune_ratio must have .* the 3 calls of digits"
     ):
         DaToConfig.from_file(file)
     for part in ('"prune_ratio": 2', '"todo": {"factor": 0}', '"todo": 3', '"provenance": 3'):
         file.write_text('{"version": 1, "digits": "12", ' + part + "}")
         with pytest.raises(
-            ValueError, match=r"mine.json is not a schedule: (prune_ratio|factor|todo|provenance) must be"
+            ValueError, match=r"mine.json is not a schedule: (prune_r|factor|todo|provenance)\w* must be"
         ):
             DaToConfig.from_file(file)
 

@@ -138,6 +138,7 @@ def test_methods_that_cache(sd_folder, tmp_path):
     assert settings.dato_config(mine, 26, 64, 64).cache_schedule == "10" * 12 + "2"
     assert settings.dato_config(mine, 51, 64, 64).cache_schedule == schedule.resample("10" * 12 + "2", 50)
     assert settings.dato_config(mine, 1, 64, 64).cache_schedule is None
+    assert [settings.cache_interval_of(m) for m in deepcache] == [2, 5]
 
 
 def test_a_schedule_with_a_ratio_and_factors_of_its_own(sd_folder, tmp_path):
@@ -155,7 +156,6 @@ def test_a_schedule_with_a_ratio_and_factors_of_its_own(sd_folder, tmp_path):
     schedule.save(schedule.Schedule("10", prune_ratio=(0.0, 0.1, 0.2)), file)
     assert settings.dato_config(mine, 3, 64, 64).prune_ratio == (0.0, 0.1, 0.2)
     assert settings.dato_config(mine, 5, 64, 64).prune_ratio == (0.0, 0.1, 0.1, 0.2, 0.2)
-    assert [settings.cache_interval_of(m) for m in deepcache] == [2, 5]
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"version": 1}', '{"version": 1, "digits": "123"}'])
