@@ -20,7 +20,7 @@ from todo_attn.search import fidelity, images, run
 from todo_attn.search.fidelity import MOST_DB
 
 pytest.importorskip("pymoo")
-OUT = ("front.json", "search.json", "checkpoint.json", "report.html")
+OUT = ("front.json", "search.json", "checkpoint.json", "schedules/front-01.json")
 
 
 def calls_of(pipe, monkeypatch):
@@ -42,11 +42,11 @@ def figures(found):
 
 def test_the_files_are_what_was_measured(sd, searched, settings, tmp_path):
     before = [(name, list(m._forward_pre_hooks), list(m._forward_hooks)) for name, m in sd.unet.named_modules()]
-    found = searched("found", metric="psnr", prune_ratios=(0.0, 0.5), todo_factors=(1, 2))
+    found = searched("found", metric="psnr", prune_ratios=(0.0, 0.5), todo_factors=(1, 2), generations=2)
     after = [(name, list(m._forward_pre_hooks), list(m._forward_hooks)) for name, m in sd.unet.named_modules()]
     assert before == after
     front = found.front
-    assert len(front) >= 3 and found.generations == 3
+    assert len(front) >= 3 and found.generations == 2
     costs, fidelities = [p.cost for p in front], [p.fidelity for p in front]
     assert costs == sorted(costs) and fidelities == sorted(fidelities)
     assert not any(q.cost <= p.cost and q.fidelity > p.fidelity for p in front for q in found.points)
@@ -189,13 +189,13 @@ def stop_after(images_made, error):
     return watch
 
 
-@pytest.mark.parametrize("made", [1, 21])
+@pytest.mark.parametrize("made", [0, 21])
 def test_an_interrupted_search_goes_on_to_the_same_front(whole, searched, monkeypatch, tmp_path, made, sd):
     found, folder = whole
     with pytest.raises(KeyboardInterrupt):
         searched("stopped", watch=stop_after(made, KeyboardInterrupt))
     table = json.loads((tmp_path / "stopped" / "front.json").read_text())
-    assert bool(table["front"]) == (made > 1)
+    assert bool(table["front"]) == (made > 0)
     for name in table["front"]:
         DaToConfig.from_file(tmp_path / "stopped" / "schedules" / f"{name}.json", calls=5)
     again = calls_of(sd, monkeypatch)
@@ -213,10 +213,11 @@ def test_another_search_is_refused_and_nothing_is_lost(sd, whole, searched, tmp_
         searched("found", metric="psnr")
     with pytest.raises(ArgumentError, match="search_seed 0 instead of 1"):
         searched("found", search_seed=1)
+    bias = sd.unet.conv_in.bias.detach().clone()
     sd.unet.conv_in.bias.data += 1
     with pytest.raises(ArgumentError, match=r"model '.*' instead of"):
         searched("found")
-    sd.unet.conv_in.bias.data -= 1
+    sd.unet.conv_in.bias.data = bias
     assert before == {file: file.read_bytes() for file in (tmp_path / "found").rglob("*") if file.is_file()}
     checkpoint = tmp_path / "found" / "checkpoint.json"
     data = json.loads(checkpoint.read_text())
