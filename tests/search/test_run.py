@@ -268,3 +268,22 @@ def test_sdxl_and_a_scheduler_with_more_calls_than_steps(sdxl, searched, setting
     found = searched("xl", pipe=sdxl, generations=1, todo_factors=(1, 2))
     assert found.calls == 6 and found.front
     assert all(len(point.config.cache_schedule) == 5 for point in found.points)
+
+
+def test_images_that_the_safety_checker_blacks_out_are_not_compared(sd, searched, monkeypatch):
+    """Two black images are equal, which says nothing."""
+    right, black = sd.run_safety_checker, []
+
+    def check(image, device, dtype):
+        return right(image, device, dtype)[0], [bool(black)]
+
+    monkeypatch.setattr(sd, "run_safety_checker", check)
+
+    def watch(progress):
+        black[:] = [True] if progress.generation and progress.done == 2 else []
+
+    found = searched("found", metric="psnr", generations=1, watch=watch)
+    assert set(found.failures.values()) == {"image 1: the pipeline's safety checker blacked it out"}
+    black[:] = [True]
+    with pytest.raises(ArgumentError, match=r"prompts must pass .* checker, .* 'a hill' with seed 0"):
+        searched("other", metric="psnr")

@@ -21,12 +21,19 @@ MOST_DB = 100.0  # the PSNR of equal images, which is infinite
 
 @dataclass(frozen=True)
 class Made:
-    """An image as it is compared: final latents (C, h, w) float32; pixels (height, width, 3) uint8 if they are needed;
-    the seconds that it took."""
+    """An image as it is compared.
+
+    Args:
+        latents: the last ones, (C, h, w) float32.
+        pixels: (height, width, 3) uint8; None if only latents are compared.
+        seconds: that it took.
+        blacked_out: whether the pipeline's safety checker blacked it out.
+    """
 
     latents: np.ndarray
     pixels: np.ndarray | None
     seconds: float
+    blacked_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class Fidelity:
         """
         if not np.isfinite(image.latents).all():
             raise MetricError("the image has NaN or infinity")
+        if image.blacked_out:
+            raise MetricError("the pipeline's safety checker blacked it out")
         try:
             found = self._measure(image, dense, prompt)
             value = float(found)

@@ -15,6 +15,7 @@ import torch
 from ..compare.bind import bind_dato
 from ..compare.files import write_whole
 from ..compare.run import call_pipeline, pixels_of
+from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..options.settings import CompareSettings
 from .fidelity import Made
@@ -60,10 +61,15 @@ class Images:
         """Make dense's image ``index``, and keep it.
 
         Raises:
+            ArgumentError: the pipeline's safety checker blacked it out.
             OSError: it cannot be written.
         """
         with _watched(self.pipe.unet) as seen:
             made = self._call(index)
+        if made.blacked_out:
+            prompt, seed = self.settings.images[index]
+            which = f"{prompt!r} with seed {seed}"
+            raise ArgumentError("prompts", f"must pass the pipeline's safety checker, which blacked out {which}")
         arrays = {"latents": made.latents, "seconds": np.array(made.seconds), "calls": np.array([len(seen), max(seen)])}
         if made.pixels is not None:
             arrays["pixels"] = made.pixels
@@ -108,7 +114,8 @@ class Images:
             return values
 
         output, seconds, _ = call_pipeline(self.pipe, self.settings, prompt, seed, steps, keep)
-        return Made(_array(latents[0]), pixels_of(output), seconds)
+        blacked_out = any(getattr(output, "nsfw_content_detected", None) or ())
+        return Made(_array(latents[0]), pixels_of(output), seconds, blacked_out)
 
 
 def _array(latents: torch.Tensor) -> np.ndarray:
