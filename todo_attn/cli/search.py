@@ -267,8 +267,8 @@ def _table(found: searching.Found, points: list[searching.Point]) -> Table:
 
     names, title = names_of(found), found.metric.title
     table = Table(
-        title=f"{len(found.front)} on the front of {len(found.points)} candidates, after {found.generations} "
-        f"generations; speed-up by {found.plan.cost}",
+        title=f"{len(found.front)} on the front of {len(found.points)} candidates, after {found.generations} of "
+        f"{found.plan.generations} generations; speed-up by {found.plan.cost}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
