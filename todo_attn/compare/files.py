@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ def write_whole(file: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror or str(error), str(file)) from error
         raise
+
+
+def wait_for(file: Path, patience: float = 120.0) -> None:
+    """Until ``file``, which another process has written, is there; at most ``patience`` seconds.
+
+    Between the nodes of a shared file system, a new file may show late.
+    """
+    end = time.monotonic() + patience
+    while not file.exists() and time.monotonic() < end:
+        time.sleep(0.5)
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

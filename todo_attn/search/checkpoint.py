@@ -21,25 +21,27 @@ Result = tuple[float, float] | str
 
 
 class Checkpoint:
-    """What is known, by candidate and image. Opening it reads the file if there is one.
+    """What is known, by candidate and image.
 
     Args:
         folder: of the search.
         about: what decides all figures, whose digest is in the file.
         images: how many each candidate is tried on.
-
-    Raises:
-        ArgumentError: of "folder": the file is of another search, or damaged.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], images: int) -> None:
         self.file, self.images = folder / CHECKPOINT, images
         self.results: dict[str, dict[int, Result]] = {}
         self._digest = hashlib.sha256(json_bytes(about)).hexdigest()[:16]
-        if self.file.exists():
-            self._read()
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Add what the file knows, if there is one.
+
+        Raises:
+            ArgumentError: of "folder": the file is of another search, or damaged.
+        """
+        if not self.file.exists():
+            return
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
             digest, candidates = data["search"], data["candidates"]
@@ -64,6 +66,10 @@ class Checkpoint:
             for index in range(self.images)
             if index not in self.results.get(key, {})
         ]
+
+    def all(self) -> list[tuple[str, int, Result]]:
+        """Everything that is known."""
+        return [(key, index, result) for key, found in self.results.items() for index, result in found.items()]
 
     def add(self, results: Iterable[tuple[str, int, Result]]) -> None:
         for key, index, result in results:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +12,12 @@ import numpy as np
 import torch
 
 from ..compare.bind import bind_dato
-from ..compare.files import write_whole
+from ..compare.files import wait_for, write_whole
 from ..compare.run import call_pipeline, pixels_of
 from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..options.settings import CompareSettings
 from .fidelity import Made
-
-_PATIENCE = 120.0  # seconds until a file of another node is there: a shared file system may tell late
 
 
 class Calls(NamedTuple):
@@ -88,10 +85,8 @@ class Images:
 
     def wait_for_dense(self) -> None:
         """Until this process sees all of dense's images, which others have made."""
-        end = time.monotonic() + _PATIENCE
         for index in range(len(self)):
-            while not self.has_dense(index) and time.monotonic() < end:
-                time.sleep(1)
+            wait_for(self._file(index))
 
     def warm_up(self) -> None:
         """One image that nobody measures."""

@@ -214,9 +214,13 @@ def _table(found: Found, names: dict[str, str]) -> Table:
         }
         return TableRow(names[point.key], values)
 
-    dense = {cost: Estimate(found.dense_cost / unit), "speed-up": Estimate(1.0), found.metric.title: "the same"}
-    rows = [TableRow("dense", dense | {"full": Estimate(found.calls)}), *map(row, found.front)]
-    return Table("The front, the cheapest first", columns, rows)
+    dense: dict[str, Estimate | str | None] = {
+        cost: Estimate(found.dense_cost / unit),
+        "speed-up": Estimate(1.0),
+        found.metric.title: "the same",
+        "full": Estimate(found.calls),
+    }
+    return Table("The front, the cheapest first", columns, [TableRow("dense", dense), *map(row, found.front)])
 
 
 def _setting(found: Found, folder: Path, name: str) -> Setting:

@@ -11,6 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ..compare.bind import bind_dato, calls_of, check_fits
+from ..compare.files import wait_for
 from ..compare.identity import identity, open_folder
 from ..compare.run import quiet, told_once
 from ..compare.workers import Workers
@@ -111,8 +112,13 @@ class _Search:
             open_folder(folder, SEARCH, self.about, what="search")
         self.workers.wait()
         if not self.workers.is_main:
+            wait_for(folder / SEARCH)
             open_folder(folder, SEARCH, self.about, writes=False, what="search")
         self.checkpoint = Checkpoint(folder, self.about, len(settings.images))
+        if self.workers.is_main:
+            self.checkpoint.read()
+        # What one process reads, all know: another node may still see an older file.
+        self.checkpoint.add(self.workers.gather(self.checkpoint.all()))
         self.images = Images(pipe, settings, folder / DENSE, self.fidelity.metric.needs_pixels)
         self.dense_cost = 0.0
         self.costs: dict[str, float] = {}
