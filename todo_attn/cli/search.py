@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich import box
@@ -28,6 +29,7 @@ from .app import DeviceName, DtypeName, UserError, app, as_typed, hush_loading, 
 if TYPE_CHECKING:
     from .. import search as searching
 
+_Number = TypeVar("_Number", int, float)
 _SHOWN = 8  # points of the front under the progress bar
 
 _SEARCH_HELP = """Search schedules of DaTo for a model: quality against cost, by NSGA-II.
@@ -151,7 +153,7 @@ def search_command(
             _search(settings, plan, folder, threads, as_json)
 
 
-def _numbers(name: str, text: str, kind: type) -> tuple[float, ...]:
+def _numbers(name: str, text: str, kind: type[_Number]) -> tuple[_Number, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
@@ -263,7 +265,7 @@ def _line(found: searching.Found) -> str:
 
 def _table(found: searching.Found, points: list[searching.Point]) -> Table:
     """A row per point, the cheapest first."""
-    from ..search.output import factors_text, fidelity_text, kinds_of, names_of, pruning_text
+    from ..search.output import factors_text, fidelity_text, names_of, pruning_text
 
     names, title = names_of(found), found.metric.title
     table = Table(
@@ -273,11 +275,11 @@ def _table(found: searching.Found, points: list[searching.Point]) -> Table:
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
     )
-    columns = {
+    columns: dict[str, Callable[[searching.Point], str]] = {
         "schedule": lambda point: names[point.key],
         "speed-up": lambda point: f"{found.speedup(point):.2f}x",
         title: lambda point: fidelity_text(found, point),
-        **{kind: lambda point, kind=kind: str(kinds_of(point)[kind]) for kind in KINDS.values()},
+        **{kind: partial(_count_of, kind) for kind in KINDS.values()},
         **({"pruned": pruning_text} if len(found.plan.prune_ratios) > 1 else {}),
         **({"factors": factors_text} if len(found.plan.todo_factors) > 1 else {}),
         "known as": lambda point: escape(point.origin),
@@ -288,3 +290,10 @@ def _table(found: searching.Found, points: list[searching.Point]) -> Table:
     for point in points:
         table.add_row(*(text(point) for text in columns.values()))
     return table
+
+
+def _count_of(kind: str, point: searching.Point) -> str:
+    """How many calls of this kind a run has."""
+    from ..search.output import kinds_of
+
+    return str(kinds_of(point)[kind])
