@@ -3,7 +3,8 @@
 python -m benchmarks.compile_report --arch 90 --dtype fp16 --dump build/cubins
 python -m benchmarks.compile_report --arch 90 --head-dim 40 --settings 128x64x4x2 --settings 128x256x8x2:poly
 
-The second command compiles the attention kernel with other tiles than the shipped ones.
+The second command compiles the attention kernel with other tiles than the shipped ones; with ``--kernel query_grad``
+or ``--kernel key_grad`` one of its backward.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from benchmarks.options import check_among, make_dump_folder
 from todo_attn.bench.launched import Launched, launched
 from todo_attn.config.dtypes import DTYPES
 from todo_attn.config.modes import MODES
-from todo_attn.kernels import configs, launch, match
+from todo_attn.kernels import backward, configs, launch, match
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (8, 24, 40, 64, 80, 96, 128, 160, 256)
 CHANNELS = (20, 320, 1280)
-KERNELS = ("attention", "pack", "match", "rows")
+BACKWARD = ("query_grad", "key_grad")
+KERNELS = ("attention", *BACKWARD, "pack", "match", "rows")
 
 _BATCH, _HEADS, _COARSE = 2, 8, (16, 32)  # 512 keys: whole tiles of every configuration
 
@@ -47,9 +49,9 @@ _BATCH, _HEADS, _COARSE = 2, 8, (16, 32)  # 512 keys: whole tiles of every confi
 class Variant:
     """One kernel to compile.
 
-    ``mode``: of the packing kernel; of attention "plain", "tail" (the last tile is partial) or "large-scale" (a scale
-    above 0.69). ``head_dim``: for the match kernel and the one that packs its rows, the channels. ``config``: for the
-    attention kernel, other than the shipped.
+    ``mode``: of the packing kernel; of attention "plain", "tail" (the last tile is partial), "large-scale" (a scale above
+    0.69) or "lse" (for the backward). ``head_dim``: for the match kernel and the one that packs its rows, the channels.
+    ``config``: for attention and its backward, other than the shipped.
     """
 
     kernel: str
@@ -95,7 +97,7 @@ def variants(
 ) -> Iterator[Variant]:
     """Every kernel in every mode. "tail" is another attention kernel only for head dims without a ones column.
 
-    With ``others`` only the attention kernel, in each of these configurations.
+    With ``others`` only attention and its backward, in each of these configurations.
     """
     for arch in arches:
         for dtype in dtypes:
@@ -105,6 +107,11 @@ def variants(
                     if not configs.tiles(divmod(arch, 10), head_dim).ones:
                         yield Variant("attention", arch, dtype, head_dim, "tail", config)
                     yield Variant("attention", arch, dtype, head_dim, "large-scale", config)
+                    if dtype != "fp32":
+                        yield Variant("attention", arch, dtype, head_dim, "lse", config)
+                        yield Variant("query_grad", arch, dtype, head_dim, "plain", config)
+                        yield Variant("query_grad", arch, dtype, head_dim, "tail", config)
+                        yield Variant("key_grad", arch, dtype, head_dim, "plain", config)
                 if others:
                     continue
                 for mode in MODES:
@@ -116,7 +123,7 @@ def variants(
 
 def launches(variant: Variant) -> list[Launched]:
     """What the launcher of a variant compiles, on tensors with the strides of an attention processor's."""
-    call = attention if variant.kernel in ("attention", "pack") else _match
+    call = attention if variant.kernel in ("attention", "pack", *BACKWARD) else _match
     return launched(variant.arch, lambda: call(variant))
 
 
@@ -133,7 +140,23 @@ def attention(variant: Variant) -> None:
 
     key, value = tokens(grid[0] * grid[1]), tokens(grid[0] * grid[1])
     scale = 1.0 if variant.mode == "large-scale" else variant.head_dim**-0.5
-    launch.attention(tokens(1024), key, value, grid, factor, mode, scale, variant.config)
+    query = tokens(1024)
+    lse = torch.empty(_BATCH, _HEADS, query.shape[1])
+    if variant.kernel in BACKWARD:
+        config = configs.BackwardConfig(variant.config, variant.config) if variant.config else None
+        grad, out = tokens(1024), torch.empty_like(query)
+        backward.attention_backward(grad, query, key, value, out, lse, grid, factor, mode, scale, config)
+        return
+    wanted = lse if variant.mode == "lse" else None
+    launch.attention(query, key, value, grid, factor, mode, scale, variant.config, lse=wanted)
+
+
+def multiply_adds(found: Launched) -> int:
+    """Of attention or its backward for a query and a key, padding included."""
+    if found.kernel == "attention":
+        return sum(found.constant(name) for name in ("K_A", "K_B", "V_A", "V_B"))
+    products = {"query_grad": 3, "key_grad": 4}[found.kernel]
+    return products * (found.constant("D_A") + found.constant("D_B"))
 
 
 def _match(variant: Variant) -> None:
@@ -146,14 +169,15 @@ def _match(variant: Variant) -> None:
 def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
     """Compile one variant: registers, stack, spills, shared memory (bytes); clocks per score by pipe.
 
-    Clocks are for attention in fp16 and bf16. Of the match kernel in these dtypes, only how far ahead it copies: its
+    Clocks are for attention and its backward in fp16 and bf16. Of the match kernel in these dtypes, only how far ahead it copies: its
     loop takes a tile of keys in several trips.
     """
     found = next(each for each in launches(variant) if each.kernel == variant.kernel)
     compiled = triton.compile(found.source, target=GPUTarget("cuda", variant.arch, 32), options=found.options)
     row: dict[str, Any] = {**asdict(variant), **found.options}
     del row["config"]  # in single columns, the shipped ones too
-    tiles = ("BLOCK_M", "BLOCK_N") if variant.kernel in ("attention", "match") else ()
+    attends = variant.kernel in ("attention", *BACKWARD)
+    tiles = ("BLOCK_M", "BLOCK_N") if attends or variant.kernel == "match" else ()
     row |= {name.lower(): found.constant(name) for name in tiles}
     with TemporaryDirectory() as folder:
         cubin = (dump or Path(folder)) / f"{variant.name}.cubin"
@@ -163,11 +187,10 @@ def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
             row["polynomial"] = found.constant("POLYNOMIAL")
         if variant.kernel == "match" and variant.dtype != "fp32":
             row["ahead"] = sass.ahead(cubin)
-        if variant.kernel == "attention" and variant.dtype != "fp32":
-            columns = sum(found.constant(name) for name in ("K_A", "K_B", "V_A", "V_B"))
-            shape = (row["block_m"], row["block_n"], row["num_warps"], columns)
+        if attends and variant.dtype != "fp32":
+            shape = (row["block_m"], row["block_n"], row["num_warps"], multiply_adds(found))
             row |= sass.clocks_per_score(cubin, variant.arch, *shape)
-        if dump and variant.kernel == "attention":
+        if dump and attends:
             cubin.with_suffix(".json").write_text(json.dumps(row, indent=1) + "\n")
         elif dump:
             cubin.unlink()
@@ -183,12 +206,12 @@ def main(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only attention, in this configuration: QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; "
+            help="Only attention or the --kernel of its backward, in this configuration: QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; "
             ":ws for warp specialization on sm_100; repeatable."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    dump: Annotated[Path | None, typer.Option(help="Write each attention kernel there, with its row.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write attention and its backward there, each with its row.")] = None,
     jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
 ) -> None:
     """Registers, spills, shared memory and clocks per score of every kernel; the GPUs need not be here."""
@@ -202,8 +225,10 @@ def main(
         if value < 1:
             raise typer.BadParameter(f"--channels must be at least 1, got {value}")
     others = list(dict.fromkeys(parsed(text) for text in settings or ()))
-    if others and kernel not in ("attention", "all"):
-        raise typer.BadParameter(f"--settings are the attention kernel's, got --kernel {kernel}")
+    if others and kernel == "all":
+        kernel = "attention"
+    if others and kernel not in ("attention", *BACKWARD):
+        raise typer.BadParameter(f"--settings are for attention, {' and '.join(BACKWARD)}, got --kernel {kernel}")
     if any(config.polynomial for config in others) and "fp32" in (dtype or ()):
         raise typer.BadParameter("--settings with :poly must be compiled with --dtype fp16 or bf16, got fp32")
     if jobs < 1:

@@ -138,6 +138,7 @@ def attention_kernel(
     packed_key,  # (B*H*rows, K_A + K_B)
     packed_value,  # (B*H*rows, V_COLUMNS)
     out,  # (B, N, H, D), contiguous
+    lse,  # (B, H, N) fp32: the log-sum-exp of each row, in units of log2; None if no backward will need it
     stride_qb,
     stride_qn,
     stride_qh,
@@ -223,3 +224,7 @@ def attention_kernel(
     tl.store(out + offs_a, (acc_a / row_sum[:, None]).to(dtype), mask=valid & (offs_a < HEAD_DIM))
     if V_B > 0:
         tl.store(out + offs_b, (acc_b / row_sum[:, None]).to(dtype), mask=valid & (offs_b < HEAD_DIM))
+    if lse is not None:
+        row_max = row_max * log2_scale if LARGE_SCALE else row_max
+        offs_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.store(lse + bh.to(tl.int64) * tokens + offs_m, row_max + tl.log2(row_sum), mask=offs_m < tokens)

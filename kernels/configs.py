@@ -152,6 +152,32 @@ def has_tma(capability: tuple[int, int], half: bool) -> bool:
     return half and capability >= (9, 0)
 
 
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Of the two kernels in ``backward.py``: ``query`` writes the gradient of queries, ``key`` those of keys and values."""
+
+    query: KernelConfig
+    key: KernelConfig
+
+
+_BACKWARD_DEFAULT = [
+    (48, BackwardConfig(KernelConfig(128, 32, 4, 3), KernelConfig(32, 128, 4, 3))),
+    (256, BackwardConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 64, 8, 2))),
+]
+
+
+def backward_config(capability: tuple[int, int], head_dim: int) -> BackwardConfig:
+    """The backward's configuration for compute capability (major, minor), in fp16 and bf16."""
+    columns = sum(backward_tiles(capability, head_dim).k)
+    return next(config for limit, config in _BACKWARD_DEFAULT if columns <= limit)
+
+
+def backward_tiles(capability: tuple[int, int], head_dim: int) -> Tiles:
+    """The tiles of the backward: K and V alike, padded with zeros, those of V in the forward."""
+    k = tiles(capability, head_dim).v
+    return Tiles(k=k, v=k, k_columns=sum(k), v_columns=sum(k), ones=False)
+
+
 # The match kernel streams both operands through shared memory, 128 bytes of channels at a time, so any number of
 # channels fits. In fp32 products are exact, with operands in registers.
 _MATCH_HOPPER = KernelConfig(128, 128, 8, 4)

@@ -39,11 +39,13 @@ def attention(
     scale: float,
     config: KernelConfig | None = None,
     tile: Tiles | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B, N, H, D), (B, gh*gw, H, D), (B, gh*gw, H, D) -> (B, N, H, D), contiguous.
 
     ``todo_attn.ops`` has checked the arguments; head_dim is a multiple of 8 up to 256, dtype fp16, bf16 or fp32.
-    ``config`` and ``tile`` override the choice of ``tuned.py`` and ``configs.py``.
+    ``config`` and ``tile`` override the choice of ``tuned.py`` and ``configs.py``. ``lse``: (B, H, N) fp32, contiguous;
+    the log-sum-exp of the scaled scores, in units of log2, is written there.
     """
     if query.numel() == 0:
         return query.new_empty(query.shape)
@@ -51,10 +53,10 @@ def attention(
     layouts = layout(query), layout(key), layout(value)
     with torch.cuda.device_of(query):
         plan = planned(
-            (layouts, grid, factor, mode, scale, settings),
+            (layouts, grid, factor, mode, scale, settings, lse is None),
             lambda: Plan(query, key, value, grid, factor, mode, scale, *settings),
         )
-        return plan.attend(query, *plan.pack(key, value))
+        return plan.attend(query, *plan.pack(key, value), lse)
 
 
 def _settings(x: torch.Tensor, config: KernelConfig | None, tile: Tiles | None) -> tuple[KernelConfig, Tiles, bool]:
@@ -132,11 +134,17 @@ class Attend:
             config.options,
         )
 
-    def __call__(self, query: torch.Tensor, packed_key: torch.Tensor, packed_value: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        query: torch.Tensor,
+        packed_key: torch.Tensor,
+        packed_value: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         described = zip((packed_key, packed_key, packed_value, packed_value), self._blocks, strict=True)
         descriptors = [TensorDescriptor.from_tensor(x, block) if block else None for x, block in described]
-        self._launch(query, *descriptors, packed_key, packed_value, out)
+        self._launch(query, *descriptors, packed_key, packed_value, out, lse)
         return out
 
 

@@ -57,15 +57,14 @@ def _(query, key, value, grid, factor, mode, scale, backend):  # type: ignore[no
     return query.new_empty(query.shape)
 
 
-@torch.library.custom_op("todo_attn::downsampled_attention_backward", mutates_args=())
-def _backward(
+def _by_torch(
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    grid: list[int],
-    factor: list[int],
+    grid: Sequence[int],
+    factor: Sequence[int],
     mode: str,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,8 +90,8 @@ def _backward(
             grad_scores = (g @ coarse_value.transpose(-1, -2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p).mul_(scale)
             grad_query[:, rows] = (grad_scores @ coarse_key).transpose(1, 2).to(query.dtype)
             grad_key += grad_scores.transpose(-1, -2) @ q
-    grads = (_refine(g.transpose(1, 2), (gh, gw), (fh, fw), mode).to(key.dtype) for g in (grad_key, grad_value))
-    return (grad_query, *(g.clone(memory_format=torch.contiguous_format) for g in grads))  # type: ignore[return-value]
+    grads = [_refine(g.transpose(1, 2), (gh, gw), (fh, fw), mode) for g in (grad_key, grad_value)]
+    return grad_query, *(g.to(key.dtype).contiguous() for g in grads)  # type: ignore[return-value]
 
 
 def _refine(grad: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int], mode: str) -> torch.Tensor:
@@ -108,6 +107,9 @@ def _refine(grad: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int], 
     number = torch.arange(grid[0] * grid[1], device=grad.device).view(1, -1)
     index = coarse_tokens(number, grid, factor, mode)[0]
     return grad.new_zeros((batch, grid[0] * grid[1], heads, head_dim)).index_copy_(1, index, grad)
+
+
+_backward = torch.library.custom_op("todo_attn::downsampled_attention_backward", _by_torch, mutates_args=())
 
 
 @_backward.register_fake
@@ -128,6 +130,92 @@ def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@torch.library.custom_op("todo_attn::downsampled_attention_lse", mutates_args=())
+def _forward_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: list[int],
+    factor: list[int],
+    mode: str,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op above by Triton, in fp16 or bf16, if it will be differentiated.
+
+    Also returns the log-sum-exp of each row for the Triton backward, (B, H, N) fp32; NaN if torch serves.
+    """
+    batch, tokens, heads, _ = query.shape
+    lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+    def launch() -> torch.Tensor:
+        from ..kernels.launch import attention
+
+        (gh, gw), (fh, fw) = grid, factor
+        return attention(query, key, value, (gh, gw), (fh, fw), mode, scale, lse=lse)
+
+    of = (query.device, query.dtype, query.shape[3])
+    if backend == "triton" or fallback.reason(*of) is None:
+        out = fallback.attempt(launch, *of, backend == "triton")
+        if out is not None:
+            return out, lse
+    return _attention(query, key, value, grid, factor, mode, scale, "torch"), lse.fill_(float("nan"))
+
+
+@_forward_lse.register_fake
+def _(query, key, value, grid, factor, mode, scale, backend):  # type: ignore[no-untyped-def]
+    batch, tokens, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("todo_attn::downsampled_attention_lse_backward", mutates_args=())
+def _backward_lse(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grid: list[int],
+    factor: list[int],
+    mode: str,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value by Triton; by torch if Triton failed, in the forward or here."""
+    (gh, gw), (fh, fw) = grid, factor
+
+    def launch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from ..kernels.backward import attention_backward
+
+        return attention_backward(grad, query, key, value, out, lse, (gh, gw), (fh, fw), mode, scale)
+
+    of = (query.device, query.dtype, query.shape[3])
+    if backend == "triton" or fallback.reason(*of, backward=True) is None:
+        grads = fallback.attempt(launch, *of, backend == "triton", backward=True)
+        if grads is not None:
+            return grads[0], *(_refine(g, (gh, gw), (fh, fw), mode).contiguous() for g in grads[1:])  # type: ignore[return-value]
+    return _by_torch(grad, query, key, value, out, grid, factor, mode, scale)
+
+
+@_backward_lse.register_fake
+def _(grad, query, key, value, out, lse, grid, factor, mode, scale, backend):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+
+
+def _setup_context_lse(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, value, *ctx.arguments = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _differentiate_lse(ctx, grad, _):  # type: ignore[no-untyped-def]
+    return (*_backward_lse(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None, None)
+
+
+_forward_lse.register_autograd(_differentiate_lse, setup_context=_setup_context_lse)
 
 
 # torch.compile cannot trace this (up to torch 2.11), so it is called while tracing.
@@ -172,7 +260,8 @@ def downsampled_attention(
 
     Returns:
         (B, N, H, D), contiguous, in the dtype of ``query`` (under autocast in autocast's, like torch's own attention).
-        Differentiable once in query, key and value. The backward recomputes scores in blocks, so memory stays linear.
+        Differentiable once in query, key and value. The backward recomputes the scores, so memory stays linear: by
+        Triton if that ran the forward in fp16 or bf16, else by torch in fp32 or better.
 
     Raises:
         ArgumentError: a shape, dtype, device or value that does not fit, naming the argument, what it must be and what
@@ -199,4 +288,7 @@ def downsampled_attention(
     chosen = backends.choose(backend, query.device, query.dtype, query.shape[3])
     if chosen == "triton":
         chosen = backend
+        differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        if differentiates and query.dtype != torch.float32:
+            return _forward_lse(query, key, value, grid, factor, mode, scale, chosen)[0]
     return (_attention if plain else _forward)(query, key, value, grid, factor, mode, scale, chosen)

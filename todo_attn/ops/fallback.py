@@ -19,7 +19,8 @@ from ..logs import logger, one_line
 
 _Result = TypeVar("_Result")
 
-# By device, or by device, dtype and head_dim (None: the match kernel, which takes any number of channels).
+# By device, or by device, dtype and head_dim (None: the match kernel, which takes any number of channels); those of the
+# backward, which leave the forward alone, also by "backward".
 _failures: dict[tuple[object, ...], str] = {}
 _lock = threading.Lock()
 
@@ -36,9 +37,17 @@ _OF_THE_KERNEL = (
 )
 
 
-def reason(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
-    """Why Triton failed on such tensors before, as half a sentence; None if it did not."""
-    return (_failures.get((device,)) or _failures.get((device, dtype, head_dim))) if _failures else None
+def reason(
+    device: torch.device, dtype: torch.dtype, head_dim: int | None = None, backward: bool = False
+) -> str | None:
+    """Why Triton failed on such tensors before, as half a sentence; None if it did not.
+
+    ``backward``: of attention, which fails if its forward does.
+    """
+    if not _failures:
+        return None
+    found = _failures.get((device,)) or _failures.get((device, dtype, head_dim))
+    return found or (_failures.get((device, dtype, head_dim, "backward")) if backward else None)
 
 
 def attempt(
@@ -47,6 +56,7 @@ def attempt(
     dtype: torch.dtype,
     head_dim: int | None,
     required: bool,
+    backward: bool = False,
     again: bool = False,
 ) -> _Result | None:
     """The result of ``launch``, which compiles and launches Triton kernels; None if Triton cannot on such tensors.
@@ -62,12 +72,12 @@ def attempt(
     except Exception as error:
         if not _is_of_triton(error):
             raise
-        if not again and not _is_of_the_machine(error):
+        if not again and not backward and not _is_of_the_machine(error):
             from ..kernels import tuned
 
             if tuned.give_up(device, dtype, head_dim, error):
                 return attempt(launch, device, dtype, head_dim, required, again=True)
-        why = _remember(error, device, dtype, head_dim)
+        why = _remember(error, device, dtype, head_dim, backward)
         if required:
             raise ArgumentError("backend", f"must be 'auto' or 'torch' here, got 'triton': {why}") from error
         return None
@@ -88,7 +98,9 @@ def _is_of_the_machine(error: Exception) -> bool:
     return isinstance(error, (OSError, subprocess.SubprocessError, ImportError)) or "C compiler" in str(error)
 
 
-def _remember(error: Exception, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
+def _remember(
+    error: Exception, device: torch.device, dtype: torch.dtype, head_dim: int | None, backward: bool
+) -> str:
     """Keep why Triton failed, and log it if it is new; returns it as half a sentence."""
     text = one_line(error)
     if isinstance(error, subprocess.CalledProcessError):
@@ -96,11 +108,12 @@ def _remember(error: Exception, device: torch.device, dtype: torch.dtype, head_d
     text = textwrap.shorten(f"Triton failed: {text}", 400, placeholder=" ...")
     whole = _is_of_the_machine(error)
     with _lock:
-        known = reason(device, dtype, head_dim)
+        known = reason(device, dtype, head_dim, backward)
         if known is not None:
             return known
-        _failures[(device,) if whole else (device, dtype, head_dim)] = text
-    kernel = "matching" if head_dim is None else f"head_dim {head_dim}"
+        of_kernel = (device, dtype, head_dim, *(["backward"] if backward else []))
+        _failures[(device,) if whole else of_kernel] = text
+    kernel = "matching" if head_dim is None else "the backward of " * backward + f"head_dim {head_dim}"
     of = "" if whole else f" for {kernel} in {str(dtype).removeprefix('torch.')}"
     logger.warning("on %s%s torch's own operations serve from now on: %s", device, of, text)
     return text
