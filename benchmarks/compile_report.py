@@ -49,9 +49,9 @@ _BATCH, _HEADS, _COARSE = 2, 8, (16, 32)  # 512 keys: whole tiles of every confi
 class Variant:
     """One kernel to compile.
 
-    ``mode``: of the packing kernel; of attention "plain", "tail" (the last tile is partial), "large-scale" (a scale above
-    0.69) or "lse" (for the backward). ``head_dim``: for the match kernel and the one that packs its rows, the channels.
-    ``config``: for attention and its backward, other than the shipped.
+    ``mode``: of the packing kernel; of attention "plain", "tail" (the last tile is partial), "large-scale" (a scale
+    above 0.69) or "lse" (for the backward). ``head_dim``: for the match kernel and the one that packs its rows, the
+    channels. ``config``: for attention and its backward, other than the shipped.
     """
 
     kernel: str
@@ -169,8 +169,8 @@ def _match(variant: Variant) -> None:
 def report(variant: Variant, dump: Path | None = None) -> dict[str, Any]:
     """Compile one variant: registers, stack, spills, shared memory (bytes); clocks per score by pipe.
 
-    Clocks are for attention and its backward in fp16 and bf16. Of the match kernel in these dtypes, only how far ahead it copies: its
-    loop takes a tile of keys in several trips.
+    Clocks are for attention and its backward in fp16 and bf16. Of the match kernel in these dtypes, only how far ahead
+    it copies: its loop takes a tile of keys in several trips.
     """
     found = next(each for each in launches(variant) if each.kernel == variant.kernel)
     compiled = triton.compile(found.source, target=GPUTarget("cuda", variant.arch, 32), options=found.options)
@@ -206,12 +206,14 @@ def main(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only attention or the --kernel of its backward, in this configuration: QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; "
-            ":ws for warp specialization on sm_100; repeatable."
+            help="Only attention, or the --kernel of its backward, in this configuration: "
+            "QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; :ws for warp specialization on sm_100; repeatable."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    dump: Annotated[Path | None, typer.Option(help="Write attention and its backward there, each with its row.")] = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="Write attention and its backward there, each with its row.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
 ) -> None:
     """Registers, spills, shared memory and clocks per score of every kernel; the GPUs need not be here."""

@@ -121,7 +121,11 @@ def steps(device: str, out: Path, path: Sequence[str], tune: bool = False) -> li
             Step("candidates", "tune.log", 230, tuning("benchmarks.experiments.hopper.tune")),
         ]
     many = ["--calls", 50 if gpu else 4]
-    ours = ["tests/ops", "tests/kernels/test_exp2.py"] if gpu else ["tests/ops/test_tokens.py"]
+    ours = (
+        ["tests/ops", "tests/kernels/test_exp2.py", "tests/kernels/test_backward.py"]
+        if gpu
+        else ["tests/ops/test_tokens.py"]
+    )
     # Single files: others in these folders need packages that a bare machine lacks, or no GPU.
     graphs = ["tests/diffusers/test_compile.py", "tests/diffusers/dato/test_compiled.py"]
     others = ["tests/bench", *graphs * has("diffusers")]

@@ -1,6 +1,6 @@
 """Every op against what it replaces, at the shapes of Stable Diffusion 1.5 and SDXL; checked first, then timed.
 
-python -m benchmarks.kernels                                at most 64 rows, those with a target first
+python -m benchmarks.kernels                                at most 68 rows, those with a target first
 python -m benchmarks.kernels --only attention --full        every size, aspect ratio, batch and dtype
 python -m benchmarks.kernels --device cpu                   a few small shapes, about a minute
 python -m benchmarks.kernels --minutes 4 --out rows.jsonl   starts no case after four minutes

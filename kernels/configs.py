@@ -154,26 +154,67 @@ def has_tma(capability: tuple[int, int], half: bool) -> bool:
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Of the two kernels in ``backward.py``: ``query`` writes the gradient of queries, ``key`` those of keys and values."""
+    """Of the kernels in ``backward.py``: ``query`` writes the gradient of queries, ``key`` those of keys and values."""
 
     query: KernelConfig
     key: KernelConfig
 
 
+# As above: the first row with enough columns, for fp16 and bf16. No row spills. Up to 160 columns a copy is issued at
+# least a trip of the loop before its wait, and 800 clocks.
+#
+# On the default GPUs products take longest even with 16 rows a warp, which read the most from shared memory. Smaller
+# tiles leave room for more programs on an SM.
 _BACKWARD_DEFAULT = [
-    (48, BackwardConfig(KernelConfig(128, 32, 4, 3), KernelConfig(32, 128, 4, 3))),
-    (256, BackwardConfig(KernelConfig(64, 32, 8, 2), KernelConfig(32, 64, 8, 2))),
+    (16, BackwardConfig(KernelConfig(128, 64, 4, 5), KernelConfig(32, 128, 4, 5))),
+    (32, BackwardConfig(KernelConfig(128, 32, 4, 5), KernelConfig(32, 128, 4, 4))),
+    (48, BackwardConfig(KernelConfig(64, 32, 4, 4), KernelConfig(64, 64, 4, 3))),
+    (64, BackwardConfig(KernelConfig(64, 32, 4, 4), KernelConfig(32, 64, 4, 3))),
+    (80, BackwardConfig(KernelConfig(64, 32, 4, 3), KernelConfig(32, 64, 4, 3))),
+    (128, BackwardConfig(KernelConfig(128, 32, 8, 3), KernelConfig(16, 128, 8, 3))),
+    (160, BackwardConfig(KernelConfig(64, 16, 4, 3), KernelConfig(16, 32, 4, 3))),
+    (256, BackwardConfig(KernelConfig(32, 32, 4, 3), KernelConfig(16, 32, 4, 3))),
 ]
+# sm_80 multiplies twice as fast, so shared memory limits it: 32 rows a warp, if they do not spill.
+_BACKWARD_AMPERE = [
+    (16, BackwardConfig(KernelConfig(128, 64, 4, 5), KernelConfig(32, 128, 4, 5))),
+    (32, BackwardConfig(KernelConfig(128, 64, 4, 4), KernelConfig(32, 128, 4, 4))),
+    (48, BackwardConfig(KernelConfig(128, 32, 4, 4), KernelConfig(32, 128, 4, 4))),
+    (80, BackwardConfig(KernelConfig(128, 32, 8, 3), KernelConfig(16, 128, 4, 4))),
+    (128, BackwardConfig(KernelConfig(128, 32, 8, 3), KernelConfig(16, 128, 8, 3))),
+    (160, BackwardConfig(KernelConfig(64, 32, 4, 3), KernelConfig(16, 64, 4, 3))),
+    (256, BackwardConfig(KernelConfig(32, 32, 4, 3), KernelConfig(16, 32, 4, 3))),
+]
+_BACKWARD_HOPPER = [
+    (16, BackwardConfig(KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 4))),
+    (80, BackwardConfig(KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 3))),
+    (
+        128,
+        BackwardConfig(KernelConfig(128, 64, 8, 3), KernelConfig(32, 128, 8, 3)),
+    ),  # with more queries or keys they spill
+    (160, BackwardConfig(KernelConfig(128, 64, 8, 3), KernelConfig(16, 128, 8, 4))),
+    # The gradients of 64 keys and values, as many as wgmma takes, do not fit the registers.
+    (256, BackwardConfig(KernelConfig(128, 32, 8, 3), KernelConfig(16, 32, 4, 3))),
+]
+_BACKWARD_BLACKWELL = [
+    (32, BackwardConfig(KernelConfig(128, 64, 4, 3), KernelConfig(64, 128, 8, 4))),
+    (64, BackwardConfig(KernelConfig(128, 64, 4, 3), KernelConfig(64, 128, 8, 3))),
+    (80, BackwardConfig(KernelConfig(128, 64, 4, 4), KernelConfig(64, 128, 8, 3))),
+    (160, BackwardConfig(KernelConfig(128, 64, 8, 3), KernelConfig(64, 128, 8, 3))),
+    (256, BackwardConfig(KernelConfig(128, 32, 8, 2), KernelConfig(32, 64, 8, 2))),
+]
+_BACKWARD = {80: _BACKWARD_AMPERE, 90: _BACKWARD_HOPPER, 100: _BACKWARD_BLACKWELL, 103: _BACKWARD_BLACKWELL}
 
 
 def backward_config(capability: tuple[int, int], head_dim: int) -> BackwardConfig:
-    """The backward's configuration for compute capability (major, minor), in fp16 and bf16."""
+    """For compute capability (major, minor), in fp16 and bf16. A GPU without a table gets the default."""
+    table = _BACKWARD.get(capability[0] * 10 + capability[1], _BACKWARD_DEFAULT)
     columns = sum(backward_tiles(capability, head_dim).k)
-    return next(config for limit, config in _BACKWARD_DEFAULT if columns <= limit)
+    return next(config for limit, config in table if columns <= limit)
 
 
 def backward_tiles(capability: tuple[int, int], head_dim: int) -> Tiles:
-    """The tiles of the backward: K and V alike, padded with zeros, those of V in the forward."""
+    """The tiles of the backward: those of V in the forward, for K as well, padded with zeros."""
     k = tiles(capability, head_dim).v
     return Tiles(k=k, v=k, k_columns=sum(k), v_columns=sum(k), ones=False)
 

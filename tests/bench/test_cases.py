@@ -11,9 +11,9 @@ from todo_attn.bench.cases import Case
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-def test_at_most_64_telling_rows_those_with_a_target_first():
+def test_at_most_68_telling_rows_those_with_a_target_first():
     plan = cases.plan(GPU)
-    assert sum(case.rows for case in plan) <= 64
+    assert sum(case.rows for case in plan) <= 68
     assert len(set(plan)) == len(plan)
     first = plan[0]
     assert (first.tokens, first.keys, first.heads, first.head_dim) == (65536, 4096, 8, 40)

@@ -27,6 +27,8 @@ CASES = [
     replace(ATTENTION, benchmark="recover", residual=True),
     replace(ATTENTION, benchmark="match_tokens"),
     replace(ATTENTION, benchmark="plan_pruning", height=72),  # a row past the last whole patch
+    replace(ATTENTION, benchmark="training"),
+    replace(ATTENTION, benchmark="training", max_kv_tokens=4096, dtype="bf16"),
 ]
 NAMES = [f"{case.benchmark}-{case.peers}" + "-residual" * case.residual for case in CASES]
 on_gpu = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -61,7 +63,7 @@ def test_every_side_is_right_and_every_pair_a_row(case, device):
     assert len(rows) == case.rows
     assert {row["benchmark"] for row in rows} == {case.benchmark}
     for name, candidate in candidates(rows).items():
-        if case.best_only and case.benchmark != "attention":
+        if case.best_only and case.benchmark not in ("attention", "training"):
             assert None not in candidate.get("best_of", {}).values()  # those without a row too
         if candidate["error"] is None:
             assert len(candidate["samples"]) == 2

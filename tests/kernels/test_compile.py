@@ -17,6 +17,7 @@ from todo_attn.kernels import configs
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
+BACKWARD = {"query_grad": 3, "key_grad": 4}  # the number of products
 LATENCY = 800  # clocks that a copy from memory to shared memory may take
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 
@@ -41,11 +42,25 @@ def check(rows):
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[row["arch"]] * 1024, row
         assert row["spills"] == 0 and row["stack"] == 0, row
-        if row["kernel"] in ("attention", "pack"):
+        if row["kernel"] in ("attention", "pack", *BACKWARD):
             assert row["narrow"] == 0, row
         if row["kernel"] == "attention" and row["dtype"] != "fp32":
             check_clocks(row)
+        if row["kernel"] in BACKWARD:
+            check_backward(row)
     return rows
+
+
+def check_backward(row):
+    """Above 160 columns a tile has fewer rows than the warps need, so some products run twice."""
+    assert row["mma"] > 0 and not row["serialised"], row
+    columns = sum(configs.backward_tiles(divmod(row["arch"], 10), row["head_dim"]).k)
+    if row["head_dim"] <= 128:
+        rates = RATES[row["arch"]]
+        assert row["tensor"] == pytest.approx(BACKWARD[row["kernel"]] * columns / rates.tensor, rel=0.01), row
+        assert row["mufu"] == pytest.approx(1 / rates.special, rel=0.1), row
+    if row["head_dim"] <= 160:
+        assert row["ahead_clocks"] >= LATENCY, row
 
 
 def check_clocks(row):
@@ -69,13 +84,18 @@ def test_fp16_at_every_head_dim_and_mode(arch):
     rows = check(compile_report("--dtype", "fp16", "--arch", str(arch)))
     attention = [row for row in rows if row["kernel"] == "attention"]
     assert {row["head_dim"] for row in attention} == {8, 24, 40, 64, 80, 96, 128, 160, 256}
-    assert {row["mode"] for row in attention} == {"plain", "tail", "large-scale"}
+    assert {row["mode"] for row in attention} == {"plain", "tail", "large-scale", "lse"}
+    assert {(row["kernel"], row["mode"]) for row in rows if row["kernel"] in BACKWARD} == {
+        *(("query_grad", mode) for mode in ("plain", "tail")),
+        ("key_grad", "plain"),
+    }
     assert {row["mode"] for row in rows if row["kernel"] == "pack"} == {"nearest", "nearest-exact", "mean"}
     assert {row["head_dim"] for row in rows if row["kernel"] == "match"} == {20, 320, 1280}
     assert all(row["mma"] > 0 for row in rows if row["kernel"] in ("attention", "match"))
     assert all(row["ahead"] > 1 for row in rows if row["kernel"] == "match")
     if arch == 90:
         assert all(row["wgmma"] > 0 for row in rows if row["kernel"] in ("attention", "match"))
+        assert all(row["wgmma"] > 0 for row in rows if row["kernel"] in BACKWARD and row["head_dim"] <= 160)
         assert not any(row["serialised"] for row in attention)
 
 
@@ -103,7 +123,7 @@ def test_clocks_per_score_and_dump(dtype, tmp_path):
         "--arch", "90", "--dtype", dtype, "--kernel", "attention", "--dump", str(tmp_path), *head_dims
     )
     assert {(row["head_dim"], row["mode"]) for row in rows} == {
-        *product((40, 64, 80, 160), ("plain", "large-scale")),
+        *product((40, 64, 80, 160), ("plain", "large-scale", "lse")),
         *product((64, 80, 160), ("tail",)),
     }
     for row in rows:
@@ -137,14 +157,14 @@ def test_other_settings_than_the_shipped(tmp_path):
     assert [tuple(row[key] for key in keys) for row in rows] == [
         (mode, *run)
         for run in ((128, 64, 4, 2, False), (128, 64, 4, 2, True), (64, 128, 4, 3, False))
-        for mode in ("plain", "large-scale")
+        for mode in ("plain", "large-scale", "lse")
     ]
     assert all(row["kernel"] == "attention" and row["arch"] == 90 and "bound" in row for row in rows)
-    names = [f"attention-sm90-fp16-d40-{mode}" for mode in ("plain", "large-scale")]
+    names = [f"attention-sm90-fp16-d40-{mode}" for mode in ("plain", "large-scale", "lse")]
     endings = ("128x64x4x2", "128x64x4x2-poly", "64x128x4x3")
     assert {path.stem for path in tmp_path.glob("*.cubin")} == {f"{n}-{e}" for n, e in product(names, endings)}
     dumped = json.loads((tmp_path / "attention-sm90-fp16-d40-plain-128x64x4x2-poly.json").read_text())
-    assert dumped == rows[2]
+    assert dumped == rows[3]
 
 
 # Options, and what has to be said about them.

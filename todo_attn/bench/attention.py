@@ -41,7 +41,7 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
         query, key, value = (
             torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype) for _ in range(3)
         )
-        coarse = (_coarse(t, case) for t in (key, value))
+        coarse = (coarse_tokens(t, case) for t in (key, value))
         return Inputs(number, query, key, value, *(t.contiguous() for t in coarse))
 
     inputs = rotation(make_inputs, device)
@@ -69,7 +69,8 @@ def trial(case: Case, device: torch.device, variants: Mapping[str, Call] | None 
     )
 
 
-def _coarse(x: torch.Tensor, case: Case) -> torch.Tensor:
+def coarse_tokens(x: torch.Tensor, case: Case) -> torch.Tensor:
+    """Keys or values of the full grid, (B, N, H, D) -> those of the coarse grid, (B, M, H, D)."""
     return reference.downsample_tokens(x.flatten(2), case.grid, case.factor).unflatten(2, x.shape[2:])
 
 

@@ -14,7 +14,7 @@ from ..config.checks import ArgumentError
 from ..config.dtypes import DTYPES
 from ..config.todo import ToDoConfig
 
-BENCHMARKS = ("attention", "gather", "scatter", "recover", "match_tokens", "plan_pruning")
+BENCHMARKS = ("attention", "training", "gather", "scatter", "recover", "match_tokens", "plan_pruning")
 _MOVING = ("gather", "scatter", "recover")
 SIZES = (512, 768, 1024, 1536, 2048, 4096)
 # (heads, head dim) of the self-attention at each level: the side, in latent pixels, that one token stands for. The
@@ -138,20 +138,24 @@ class Case:
     @property
     def best_only(self) -> bool:
         """Whether only the fastest rival gets a row."""
-        return PEERS[self.peers].best_only if self.benchmark == "attention" else self.benchmark in _MOVING
+        if self.benchmark == "attention":
+            return PEERS[self.peers].best_only
+        return self.benchmark in (*_MOVING, "training")
 
     @property
     def rows(self) -> int:
         """The number of rows."""
         if self.benchmark == "attention":
             return 1 if self.best_only else sum(map(len, self.candidates))
+        if self.benchmark == "training":
+            return 1 if self.factor == (1, 1) else 2  # against the fastest rival and dense
         return 2  # against the fastest rival and a copy, or two ways to match
 
     def describe(self) -> dict[str, Any]:
         """The ``case`` of its rows."""
         shape = {name: getattr(self, name) for name in ("model", "height", "width", "level", "batch", "dtype")}
         shape |= {"grid": list(self.grid), "tokens": self.tokens}
-        if self.benchmark == "attention":
+        if self.benchmark in ("attention", "training"):
             factor = list(self.factor)
             return shape | {"heads": self.heads, "head_dim": self.head_dim, "factor": factor, "keys": self.keys}
         shape |= {"channels": self.channels}
@@ -163,7 +167,7 @@ class Case:
 
 
 def plan(device: torch.device) -> list[Case]:
-    """Cases of at most 64 rows, those with a target first; on a CPU a few that take about a minute."""
+    """Cases of at most 68 rows, those with a target first; on a CPU a few that take about a minute."""
     return _on_cpu() if device.type == "cpu" else _on_gpu()
 
 
@@ -175,6 +179,7 @@ def _on_gpu() -> list[Case]:
     large = replace(match, height=1024, width=1024)
     best = replace(finest, peers="best")
     best_xl = replace(xl, peers="best")
+    training = replace(finest, benchmark="training", height=768, width=768)
     return [
         finest,
         replace(finest, level=2, peers="sdpa"),
@@ -189,6 +194,8 @@ def _on_gpu() -> list[Case]:
         large,
         replace(match, benchmark="plan_pruning"),
         replace(large, benchmark="plan_pruning"),
+        training,
+        replace(training, model="sdxl", level=2, height=1536, width=1536, dtype="bf16"),
         replace(best, height=1024, width=1024),
         replace(best, height=1536, width=1536),
         replace(best, dtype="bf16"),

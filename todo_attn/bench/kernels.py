@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import machine
-from . import attention, harness, matching, tokens
+from . import attention, harness, matching, tokens, training
 from .cases import Case
 from .harness import Candidate, Measured, Meter, Rounds
 from .trial import Trial, rates
@@ -26,6 +26,7 @@ MakeTrial = Callable[[Case, torch.device], Trial]
 _SAMPLE_CALLS = 4  # of each candidate, at least, in a sample on a GPU
 _TRIALS: dict[str, MakeTrial] = {
     "attention": attention.trial,
+    "training": training.trial,
     "gather": tokens.trial,
     "scatter": tokens.trial,
     "recover": tokens.trial,

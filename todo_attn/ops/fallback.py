@@ -37,9 +37,7 @@ _OF_THE_KERNEL = (
 )
 
 
-def reason(
-    device: torch.device, dtype: torch.dtype, head_dim: int | None = None, backward: bool = False
-) -> str | None:
+def reason(device: torch.device, dtype: torch.dtype, head_dim: int | None = None, backward: bool = False) -> str | None:
     """Why Triton failed on such tensors before, as half a sentence; None if it did not.
 
     ``backward``: of attention, which fails if its forward does.
@@ -98,9 +96,7 @@ def _is_of_the_machine(error: Exception) -> bool:
     return isinstance(error, (OSError, subprocess.SubprocessError, ImportError)) or "C compiler" in str(error)
 
 
-def _remember(
-    error: Exception, device: torch.device, dtype: torch.dtype, head_dim: int | None, backward: bool
-) -> str:
+def _remember(error: Exception, device: torch.device, dtype: torch.dtype, head_dim: int | None, backward: bool) -> str:
     """Keep why Triton failed, and log it if it is new; returns it as half a sentence."""
     text = one_line(error)
     if isinstance(error, subprocess.CalledProcessError):
