@@ -207,7 +207,8 @@ def main(
         list[str] | None,
         typer.Option(
             help="Only attention, or the --kernel of its backward, in this configuration: "
-            "QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; :ws for warp specialization on sm_100; repeatable."
+            "QUERIESxKEYSxWARPSxSTAGES, as 128x64x4x2 or 128x256x8x2:poly; "
+            ":ws for warp specialization on sm_100; repeatable."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
