@@ -186,12 +186,10 @@ _BACKWARD_AMPERE = [
     (256, BackwardConfig(KernelConfig(32, 32, 4, 3), KernelConfig(16, 32, 4, 3))),
 ]
 _BACKWARD_HOPPER = [
-    (16, BackwardConfig(KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 4))),
+    (32, BackwardConfig(KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 4))),
     (80, BackwardConfig(KernelConfig(128, 128, 8, 3), KernelConfig(64, 128, 8, 3))),
-    (
-        128,
-        BackwardConfig(KernelConfig(128, 64, 8, 3), KernelConfig(32, 128, 8, 3)),
-    ),  # with more queries or keys they spill
+    (96, BackwardConfig(KernelConfig(128, 64, 8, 3), KernelConfig(64, 128, 8, 3))),
+    (128, BackwardConfig(KernelConfig(128, 64, 8, 3), KernelConfig(32, 128, 8, 3))),  # larger tiles spill
     (160, BackwardConfig(KernelConfig(128, 64, 8, 3), KernelConfig(16, 128, 8, 4))),
     # The gradients of 64 keys and values, as many as wgmma takes, do not fit the registers.
     (256, BackwardConfig(KernelConfig(128, 32, 8, 3), KernelConfig(16, 32, 4, 3))),
@@ -200,6 +198,7 @@ _BACKWARD_BLACKWELL = [
     (32, BackwardConfig(KernelConfig(128, 64, 4, 3), KernelConfig(64, 128, 8, 4))),
     (64, BackwardConfig(KernelConfig(128, 64, 4, 3), KernelConfig(64, 128, 8, 3))),
     (80, BackwardConfig(KernelConfig(128, 64, 4, 4), KernelConfig(64, 128, 8, 3))),
+    (96, BackwardConfig(KernelConfig(128, 64, 8, 4), KernelConfig(64, 128, 8, 3))),
     (160, BackwardConfig(KernelConfig(128, 64, 8, 3), KernelConfig(64, 128, 8, 3))),
     (256, BackwardConfig(KernelConfig(128, 32, 8, 2), KernelConfig(32, 64, 8, 2))),
 ]
