@@ -45,8 +45,13 @@ def simulated(monkeypatch, edits=None):
     kernel = simulator.kernel("attention_kernel", SOURCES, edits)
     monkeypatch.setattr(launch, "attention_kernel", kernel)
     if torch.cuda.is_available():
-        pack = launch.pack
-        monkeypatch.setattr(launch, "pack", lambda k, v, *more: tuple(t.cpu() for t in pack(k.cuda(), v.cuda(), *more)))
+
+        def pack(key, value, *rest):
+            key, value = key.cuda(), value.cuda()
+            return lambda *_: tuple(t.cpu() for t in launch_pack(key, value, *rest)(key, value))
+
+        launch_pack = launch.Pack
+        monkeypatch.setattr(launch, "Pack", pack)
     return kernel
 
 
