@@ -49,7 +49,7 @@ def trial(case: Case, device: torch.device) -> Trial:
             torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype) for _ in range(4)
         )
         coarse = (coarse_tokens(t, case).contiguous() for t in (key, value))
-        return Inputs(number, *(t.requires_grad_() for t in (query, key, value, *coarse)), grad=grad)
+        return Inputs._make((number, *(t.requires_grad_() for t in (query, key, value, *coarse)), grad))
 
     inputs = rotation(make, device)
     oracles = {dense: cache(partial(_oracle, inputs[-1], dense)) for dense in (False, True)}

@@ -153,7 +153,7 @@ def search_command(
             _search(settings, plan, folder, threads, as_json)
 
 
-def _numbers(name: str, text: str, kind: type[_Number]) -> tuple[_Number, ...]:
+def _numbers(name: str, text: str, kind: Callable[[str], _Number]) -> tuple[_Number, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
@@ -279,11 +279,14 @@ def _table(found: searching.Found, points: list[searching.Point]) -> Table:
         "schedule": lambda point: names[point.key],
         "speed-up": lambda point: f"{found.speedup(point):.2f}x",
         title: lambda point: fidelity_text(found, point),
-        **{kind: partial(_count_of, kind) for kind in KINDS.values()},
-        **({"pruned": pruning_text} if len(found.plan.prune_ratios) > 1 else {}),
-        **({"factors": factors_text} if len(found.plan.todo_factors) > 1 else {}),
-        "known as": lambda point: escape(point.origin),
     }
+    for kind in KINDS.values():
+        columns[kind] = partial(_count_text, kind)
+    if len(found.plan.prune_ratios) > 1:
+        columns["pruned"] = pruning_text
+    if len(found.plan.todo_factors) > 1:
+        columns["factors"] = factors_text
+    columns["known as"] = lambda point: escape(point.origin)
     for heading in columns:
         left = heading in ("schedule", "known as")
         table.add_column(escape(heading), justify="left" if left else "right", no_wrap=heading == "schedule")
@@ -292,8 +295,7 @@ def _table(found: searching.Found, points: list[searching.Point]) -> Table:
     return table
 
 
-def _count_of(kind: str, point: searching.Point) -> str:
-    """How many calls of this kind a run has."""
+def _count_text(kind: str, point: searching.Point) -> str:
     from ..search.output import kinds_of
 
     return str(kinds_of(point)[kind])

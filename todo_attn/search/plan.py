@@ -20,11 +20,11 @@ class Plan:
     """What is searched, what is measured, and for how long.
 
     Args:
-        metric: of fidelity to dense: a name in :data:`~todo_attn.search.fidelity.METRICS`, or ``module:function``. Such
+        metric: of fidelity to dense: a name in ``todo_attn.search.fidelity.METRICS``, or ``module:function``. Such
             a function gets (image, dense, prompt), two arrays (height, width, 3) uint8 and a string, and returns a
             number, where higher is better.
         features: for "perceptual": ``module:function`` that returns a feature network
-            (:mod:`todo_attn.compare.features`).
+            (``todo_attn.compare.features``).
         cost: "operations", counted, or "seconds", measured: the median of the images.
         prune_ratios: shares of tokens that DaTo may prune, from 0 to 0.75; one is fixed, of several the search chooses.
         prune_per_call: whether each call has a ratio of its own.

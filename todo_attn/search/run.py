@@ -59,16 +59,15 @@ def search(
 ) -> Found:
     """Search schedules for ``pipe`` that are cheap and give images near to dense's.
 
-    Everything is kept in ``folder``: dense's images, the checkpoint, and what was found, as
-    :func:`~todo_attn.search.output.write_found` writes it. If the folder has a search that ended early, this one goes
+    Everything is kept in ``folder``: dense's images, the checkpoint, and what was found: schedule files, table, plot. If the folder has a search that ended early, this one goes
     on from there, to the same front. The same search with more generations goes on too.
 
     Every process that ``accelerate launch`` starts must call this, with the same arguments and on a folder that all
     see. Each makes its part of the images; all return the same.
 
     Args:
-        pipe: a text-to-image pipeline with a UNet, as :func:`~todo_attn.models.pipelines.load_pipeline` gives. It is
-            left as it was found.
+        pipe: a text-to-image pipeline with a UNet, as ``todo_attn.models.pipelines.load_pipeline`` gives. It is left
+            as it was found.
         settings: prompts, seeds, size (None: the model's normal one), steps and guidance. Its methods do not matter.
         plan: what to search and to measure.
         folder: new, empty, or of the same search.
