@@ -36,7 +36,7 @@ class Plan:
         start: schedules to begin with, each for the calls of this search.
 
     Raises:
-        SettingError: the first argument that does not fit.
+        ArgumentError: the first argument that does not fit.
     """
 
     metric: str = "psnr"

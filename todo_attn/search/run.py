@@ -59,8 +59,9 @@ def search(
 ) -> Found:
     """Search schedules for ``pipe`` that are cheap and give images near to dense's.
 
-    Everything is kept in ``folder``: dense's images, the checkpoint, and what was found: schedule files, table, plot. If the folder has a search that ended early, this one goes
-    on from there, to the same front. The same search with more generations goes on too.
+    Everything is kept in ``folder``: dense's images, the checkpoint, and what was found (schedule files, table, plot).
+    If the folder has a search that ended early, this one goes on from there, to the same front. The same search with
+    more generations goes on too. If an image does not fit in memory, torch's own error ends the search.
 
     Every process that ``accelerate launch`` starts must call this, with the same arguments and on a folder that all
     see. Each makes its part of the images; all return the same.
@@ -77,7 +78,6 @@ def search(
     Raises:
         ArgumentError: something that does not fit, before any image is made; or the metric fails for every candidate.
         OSError: a file cannot be written; what was there stays, and the same search goes on from there.
-        torch.OutOfMemoryError: an image does not fit in memory.
     """
     check_pipeline(pipe, settings.source)
     run = _Search(pipe, sized(settings, pipe, times=1), plan or Plan(), Path(folder), workers, watch)
