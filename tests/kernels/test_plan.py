@@ -79,6 +79,7 @@ def check(call):
     assert first[0] == second[0] == third[0] and len(first[0]) == 2
     assert first[1] == third[1] == 2 and second[1] == 0
 
+launch.attention_config = lambda x: configs.KernelConfig(64, 32, 4, 2)  # which compiles sooner than the shipped one
 kinds = "contiguous", "heads first", "fused", "odd", "off"
 for kind in kinds:
     t = tokens(kind)
@@ -108,7 +109,7 @@ def changed():
 call()
 assert not changed()
 usual = launch.attention_config
-launch.attention_config = lambda *arguments: configs.KernelConfig(64, 32, 4, 2)  # as a tuned file would
+launch.attention_config = lambda x: configs.KernelConfig(32, 32, 4, 2)  # as a tuned file would
 assert changed() and not changed()
 launch.attention_config = usual
 assert not changed()
@@ -168,7 +169,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [90])  # which has descriptors too
 def test_a_planned_launch_is_the_ordinary_one(tmp_path, arch):
     if reason := stand_in.unavailable_reason():
         pytest.skip(reason)

@@ -6,6 +6,7 @@ import torch
 from todo_attn import ToDoConfig, logs
 from todo_attn.config import schedule
 from todo_attn.models.architectures import CONFIGS, Architecture
+from todo_attn.options.methods import SettingError
 from todo_attn.options.settings import CompareSettings
 from todo_attn.predict import gains, timing
 from todo_attn.predict import rates as probes
@@ -100,6 +101,15 @@ def test_pruning_next_to_nothing(advise, unet, tmp_path):
     _, rows = advise(tiny(unet), **settings, methods="dense,dato")
     assert not rows["dato"]["helps"]
     assert "this will not help here: choosing tokens takes more operations than it saves" in rows["dato"]["verdict"]
+
+
+def test_a_ratio_for_each_call_is_refused(advise, unet, tmp_path):
+    schedule.save(schedule.Schedule("12", prune_ratio=(0.1, 0.2, 0.3)), tmp_path / "mine.json")
+    settings = {"schedule": str(tmp_path / "mine.json"), "height": 128, "width": 128, "methods": "dense,dato"}
+    with pytest.raises(SettingError, match="schedule must have one prune ratio for all calls"):
+        advise(tiny(unet), **settings)
+    _, rows = advise(tiny(unet), **settings, prune_ratio=0.3)
+    assert rows["dato"]
 
 
 def test_both_where_todo_adds_nothing(advise):

@@ -65,7 +65,11 @@ def build_advice(
         if method.kind == "todo":
             configs[method.label] = settings.todo_config(method, height, width)
         elif method.kind in ("dato", "todo+dato"):
-            configs[method.label] = settings.dato_config(method, calls, height, width)
+            dato = settings.dato_config(method, calls, height, width)
+            if isinstance(dato.prune_ratio, tuple):
+                problem = "must have one prune ratio for all calls, and has one for each: give a prune ratio too"
+                raise SettingError("schedule", problem)
+            configs[method.label] = dato
 
     # If a method combines both, the advice also says what each adds to the other.
     both = [(c, c.todo) for c in configs.values() if isinstance(c, DaToConfig) and c.todo is not None]
