@@ -22,7 +22,13 @@ version = release = todo_attn.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # The pages link to each other as they lie in the repository, so that is the source folder.
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md", "benchmarks/README.md", "examples/tiny_sd/README.md"]
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "benchmarks/README.md",
+    "examples/lora/README.md",
+    "examples/tiny_sd/README.md",
+]
 exclude_patterns = [".venv", "build", "dist", "todo_attn", "tests", "benchmarks/results", "examples/tiny_sd/pipeline"]
 CONTENTS = """
 ```{toctree}
@@ -37,6 +43,7 @@ docs/figures
 benchmarks/README
 docs/design
 docs/kernel-notes
+examples/lora/README
 examples/tiny_sd/README
 CONTRIBUTING
 CHANGELOG

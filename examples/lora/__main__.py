@@ -15,16 +15,21 @@ from typing import Annotated, Literal
 import torch
 import typer
 from accelerate import PartialState
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from tabulate import tabulate
 
 from todo_attn import ToDoConfig, machine
+from todo_attn.bench import jsonl
 from todo_attn.config.checks import ArgumentError
 
 from .train import Settings, Trained, train
 
 PIPELINE = Path(__file__).parents[1] / "landscapes" / "pipeline"
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command()
 def main(
     images: Annotated[Path, typer.Option(help="Folder of images with captions in metadata.jsonl.")],
     model: Annotated[str, typer.Option(help="Pipeline of Stable Diffusion 1.x or 2.x: a folder or Hub id.")] = str(
@@ -52,9 +57,11 @@ def main(
     config = ToDoConfig(max_kv_tokens=max_kv_tokens)
     try:
         if compare is None:
+            jsonl.check_appendable(out / LORA_WEIGHT_NAME_SAFE, "out")
             trained = train(settings, config if todo else None, out)
             typer.echo(f"{out}: {median(trained.seconds):.2f} s a step, last loss {trained.losses[-1]:.4f}")
         else:
+            jsonl.check_appendable(compare, "compare")
             compare_methods(settings, config, compare)
     except ArgumentError as error:
         raise typer.BadParameter(str(error)) from error
@@ -89,4 +96,4 @@ def row_of(name: str, run: Trained, dense: Trained, dense_losses: torch.Tensor) 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

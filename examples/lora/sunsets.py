@@ -21,8 +21,10 @@ from examples.landscapes.scenes import GROUNDS, render, scene_of_index
 from .images import CAPTIONS
 
 SEED = 7
+app = typer.Typer(add_completion=False)
 
 
+@app.command()
 def main(
     folder: Annotated[Path, typer.Argument(help="Where the images and their captions go.")],
     count: Annotated[int, typer.Option(min=1, help="Images.")] = 12,
@@ -40,4 +42,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,0 +1,3 @@
+"""The fixtures of this folder."""
+
+from fixtures.pipelines import *  # noqa: F403
