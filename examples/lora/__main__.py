@@ -70,7 +70,7 @@ def main(
 def compare_methods(settings: Settings, config: ToDoConfig, out: Path) -> None:
     """Train dense, then under ToDo, and write both to ``out`` as JSON."""
     runs = {"dense": train(settings), "todo": train(settings, config)}
-    about = asdict(settings) | {"model": Path(settings.model).name, "images": settings.images.name}
+    about = asdict(settings) | {"model": "/".join(Path(settings.model).parts[-2:]), "images": settings.images.name}
     report = {
         "settings": about | {"max_kv_tokens": config.max_kv_tokens},
         "machine": machine.describe(PartialState().device),

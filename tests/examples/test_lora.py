@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from examples.lora.__main__ import app
 from examples.lora.images import read_captions, read_image
+from examples.lora.samples import app as samples
 from examples.lora.sunsets import app as sunsets
 from examples.lora.train import Settings, train
 from todo_attn import ToDoConfig
@@ -190,3 +191,15 @@ def test_what_cannot_be_written_is_refused_before_training(settings, images, opt
     ran = CliRunner().invoke(app, ["--images", str(images), "--model", settings.model, option, below_a_file])
     assert ran.exit_code == 2
     assert "must be a file that can be written" in " ".join(ran.output.replace("│", "").split())
+
+
+def test_samples_have_a_row_for_each_lora(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    train(settings, ToDoConfig(2), tmp_path / "lora")
+    arguments = [tmp_path / "lora", "--model", settings.model, "--size", 64, "--out", tmp_path / "samples.png"]
+    ran = CliRunner().invoke(samples, list(map(str, arguments)))
+    assert ran.exit_code == 0, ran.output
+    with Image.open(tmp_path / "samples.png") as sheet:
+        without, with_lora = (np.asarray(sheet)[top : top + 64] for top in (0, 64))
+        assert sheet.size == (4 * 64, 2 * 64)
+    assert (without != with_lora).any()
