@@ -171,6 +171,7 @@ setup(
         "todo_attn.models",
         "todo_attn.options",
         "todo_attn.predict",
+        "todo_attn.search",
         "todo_attn.tiny_sd",
     ],
     package_dir={
