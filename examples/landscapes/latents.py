@@ -16,6 +16,7 @@ import torch
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
+from . import processes
 from .model import LATENTS, PIXELS, build_vae
 from .scenes import render, scene_of_index
 
@@ -83,33 +84,37 @@ class Pools:
         self.vae, step = load_vae(self.vae_path)
         meta = {"vae_step": step, "seed": seed}
         about = self.folder / "about.json"
-        if about.exists() and json.loads(about.read_text()) != meta:  # of another autoencoder or sequence
-            for path in self.folder.iterdir():
+        if processes.is_first() and about.exists() and json.loads(about.read_text()) != meta:
+            for path in self.folder.iterdir():  # of another autoencoder or sequence
                 path.unlink()
+        processes.wait()
         self.arguments = {
             (h, w): (self.folder, h, w, capacity, seed * 1_000_003 + 1009 * h + w, fresh)
             for (h, w), capacity in sizes.items()
         }
         self.pools = {size: Pool(*arguments) for size, arguments in self.arguments.items()}
-        about.write_text(json.dumps(meta))
+        if processes.is_first():
+            about.write_text(json.dumps(meta))
+        processes.wait()  # until all files are there, before the first process writes to them
         self.process = None
 
     def __getitem__(self, size: tuple[int, int]) -> Pool:
         return self.pools[size]
 
     def fill(self, counts: dict[tuple[int, int], int], sizes) -> None:
-        """Render what the windows of these sizes lack, with a progress bar."""
-        for size in sizes:
+        """Render what the windows of these sizes lack, with a progress bar; the first process does it for all."""
+        for size in sizes if processes.is_first() else ():
             pool = self[size]
             lacking = pool.missing(pool.start(counts[size]), pool.capacity)
             with one_thread():
                 for index in tqdm(lacking, f"latents {size[0]} x {size[1]}", mininterval=10, disable=not len(lacking)):
                     pool.make(int(index), self.vae)
+        processes.wait()
 
     def begin(self, counts: dict[tuple[int, int], int]) -> None:
         """Start the background process."""
         self.starts = {size: mp.get_context("spawn").Value("q", self[size].start(counts[size])) for size in self.pools}
-        if self.background:
+        if self.background and processes.is_first():
             self.process = mp.get_context("spawn").Process(
                 target=produce, args=(self.vae_path, self.arguments, self.starts, os.getpid()), daemon=True
             )
@@ -126,7 +131,9 @@ class Pools:
         start = pool.start(drawn)
         self.starts[size].value = start
         while len(lacking := pool.missing(start, pool.capacity)):
-            if self.process is None:
+            if not processes.is_first():
+                time.sleep(0.05)
+            elif self.process is None:
                 with one_thread():
                     for index in lacking:
                         pool.make(int(index), self.vae)

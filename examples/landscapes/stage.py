@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from . import processes
+
 
 class Stage:
     """Models and optimizer in one checkpoint.
@@ -45,7 +47,7 @@ class Stage:
 
     def trim_log(self) -> None:
         """Drop what was logged after the checkpoint: those steps are repeated."""
-        if self.log.exists():
+        if self.log.exists() and processes.is_first():
             lines = self.log.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and not self.repeated(json.loads(line))]
             self.log.write_text("".join(line + "\n" for line in kept))
@@ -54,6 +56,8 @@ class Stage:
         return record["stage"] == self.name and record["step"] > self.step
 
     def save(self) -> None:
+        if not processes.is_first():
+            return
         state = {
             "models": {key: model.state_dict() for key, model in self.models.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -79,8 +83,8 @@ class Stage:
 
     @classmethod
     def over(cls, deadline: float | None) -> bool:
-        """Whether a signal or the clock ends the run."""
-        return cls.stopped or (deadline is not None and time.monotonic() >= deadline)
+        """Whether a signal or the clock ends the run, of this process or another."""
+        return processes.any_of(cls.stopped or (deadline is not None and time.monotonic() >= deadline))
 
     def run(self, loss_of_step, after_step=None, *, deadline=None, save_minutes=3.0, log_every=10) -> None:
         """Train until ``steps`` or the deadline (in seconds of ``time.monotonic``).
@@ -89,7 +93,8 @@ class Stage:
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         recent, started, saved, start = [], time.monotonic(), time.monotonic(), self.step
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10)
+        first = processes.is_first()
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10, disable=not first)
         while (self.steps is None or self.step < self.steps) and not self.over(deadline):
             self.step += 1
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -97,13 +102,14 @@ class Stage:
             loss, numbers = loss_of_step(*self.randomness())
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            processes.average_gradients(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             self.optimizer.step()
             if after_step:
                 after_step(self.step)
             recent.append({"loss": loss.item(), **numbers})
             bar.update()
-            if self.step % log_every == 0:
+            if first and self.step % log_every == 0:
                 mean = {k: round(float(np.mean([r[k] for r in recent if k in r])), 6) for r in recent for k in r}
                 mean["s_per_step"] = round((time.monotonic() - started) / len(recent), 3)
                 with self.log.open("a") as file:

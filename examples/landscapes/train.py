@@ -3,6 +3,7 @@
     python -m examples.landscapes.train --hours 2                  # every stage, then the export
     python -m examples.landscapes.train --hours 1                  # goes on, from the checkpoints in work/
     python -m examples.landscapes.train --hours 1 --from FOLDER    # goes on, from an exported pipeline
+    torchrun --nproc_per_node 2 -m examples.landscapes.train --threads 1   # in two processes, the same batches
     python -m examples.landscapes.train export                     # write pipeline/ from the checkpoints
     python -m examples.landscapes.train samples                    # a contact sheet of 16 prompts
 
@@ -28,6 +29,7 @@ import typer
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from . import processes
 from .latents import Pools, load_vae
 from .model import (
     LATENTS,
@@ -52,7 +54,7 @@ VAE_SEED, UNET_SEED = 1, 2
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
 
 # Latent sizes with their batch, and the scenes kept of each.
-SIZES = {(32, 32): (16, 6000), (64, 64): (4, 3000), (48, 80): (4, 500), (128, 128): (1, 300)}
+SIZES = {(32, 32): (16, 6000), (64, 64): (4, 3000), (48, 80): (4, 500), (128, 128): (2, 300)}
 # From which step on each size has which share of the steps.
 SHARES = {
     0: {(32, 32): 1.0},
@@ -189,6 +191,7 @@ def train_unet(
         captions = ["" if rng.random() < dropout else scene.caption(rng) for scene in scenes]
         t = sample_timesteps(count, size, generator)
         noise = torch.randn(latents.shape, generator=generator)
+        latents, captions, t, noise = map(processes.part, (latents, captions, t, noise))
         noisy = scheduler.add_noise(latents, noise, t).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             words = model["text_encoder"](tokenize(tokenizer, captions))[0]
@@ -271,9 +274,16 @@ def main(
     os.nice(nice)
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, lambda *_: setattr(Stage, "stopped", True))
+    with processes.joined():
+        run_stages(stage, vae_steps, steps, source, work, hours, save_minutes, decay=decay, lr=lr, fresh=fresh)
+
+
+def run_stages(stage: str, vae_steps: int, steps: int | None, source, work: Path, hours: float, save_minutes, **unet):
+    """What the command does; the arguments are its options, ``unet`` those of the stage alone."""
     run = {"deadline": time.monotonic() + 3600 * hours, "save_minutes": save_minutes}
-    if source:
+    if source and processes.is_first():
         start_from(source, work)
+    processes.wait()
     if stage in ("all", "vae") and not (source and stage == "all"):
         train_vae(work, vae_steps, **run)
         if Stage.over(run["deadline"]):
@@ -282,9 +292,8 @@ def main(
     if stage != "vae":
         if not (work / "vae.pt").exists():
             raise typer.BadParameter(f"{work} has no vae.pt: run stage vae first, or name a pipeline with --from")
-        options = {"decay": decay, "lr": lr, "fresh": fresh, "source": source, "only_latents": stage == "latents"}
-        train_unet(work, steps, **options, **run)
-    if stage in ("all", "unet"):
+        train_unet(work, steps, source=source, only_latents=stage == "latents", **unet, **run)
+    if stage in ("all", "unet") and processes.is_first():
         export_from(work, PIPELINE if work == WORK else work / "pipeline")
 
 

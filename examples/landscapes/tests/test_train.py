@@ -47,6 +47,18 @@ train.train_unet(Path({work!r}), 7, save_minutes=0, background=True, **tiny)
 """
 
 
+TOGETHER = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from examples.landscapes import processes, train
+torch.set_num_threads(1)
+if __name__ == "__main__":  # the process in the background imports this file
+    with processes.joined():
+        train.train_unet(Path({work!r}), 3, **{tiny})
+"""
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
@@ -81,6 +93,29 @@ def test_a_killed_run_goes_on_to_the_same_losses(trained, tmp_path):
     train.train_unet(tmp_path, 7, background=False, **TINY)
     assert losses(tmp_path, "unet") == losses(trained, "unet")
     assert [step for step, _ in losses(tmp_path, "unet")] == [*range(1, 8)]
+
+
+def test_two_processes_train_what_one_does(trained, tmp_path):
+    tiny = TINY | {"sizes": {(8, 8): (2, 6)}, "shares": {0: {(8, 8): 1.0}}}
+    for name, launcher in ("one", [sys.executable]), ("two", [torchrun(), "--nproc_per_node", "2"]):
+        work = tmp_path / name
+        work.mkdir()
+        (work / "vae.pt").write_bytes((trained / "vae.pt").read_bytes())
+        script = tmp_path / f"{name}.py"
+        script.write_text(TOGETHER.format(root=str(ROOT), work=str(work), tiny=tiny))
+        done = subprocess.run([*launcher, str(script)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        torch.load(tmp_path / name / "unet.pt", weights_only=True)["models"]["model"] for name in ("one", "two")
+    )
+    start = train.build_model(tmp_path / "one", TINY["widths"], None).state_dict()
+    moved = max((one[k] - start[k]).abs().max().item() for k in one)
+    apart = max((one[k] - two[k]).abs().max().item() for k in one)
+    assert apart < 0.01 * moved  # but for the order of sums
+
+
+def torchrun() -> str:
+    return str(Path(sys.executable).with_name("torchrun"))
 
 
 def test_the_autoencoder_goes_on_to_the_same_losses(trained, tmp_path):
