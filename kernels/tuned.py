@@ -273,6 +273,8 @@ def _parsed(data: Any, gpu: Gpu) -> Tuned:
     if data["format"] != _FORMAT:
         raise _ForeignError(f"its format is {data['format']!r}, not {_FORMAT}")
     for name, here in _made_for(gpu).items():
+        if here is None:  # nvidia-smi did not answer
+            continue
         if (made := data["made_for"][name]) != here:
             raise _ForeignError(f"it was made for {name} {made}, and here is {here}")
     attention = {int(head_dim): KernelConfig(**values) for head_dim, values in data["attention"].items()}

@@ -87,7 +87,7 @@ def test_the_launcher_uses_it(monkeypatch):
         def __init__(self, query, keys, config, *rest):
             launched.append(config)
 
-        def __call__(self, query, key, value):
+        def __call__(self, query, key, value, lse):
             return query
 
     monkeypatch.setattr(launch, "Attend", Attend)

@@ -182,6 +182,7 @@ BAD = [
     ({"ratio": "0.4"}, "ratio must be a number from 0"),
     ({"ratio": 0.76}, "ratio must be at most 0.75"),
     ({"patch": (0, 2)}, "patch must"),
+    ({"x": torch.zeros(2, 12, 0)}, "x must have at least one channel"),
 ]
 
 

@@ -149,13 +149,22 @@ def test_a_schedule_with_a_ratio_and_factors_of_its_own(sd_folder, tmp_path):
     _, mine, both, coco = CompareSettings(**given).parsed_methods()
     settings = CompareSettings(**given)
     assert settings.dato_config(mine, 3, 64, 64) == DaToConfig(0.2, cache_schedule="10", todo=todo)
-    assert settings.dato_config(both, 3, 64, 64) == DaToConfig(0.2, cache_schedule="10", todo=ToDoConfig())
+    assert settings.dato_config(both, 3, 64, 64) == settings.dato_config(mine, 3, 64, 64)
+    coarser = CompareSettings(**given, max_kv_tokens=16)
+    assert coarser.dato_config(both, 3, 64, 64).todo == ToDoConfig(max_kv_tokens=16)
     assert settings.dato_config(coco, 3, 64, 64).prune_ratio == DaToConfig.prune_ratio
     asked = CompareSettings(**given, prune_ratio=0.5)
     assert asked.dato_config(mine, 3, 64, 64) == DaToConfig(0.5, cache_schedule="10", todo=todo)
     schedule.save(schedule.Schedule("10", prune_ratio=(0.0, 0.1, 0.2)), file)
     assert settings.dato_config(mine, 3, 64, 64).prune_ratio == (0.0, 0.1, 0.2)
     assert settings.dato_config(mine, 5, 64, 64).prune_ratio == (0.0, 0.1, 0.1, 0.2, 0.2)
+    for ratio, problem in (
+        (0.8, "prune ratios of at most 0.75, got 0.8"),
+        (1.5, "a file with a schedule: .*prune_ratio"),
+    ):
+        file.write_text(f'{{"version": 1, "digits": "10", "prune_ratio": {ratio}}}')
+        with pytest.raises(SettingError, match=f"^schedule must .*{problem}"):
+            CompareSettings(**given)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"version": 1}', '{"version": 1, "digits": "123"}'])

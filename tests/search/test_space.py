@@ -30,6 +30,11 @@ def test_a_ratio_for_all_and_a_factor_for_each_level():
     assert len(keys) == 3 * 3 * 2 * 3 * 3
 
 
+def test_ratios_that_differ_little_are_two_candidates():
+    space = Space(3, [1], Plan(prune_ratios=[0.1234561, 0.1234562]))
+    assert space.candidate(np.array([1, 1, 0])).key != space.candidate(np.array([1, 1, 1])).key
+
+
 def test_one_factor_is_fixed():
     space = Space(3, [1, 2], Plan(todo_factors=(2,)))
     assert space.candidate(np.array([1, 1])).config.todo == ToDoConfig({1: 2, 2: 2})
@@ -87,6 +92,7 @@ def test_what_is_refused():
         ({"prune_ratios": (0.4, 0.8)}, r"prune_ratios must be numbers from 0 to 0.75, each once, got 0.4, 0.8"),
         ({"prune_ratios": (0.4, 0.4)}, "prune_ratios must be"),
         ({"prune_ratios": ()}, "prune_ratios must be .* got none"),
+        ({"prune_ratios": 0.4}, "prune_ratios must be a tuple of numbers .* got 0.4"),
         ({"todo_factors": (0,)}, "todo_factors must be integers of at least 1, each once, got 0"),
         ({"prune_per_call": True}, "prune_per_call must have several prune ratios"),
         ({"population": 3}, "population must be an integer of at least 4, got 3"),

@@ -78,15 +78,27 @@ def schedule_lines(listing: dict[str, Any]) -> list[str]:
         f"source:    {row['source'] or 'not known'}",
         f"made for:  {' '.join(made_for) or 'not known'}, {len(published['digits']) + 1} calls",
         f"digits:    {row['digits']}",
+        *_own_lines(row),
         f"calls:     {row['full']} full, {row['shallow']} shallow, {row['reuse']} reused",
         f"published: {_published_text(row)}",
         f"here:      {row['speedup']:.2f}x, {row['saving']:.1%} of the operations saved",
     ]
 
 
+def _own_lines(row: dict[str, Any]) -> list[str]:
+    """The prune ratio and ToDo of a schedule that has its own, with which it was counted."""
+    ratio, todo = row["prune_ratio"], row["todo"]
+    ratios = ", ".join(f"{each:g}" for each in ratio) if isinstance(ratio, (list, tuple)) else ratio
+    return [
+        *([] if ratio is None else [f"pruned:    {ratios} of the tokens"]),
+        *([] if todo is None else [f"ToDo:      factor {todo['factor']}"]),
+    ]
+
+
 def schedules_notes(listing: dict[str, Any]) -> list[str]:
     """What the columns of :func:`schedules_table` mean, and what one call costs."""
     calls = ", ".join(f"{kind} {count / 1e9:.4g}" for kind, count in listing["operations_per_call"].items())
+    own = any(row["prune_ratio"] is not None or row["todo"] is not None for row in listing["schedules"])
     few = f"a schedule pays from about {FEWEST_CALLS} calls on, and here there are {listing['calls']}"
     return [
         "full, shallow (the last layers alone) and reuse (the last output again): how many calls of each kind",
@@ -95,6 +107,7 @@ def schedules_notes(listing: dict[str, Any]) -> list[str]:
         f"here: times fewer operations than dense in a whole run, counted on the UNet of {listing['model']}",
         f"operations of a call, in 1e9: {calls} (batch {listing['batch']}, {listing['prune_ratio']:g} of the tokens "
         "pruned unless the call is dense; a multiplication with its addition is two)",
+        *(["a schedule with its own prune ratio or ToDo is counted with them"] if own else []),
         *([few] if listing["calls"] < FEWEST_CALLS else []),
     ]
 

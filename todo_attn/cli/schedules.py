@@ -62,6 +62,8 @@ def build_listing(
             {
                 "name": published.name,
                 "digits": digits,
+                "prune_ratio": published.prune_ratio,
+                "todo": None if published.todo is None else published.todo.to_dict(),
                 **{name: kinds.count(kind) for kind, name in schedule.KINDS.items()},
                 "operations": run,
                 "speedup": dense_run / run,

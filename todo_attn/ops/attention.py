@@ -260,8 +260,9 @@ def downsampled_attention(
 
     Returns:
         (B, N, H, D), contiguous, in the dtype of ``query`` (under autocast in autocast's, like torch's own attention).
-        Differentiable once in query, key and value. The backward recomputes the scores, so memory stays linear: by
-        Triton if that ran the forward in fp16 or bf16, else by torch in fp32 or better.
+        Differentiable once in query, key and value, by ``backward`` and ``torch.autograd.grad``, not by ``torch.func``.
+        The backward recomputes the scores, so memory stays linear: by Triton if that ran the forward in fp16 or bf16,
+        else by torch in fp32 or better.
 
     Raises:
         ArgumentError: a shape, dtype, device or value that does not fit, naming the argument, what it must be and what

@@ -42,6 +42,12 @@ def tokens(name: str, x: object) -> torch.Tensor:
     return tensor(name, x, "B, N, C", FLOATS)
 
 
+def channels(name: str, x: torch.Tensor) -> None:
+    """``x`` (B, N, C) must have a channel."""
+    if x.shape[2] < 1:
+        raise ArgumentError(name, f"must have at least one channel, got shape {tuple(x.shape)}")
+
+
 def index(name: str, value: object, dims: str, like_name: str, like: torch.Tensor) -> torch.Tensor:
     """``value`` must be an int32 or int64 (B, ...) tensor on the device of ``like`` and with its batch."""
     value = tensor(name, value, dims, INDICES)

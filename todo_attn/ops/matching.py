@@ -220,9 +220,7 @@ def match_tokens(
         ArgumentError: a shape, dtype or device that does not fit, naming the argument, or queries without any key.
         IndexError: a token index out of range (on CUDA a device assert instead).
     """
-    checks.tokens("x", x)
-    if x.shape[2] < 1:
-        raise ArgumentError("x", f"must have at least one channel, got shape {tuple(x.shape)}")
+    checks.channels("x", checks.tokens("x", x))
     checks.index("query_index", query_index, "B, Q", "x", x)
     checks.index("key_index", key_index, "B, K", "x", x)
     if key_index.shape[1] == 0 and query_index.shape[1] > 0:

@@ -100,7 +100,7 @@ def plan_pruning(
         ArgumentError: a shape, dtype, device, grid, patch or ratio that does not fit, naming the argument; a ratio
             above what the patch allows, naming that.
     """
-    checks.tokens("x", x)
+    checks.channels("x", checks.tokens("x", x))
     grid = checks.grid(grid, x.shape[1], "x")
     checks.tensor("score", score, "B, N", checks.FLOATS)
     if score.shape != x.shape[:2]:

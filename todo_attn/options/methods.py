@@ -64,7 +64,8 @@ class MethodOptions:
         schedule: of "dato" and "todo+dato": a name in :func:`todo_attn.config.schedule.names`, a JSON file, or "none"
             to prune alone. A variant is such a name, or "none".
         prune_ratio: the share of tokens that "dato" and "todo+dato" prune, from 0 to 0.75; None is what the schedule
-            says, and 0.4 if it does not.
+            says, and 0.4 if it does not. Likewise, a schedule's file may have ToDo's factors: "todo+dato" takes them
+            unless ``factor``, ``max_kv_tokens`` or ``mode`` is given.
         cache_interval: "deepcache" computes every n-th call of the UNet in full; n, at least 1.
 
     Raises:
@@ -137,9 +138,19 @@ class MethodOptions:
         config = self._config_of(method).for_calls(calls)
         if self.prune_ratio is not None:
             config = replace(config, prune_ratio=self.prune_ratio)
-        if method.kind == "todo+dato":
+        ratio = config.prune_ratio
+        most = ratio if isinstance(ratio, float) else max(ratio)
+        if most > MAX_RATIO:
+            raise SettingError("schedule", f"must have prune ratios of at most {MAX_RATIO}, got {most}")
+        if method.kind == "todo+dato" and (config.todo is None or self._has_todo):
             config = replace(config, todo=self.todo_config(Method("todo"), height, width))
         return config
+
+    @property
+    def _has_todo(self) -> bool:
+        """Whether an option of ToDo was given."""
+        names = ("factor", "max_kv_tokens", "mode")
+        return any(getattr(self, name) != getattr(MethodOptions, name) for name in names)
 
     def _config_of(self, method: Method) -> DaToConfig:
         """What the schedule says, before resampling."""
@@ -151,10 +162,11 @@ class MethodOptions:
             raise refusal(method, "schedule", problem)
         try:
             return DaToConfig.from_file(self.schedule if method.variant is None else method.variant)
-        except ArgumentError as error:
-            raise SettingError("schedule", error.problem) from None
         except ValueError as error:
-            raise SettingError("schedule", f"must be a file with a schedule: {error}") from None
+            problem = f"must be a file with a schedule: {error}"
+            if isinstance(error, ArgumentError) and error.argument not in ("prune_ratio", "todo"):  # no such file
+                problem = error.problem
+            raise SettingError("schedule", problem) from None
 
     def tome_ratio_of(self, method: Method) -> float:
         """The ratio of "tome" or "tome:RATIO"."""

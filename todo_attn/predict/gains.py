@@ -67,7 +67,7 @@ def build_advice(
         elif method.kind in ("dato", "todo+dato"):
             dato = settings.dato_config(method, calls, height, width)
             if isinstance(dato.prune_ratio, tuple):
-                problem = "must have one prune ratio for all calls, and has one for each: give a prune ratio too"
+                problem = "must have one prune ratio for all calls here, got one for each: --prune-ratio replaces them"
                 raise SettingError("schedule", problem)
             configs[method.label] = dato
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..compare.curve import Curve, Estimate
 from ..compare.curve import Point as PointOfCurve
 from ..compare.files import json_bytes, write_whole
+from ..compare.lines import command_line
 from ..compare.page import Column, Page, Setting, Table, TableRow, build_page
 from ..compare.words import steps_text
 from ..config import schedule
@@ -225,9 +227,7 @@ def _table(found: Found, names: dict[str, str]) -> Table:
 
 def _setting(found: Found, folder: Path, name: str) -> Setting:
     file = str(file_of(folder, name))
-    settings = found.settings
-    words = ["todo-attn", "compare", *([settings.model] if settings.model else []), "--methods", "dense,dato"]
-    words += ["--schedule", file, "--steps", str(settings.steps)]
-    words += ["--height", str(settings.height), "--width", str(settings.width), "--report"]
+    # On other prompts than those that the schedule was chosen for.
+    compare = command_line(replace(found.settings, methods="dense,dato", prompts=()))
     code = f"from todo_attn import DaToConfig, apply_dato\n\napply_dato(pipe, DaToConfig.from_file({file!r}))"
-    return Setting(name, {"Python": code, "Command": shlex.join(words)})
+    return Setting(name, {"Python": code, "Command": f"{compare} {shlex.join(['--schedule', file])}"})

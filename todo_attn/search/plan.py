@@ -58,6 +58,8 @@ class Plan:
             raise SettingError("cost", f"must be one of {', '.join(COSTS)}, got {self.cost!r}")
         _check_choices("prune_ratios", f"numbers from 0 to {MAX_RATIO}", self.prune_ratios, _is_ratio)
         _check_choices("todo_factors", "integers of at least 1", self.todo_factors, lambda x: is_int(x) and x >= 1)
+        for name in ("prune_ratios", "todo_factors"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.prune_per_call and len(self.prune_ratios) < 2:
             raise SettingError("prune_per_call", f"must have several prune ratios to choose from, got {_text(self)}")
         for name, least in (("population", 4), ("generations", 1), ("search_seed", 0)):
@@ -85,5 +87,7 @@ def _text(plan: Plan) -> str:
 
 
 def _check_choices(name: str, what: str, values: tuple[Any, ...], fits: Callable[[Any], bool]) -> None:
+    if not isinstance(values, (tuple, list)):
+        raise SettingError(name, f"must be a tuple of {what}, got {values!r}")
     if not values or not all(map(fits, values)) or len(set(values)) < len(values):
         raise SettingError(name, f"must be {what}, each once, got {', '.join(map(str, values)) or 'none'}")

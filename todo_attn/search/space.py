@@ -115,7 +115,7 @@ class Space:
         config = DaToConfig(ratio, cache_schedule=digits, todo=ToDoConfig(coarse) if coarse else None)
         parts = [digits]
         if len(plan.prune_ratios) > 1:
-            parts.append("prune " + ",".join(f"{ratio:g}" for ratio in ratios))
+            parts.append("prune " + ",".join(map(repr, ratios)))
         if len(plan.todo_factors) > 1:
             parts.append("factors " + ",".join(map(str, factors)))
         return Candidate("; ".join(parts), config)
