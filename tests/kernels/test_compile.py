@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[2]
 # configurations. `python -m benchmarks.compile_report` compiles all of them for all architectures.
 HEAD_DIMS = {
     80: {8, 40, 64, 80, 160, 256},
-    86: {40, 96},
-    89: {40, 160},
+    86: {64},
+    89: {96},
     90: {24, 40, 64, 80, 128, 160, 256},
-    100: {40, 64, 96, 160},
-    120: {40, 64, 80, 160},
+    100: {40, 160},
+    120: {64, 160},
 }
 BACKWARD = {"query_grad": 3, "key_grad": 4}  # the number of products
 LATENCY = 800  # clocks that a copy from memory to shared memory may take
@@ -109,12 +109,11 @@ def test_fp16_in_every_mode(arch):
         assert not any(row["serialised"] for row in attention)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_other_dtypes(dtype):
-    """At Stable Diffusion's smallest and largest head dim; the code differs little between architectures."""
+@pytest.mark.parametrize(("dtype", "arch"), [("bf16", "90"), ("fp32", "80"), ("fp32", "90")])
+def test_other_dtypes(dtype, arch):
+    """At Stable Diffusion's smallest and largest head dim; bf16 compiles to the counts of fp16."""
     head_dims = [f for d in (40, 160) for f in ("--head-dim", str(d))]
-    rows = check(compile_report("--dtype", dtype, "--arch", "80", "--arch", "90", "--arch", "120", *head_dims))
-    for row in rows:
+    for row in check(compile_report("--dtype", dtype, "--arch", arch, *head_dims)):
         if row["kernel"] in ("attention", "match"):
             assert (row["mma"] > 0) == (dtype == "bf16"), row
             assert (row["wgmma"] > 0) == (dtype == "bf16" and row["arch"] >= 90 and row["arch"] < 120), row
@@ -125,19 +124,18 @@ def test_other_dtypes(dtype):
 CLOCKS = {40: (0.0565, 0.112, 0.112), 64: (0.0635, 0.120, 0.127), 80: (0.079, 0.149, 0.156), 160: (0.158, 0.268, 0.274)}
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_clocks_per_score_and_dump(dtype, tmp_path):
+def test_clocks_per_score_and_dump(tmp_path):
     """Also if the last tile is partial, which must not cost the loop anything, and if the scale is large."""
     head_dims = [f for d in CLOCKS for f in ("--head-dim", str(d))]
     rows = compile_report(
-        "--arch", "90", "--dtype", dtype, "--kernel", "attention", "--dump", str(tmp_path), *head_dims
+        "--arch", "90", "--dtype", "fp16", "--kernel", "attention", "--dump", str(tmp_path), *head_dims
     )
     assert {(row["head_dim"], row["mode"]) for row in rows} == {
         *product((40, 64, 80, 160), ("plain", "large-scale", "lse")),
         *product((64, 80, 160), ("tail",)),
     }
     for row in rows:
-        dumped = json.loads((tmp_path / f"attention-sm90-{dtype}-d{row['head_dim']}-{row['mode']}.json").read_text())
+        dumped = json.loads((tmp_path / f"attention-sm90-fp16-d{row['head_dim']}-{row['mode']}.json").read_text())
         assert dumped == row
         assert {"arch", "dtype", "head_dim", "mode", "block_m", "block_n", "num_warps"} <= set(row)
         bound, *no_overlap = CLOCKS[row["head_dim"]]

@@ -136,7 +136,7 @@ def one_key_above(query, key):
     key[:, key.shape[1] // 3, :, 0] = bits * 0.6931 * head_dim**0.5 / 8.0
 
 
-@pytest.mark.parametrize("head_dim", [40, 64, 160])
+@pytest.mark.parametrize("head_dim", [40, 160])
 @pytest.mark.parametrize("shape", [sink, flat, smooth, one_key_above], ids=lambda f: f.__name__)
 def test_rows_of_every_shape(shape, head_dim, hopper):
     """The last tile ends early: 17 * 19 = 323 keys."""
