@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderTiny, UNet2DConditionModel
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import processes
 from .latents import Pools, load_vae
@@ -122,14 +122,22 @@ def train_vae(work: Path, steps: int, *, sizes=(256, 256, 128), side: int = 64, 
 # --- stage unet ---
 
 
-def build_model(work: Path, widths, source: Path | None) -> torch.nn.ModuleDict:
+def shared_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer in a folder, which the first process writes and the others wait for."""
+    if processes.is_first():
+        write_tokenizer(folder)
+    processes.wait()
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build_model(tokenizer: CLIPTokenizer, widths, source: Path | None) -> torch.nn.ModuleDict:
     """UNet and text encoder, new or from an exported pipeline."""
     torch.manual_seed(UNET_SEED)
     if source:
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet").float()
         text = CLIPTextModel.from_pretrained(source, subfolder="text_encoder").float()
     else:
-        unet, text = build_unet(widths), build_text_encoder(write_tokenizer(work / "tokenizer"))
+        unet, text = build_unet(widths), build_text_encoder(tokenizer)
     return torch.nn.ModuleDict({"unet": unet, "text_encoder": text})
 
 
@@ -159,9 +167,9 @@ def train_unet(
 ) -> None:
     """v-prediction with min-SNR weights on the pools' latents; captions are left empty now and then."""
     sizes = SIZES if sizes is None else sizes
-    tokenizer = write_tokenizer(work / "tokenizer")
+    tokenizer = shared_tokenizer(work / "tokenizer")
     scheduler = build_scheduler()
-    model, average = (build_model(work, widths, source) for _ in range(2))
+    model, average = (build_model(tokenizer, widths, source) for _ in range(2))
     model["unet"].to(memory_format=torch.channels_last)
     average.requires_grad_(False)
     groups = [

@@ -108,7 +108,7 @@ def test_two_processes_train_what_one_does(trained, tmp_path):
     one, two = (
         torch.load(tmp_path / name / "unet.pt", weights_only=True)["models"]["model"] for name in ("one", "two")
     )
-    start = train.build_model(tmp_path / "one", TINY["widths"], None).state_dict()
+    start = train.build_model(write_tokenizer(tmp_path / "one" / "tokenizer"), TINY["widths"], None).state_dict()
     moved = max((one[k] - start[k]).abs().max().item() for k in one)
     apart = max((one[k] - two[k]).abs().max().item() for k in one)
     assert apart < 0.01 * moved  # but for the order of sums
