@@ -18,7 +18,12 @@ CPU_CAPABILITY = (8, 0)  # on CPU tensors only the interpreter runs, which takes
 
 def capability(x: torch.Tensor) -> tuple[int, int]:
     """The compute capability of the device of ``x``."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else CPU_CAPABILITY
+    return _capability_of(x.device) if x.is_cuda else CPU_CAPABILITY
+
+
+@functools.cache  # a launch asks more than once, and torch answers in microseconds
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -16,17 +15,6 @@ from .plan import Launch, layout, planned
 from .tuned import attention_config
 
 LOG2_E = 1.4426950408889634
-
-
-class Packed(NamedTuple):
-    """Keys and values as :func:`attend` reads them, and the configuration and GPU that they are packed for."""
-
-    key: torch.Tensor  # (B*H*rows, k_columns)
-    value: torch.Tensor  # (B*H*rows, v_columns)
-    keys: int  # of one head; rows is this, rounded up to the tile of keys
-    config: KernelConfig
-    tile: Tiles
-    use_tma: bool
 
 
 def attention(
@@ -49,7 +37,7 @@ def attention(
     """
     if query.numel() == 0:
         return query.new_empty(query.shape)
-    settings = _settings(query, config, tile)
+    settings = settings_for(query, config, tile)
     layouts = layout(query), layout(key), layout(value)
     with torch.cuda.device_of(query):
         plan = planned(
@@ -59,7 +47,9 @@ def attention(
         return plan.attend(query, *plan.pack(key, value), lse)
 
 
-def _settings(x: torch.Tensor, config: KernelConfig | None, tile: Tiles | None) -> tuple[KernelConfig, Tiles, bool]:
+def settings_for(
+    x: torch.Tensor, config: KernelConfig | None = None, tile: Tiles | None = None
+) -> tuple[KernelConfig, Tiles, bool]:
     """``config`` and ``tile``, or else what suits tensors like ``x``; whether to use TMA."""
     gpu, half = capability(x), x.dtype != torch.float32
     return config or attention_config(x), tile or tiles(gpu, x.shape[3]), has_tma(gpu, half)
@@ -90,28 +80,6 @@ class Plan:
 def rows_of(keys: int, config: KernelConfig) -> int:
     """``keys``, rounded up to the tile of keys."""
     return triton.cdiv(keys, config.block_n) * config.block_n
-
-
-def packed(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    grid: tuple[int, int],
-    coarse: tuple[int, int],
-    mode: str = "nearest",
-    negative: bool = False,
-    config: KernelConfig | None = None,
-    tile: Tiles | None = None,
-) -> Packed:
-    """Launch the packing kernel, on the current device; ``negative`` negates the keys, for a negative scale."""
-    config, tile, use_tma = _settings(key, config, tile)
-    keys = math.prod(coarse)
-    pack = Pack(key, value, grid, coarse, mode, negative, rows_of(keys, config), tile)
-    return Packed(*pack(key, value), keys, config, tile, use_tma)
-
-
-def attend(query: torch.Tensor, kv: Packed, scale: float) -> torch.Tensor:
-    """Launch the attention kernel, on the current device: (B, N, H, D) -> (B, N, H, D), contiguous."""
-    return Attend(query, kv.keys, kv.config, kv.tile, kv.use_tma, scale)(query, kv.key, kv.value)
 
 
 class Attend:

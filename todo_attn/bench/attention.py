@@ -160,12 +160,15 @@ def _packed(case: Case, device: torch.device) -> Call:
     backends.choose("triton", device, case.torch_dtype, case.head_dim)  # raises, with the reason, if it cannot run
     from ..kernels import launch
 
-    packed: dict[int, launch.Packed] = {}
+    packed: dict[int, tuple[launch.Plan, tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def call(x: Inputs) -> torch.Tensor:
         with torch.cuda.device_of(x.query):
             if x.number not in packed:
-                packed[x.number] = launch.packed(x.key, x.value, case.grid, case.coarse)
-            return launch.attend(x.query, packed[x.number], case.head_dim**-0.5)
+                how = case.grid, case.factor, "nearest", case.head_dim**-0.5
+                plan = launch.Plan(x.query, x.key, x.value, *how, *launch.settings_for(x.query))
+                packed[x.number] = plan, plan.pack(x.key, x.value)
+            plan, rows = packed[x.number]
+            return plan.attend(x.query, *rows)
 
     return call

@@ -14,7 +14,7 @@ from .. import __version__
 from ..config.checks import ArgumentError
 from ..config.dtypes import DTYPES
 from ..options.methods import SettingError
-from ..options.settings import CompareSettings
+from ..options.settings import OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
 
 if TYPE_CHECKING:
     from ..models.architectures import Architecture
@@ -38,6 +38,36 @@ PruneRatio = Annotated[
 DtypeName = Annotated[
     str,
     typer.Option(help=f"auto (float16 on CUDA, else float32), {', '.join(DTYPES.values())}, or {', '.join(DTYPES)}."),
+]
+
+ModelSource = Annotated[
+    str | None,
+    typer.Argument(
+        help="A folder saved by diffusers, a .safetensors or .ckpt file, or a Hub id.",
+        show_default="the shipped pipeline",
+    ),
+]
+Prompts = Annotated[list[str] | None, typer.Option(help="What to draw; give it again for more.", show_default="two")]
+Seeds = Annotated[list[int] | None, typer.Option(help="An image per prompt and seed.", show_default="0")]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="Of the scheduler.", show_default=f"{SHIPPED_STEPS} for the shipped pipeline, else {OTHER_STEPS}"
+    ),
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Guidance scale; 1 is without.", show_default="the pipeline's own")
+]
+SchedulerName = Annotated[
+    str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.", show_default="the pipeline's own")
+]
+Variant = Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")]
+ConfigSource = Annotated[
+    str | None,
+    typer.Option(
+        help="For a single file: the folder or Hub id of a model of the same kind, for the configuration.",
+        show_default="the published model's, from the Hub",
+    ),
 ]
 
 

@@ -15,9 +15,27 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from ..compare.folder import IMAGES, NOTHING_MADE, PAGE, REPORT, SHEET, choose_folder
 from ..config.modes import MODES
 from ..options.methods import METHODS_TEXT
-from ..options.settings import OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
+from ..options.settings import CompareSettings
 from ..peak_memory import MAY_FIT, OUT_OF_MEMORY
-from .app import DeviceName, DtypeName, MaxKeys, PruneRatio, UserError, app, as_typed, hush_loading, naming_options
+from .app import (
+    ConfigSource,
+    DeviceName,
+    DtypeName,
+    Guidance,
+    MaxKeys,
+    ModelSource,
+    Prompts,
+    PruneRatio,
+    SchedulerName,
+    Seeds,
+    Steps,
+    UserError,
+    Variant,
+    app,
+    as_typed,
+    hush_loading,
+    naming_options,
+)
 from .printing import compare_table
 
 if TYPE_CHECKING:
@@ -43,31 +61,14 @@ _COMPARE_HELP = """Make the same images by each method, in turns; write them, a 
 
 @app.command("compare", help=_COMPARE_HELP)
 def compare_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A folder saved by diffusers, a .safetensors or .ckpt file, or a Hub id.",
-            show_default="the shipped pipeline",
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What to draw; give it again for more.", show_default="two")
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="An image per prompt and seed.", show_default="0")] = None,
+    model: ModelSource = None,
+    prompt: Prompts = None,
+    seed: Seeds = None,
     height: Annotated[int | None, typer.Option(help="In pixels.", show_default="twice the model's normal")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.", show_default="twice the model's normal")] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the scheduler.", show_default=f"{SHIPPED_STEPS} for the shipped pipeline, else {OTHER_STEPS}"
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; 1 is without.", show_default="the pipeline's own")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.", show_default="the pipeline's own")
-    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: SchedulerName = None,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     methods: Annotated[str, typer.Option(help=f"Comma-separated: {METHODS_TEXT}.")] = "dense,todo",
@@ -84,14 +85,8 @@ def compare_command(
     prune_ratio: PruneRatio = None,
     cache_interval: Annotated[int, typer.Option(help="DeepCache: every n-th call of the UNet is full.")] = 3,
     warmup_steps: Annotated[int, typer.Option(help="Steps of each method's warm-up, which is not counted.")] = 2,
-    variant: Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            help="For a single file: the folder or Hub id of a model of the same kind, for the configuration.",
-            show_default="the published model's, from the Hub",
-        ),
-    ] = None,
+    variant: Variant = None,
+    config: ConfigSource = None,
     out: Annotated[
         str | None,
         typer.Option(

@@ -23,8 +23,24 @@ from ..config.checks import ArgumentError
 from ..config.schedule import KINDS
 from ..options.methods import SettingError
 from ..options.prompts import read_prompts
-from ..options.settings import OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
-from .app import DeviceName, DtypeName, UserError, app, as_typed, hush_loading, naming_options
+from ..options.settings import CompareSettings
+from .app import (
+    ConfigSource,
+    DeviceName,
+    DtypeName,
+    Guidance,
+    ModelSource,
+    Prompts,
+    SchedulerName,
+    Seeds,
+    Steps,
+    UserError,
+    Variant,
+    app,
+    as_typed,
+    hush_loading,
+    naming_options,
+)
 
 if TYPE_CHECKING:
     from .. import search as searching
@@ -49,32 +65,15 @@ page with the plot. The same command goes on if it was interrupted, and ends at 
 
 @app.command("search", help=_SEARCH_HELP)
 def search_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A folder saved by diffusers, a .safetensors or .ckpt file, or a Hub id.",
-            show_default="the shipped pipeline",
-        ),
-    ] = None,
+    model: ModelSource = None,
     prompts: Annotated[Path | None, typer.Option(help="A UTF-8 file with a prompt a line.")] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What to draw; give it again for more.", show_default="two")
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="An image per prompt and seed.", show_default="0")] = None,
+    prompt: Prompts = None,
+    seed: Seeds = None,
     height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the scheduler.", show_default=f"{SHIPPED_STEPS} for the shipped pipeline, else {OTHER_STEPS}"
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; 1 is without.", show_default="the pipeline's own")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.", show_default="the pipeline's own")
-    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: SchedulerName = None,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     threads: Annotated[
@@ -105,14 +104,8 @@ def search_command(
     start: Annotated[
         list[Path] | None, typer.Option(help="A schedule file to begin with, for as many calls; repeatable.")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            help="For a single file: the folder or Hub id of a model of the same kind, for the configuration.",
-            show_default="the published model's, from the Hub",
-        ),
-    ] = None,
+    variant: Variant = None,
+    config: ConfigSource = None,
     folder: Annotated[Path, typer.Option(help="For everything; new, empty, or of the same search.")] = Path("search"),
     as_json: Annotated[bool, typer.Option("--json", help="Print front.json on stdout, the rest on stderr.")] = False,
 ) -> None:

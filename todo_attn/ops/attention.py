@@ -18,6 +18,28 @@ from .tracing import constant_in_graphs
 _BACKWARD_SCORES = 1 << 24
 
 
+def _by_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Sequence[int],
+    factor: Sequence[int],
+    mode: str,
+    scale: float,
+    backend: str,
+    lse: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """The attention, and its log-sum-exp in ``lse``; None if Triton cannot, unless ``backend`` is "triton"."""
+
+    def launch() -> torch.Tensor:
+        from ..kernels.launch import attention
+
+        (gh, gw), (fh, fw) = grid, factor
+        return attention(query, key, value, (gh, gw), (fh, fw), mode, scale, lse=lse)
+
+    return fallback.attempt(launch, query.device, query.dtype, query.shape[3], backend == "triton")
+
+
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -29,20 +51,10 @@ def _attention(
     backend: str,
 ) -> torch.Tensor:
     """``backend``: "triton", "torch", or "auto", which is Triton, and torch if Triton cannot run here."""
-    gh, gw = grid
-    fh, fw = factor
-    if backend != "torch":
-
-        def launch() -> torch.Tensor:
-            from ..kernels.launch import attention
-
-            return attention(query, key, value, (gh, gw), (fh, fw), mode, scale)
-
-        required = backend == "triton"
-        if required or fallback.reason(query.device, query.dtype, query.shape[3]) is None:
-            out = fallback.attempt(launch, query.device, query.dtype, query.shape[3], required)
-            if out is not None:
-                return out
+    (gh, gw), (fh, fw) = grid, factor
+    out = None if backend == "torch" else _by_triton(query, key, value, grid, factor, mode, scale, backend)
+    if out is not None:
+        return out
     key, value = (coarse_tokens(t, (gh, gw), (fh, fw), mode).transpose(1, 2) for t in (key, value))
     with as_given(query):
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale)
@@ -149,18 +161,9 @@ def _forward_lse(
     """
     batch, tokens, heads, _ = query.shape
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-
-    def launch() -> torch.Tensor:
-        from ..kernels.launch import attention
-
-        (gh, gw), (fh, fw) = grid, factor
-        return attention(query, key, value, (gh, gw), (fh, fw), mode, scale, lse=lse)
-
-    of = (query.device, query.dtype, query.shape[3])
-    if backend == "triton" or fallback.reason(*of) is None:
-        out = fallback.attempt(launch, *of, backend == "triton")
-        if out is not None:
-            return out, lse
+    out = _by_triton(query, key, value, grid, factor, mode, scale, backend, lse)
+    if out is not None:
+        return out, lse
     return _attention(query, key, value, grid, factor, mode, scale, "torch"), lse.fill_(float("nan"))
 
 
@@ -192,11 +195,9 @@ def _backward_lse(
 
         return attention_backward(grad, query, key, value, out, lse, (gh, gw), (fh, fw), mode, scale)
 
-    of = (query.device, query.dtype, query.shape[3])
-    if backend == "triton" or fallback.reason(*of, backward=True) is None:
-        grads = fallback.attempt(launch, *of, backend == "triton", backward=True)
-        if grads is not None:
-            return grads[0], *(_refine(g, (gh, gw), (fh, fw), mode).contiguous() for g in grads[1:])  # type: ignore[return-value]
+    grads = fallback.attempt(launch, query.device, query.dtype, query.shape[3], backend == "triton", backward=True)
+    if grads is not None:
+        return grads[0], *(_refine(g, (gh, gw), (fh, fw), mode).contiguous() for g in grads[1:])  # type: ignore[return-value]
     return _by_torch(grad, query, key, value, out, grid, factor, mode, scale)
 
 

@@ -59,12 +59,15 @@ def attempt(
 ) -> _Result | None:
     """The result of ``launch``, which compiles and launches Triton kernels; None if Triton cannot on such tensors.
 
-    If a configuration that ``todo-attn tune`` chose fails, the shipped one is tried.
+    Nothing is launched if it failed on such tensors before, unless it is ``required``. If a configuration that
+    ``todo-attn tune`` chose fails, the shipped one is tried.
 
     Raises:
         ArgumentError: Triton cannot, and is ``required``.
         Exception: whatever else ``launch`` raised: out of memory, a failure of the GPU.
     """
+    if not required and reason(device, dtype, head_dim, backward) is not None:
+        return None
     try:
         return launch()
     except Exception as error:

@@ -124,7 +124,7 @@ def _match_valid(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`_match` for indices that are in range."""
     found = None
-    if backend == "triton" and fallback.reason(x.device, x.dtype, None) is None:
+    if backend == "triton":
 
         def launch() -> tuple[torch.Tensor, torch.Tensor]:
             from ..kernels.match import match

@@ -129,13 +129,13 @@ class RunCounter:
     def operations(self, config: DaToConfig, calls: int) -> int:
         """Operations of a run of ``calls`` calls under ``config``, whose schedule and ratios are fitted to them."""
         fitted = config.for_calls(calls)
-        total = 0
-        for call, kind in enumerate(FULL + fitted.schedule_for(calls)):
-            alike = replace(fitted, cache_schedule=None, prune_ratio=fitted.ratio_for(call))
-            if alike not in self._works:
-                self._works[alike] = self._count(alike)[1]
-            total += self._works[alike].of(kind).operations
-        return total
+        alone = replace(fitted, cache_schedule=None)
+        each = [replace(alone, prune_ratio=fitted.ratio_for(call)) for call in range(calls)]
+        new = [config for config in dict.fromkeys(each) if config not in self._works]
+        if new:
+            self._works |= zip(new, self._count(*new)[1:], strict=True)
+        kinds = FULL + fitted.schedule_for(calls)
+        return sum(self._works[config].of(kind).operations for config, kind in zip(each, kinds, strict=True))
 
     def _count(self, *configs: DaToConfig) -> list[CallWork]:
         of, (batch, pixels_per_latent) = self._given
