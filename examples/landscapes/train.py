@@ -42,6 +42,7 @@ from .model import (
     tokenize,
     write_tokenizer,
 )
+from .naming import WEIGHT, build_heads, naming_loss
 from .samples import contact_sheet
 from .scenes import render, scene_of_index
 from .stage import Stage
@@ -172,12 +173,10 @@ def train_unet(
     model, average = (build_model(tokenizer, widths, source) for _ in range(2))
     model["unet"].to(memory_format=torch.channels_last)
     average.requires_grad_(False)
-    groups = [
-        {"params": list(model["unet"].parameters()), "lr": lr},
-        {"params": list(model["text_encoder"].parameters()), "lr": lr / 2},
-    ]
+    heads = build_heads(model["unet"].add_embedding.proj.out_features)
+    groups = [{"params": list(part.parameters()), "lr": lr} for part in (model, heads)]
     begun = json.loads((source / NOTES).read_text()) if source and (source / NOTES).exists() else {}
-    models = {"model": model, "average": average}
+    models = {"model": model, "average": average, "heads": heads}
     stage = Stage("unet", work, models, groups, UNET_SEED, steps=steps, decay=decay, begun=begun.get("step", 0))
     stage.extra = {str(size): 0 for size in sizes} | begun.get("drawn", {}) | stage.extra
     counts = {size: stage.extra[str(size)] for size in sizes}
@@ -206,7 +205,9 @@ def train_unet(
             out = model["unet"](noisy, t, words).sample
         error = (out.float() - scheduler.get_velocity(latents, noise, t)).square()
         loss = ((error * channel_weight).mean((1, 2, 3)) * snr_weight[t]).mean()
-        return loss, {f"v_{height}x{width}": error.mean().item()}
+        naming, place = naming_loss(model, heads, tokenizer, rng)
+        numbers = {f"v_{height}x{width}": error.mean().item(), "naming": naming.item(), "place": place}
+        return loss + WEIGHT * naming, numbers
 
     @torch.no_grad()
     def after_step(step):
