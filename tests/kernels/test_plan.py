@@ -29,7 +29,7 @@ gpu.use()
 from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.tools.tensor_descriptor import TensorDescriptor
-from todo_attn.kernels import attention, configs, launch, match, pack, plan
+from todo_attn.kernels import attention, configs, launch, match, pack, plan, sources
 
 def described(x):
     if isinstance(x, torch.Tensor):
@@ -71,13 +71,13 @@ def made(call):
     call()
     return list(records), len(bound)
 
-def check(call):
+def check(call, launches=2):
     plan._plans.clear()
     first, second = made(call), made(call)
     plan._plans.clear()
     third = made(call)
-    assert first[0] == second[0] == third[0] and len(first[0]) == 2
-    assert first[1] == third[1] == 2 and second[1] == 0
+    assert first[0] == second[0] == third[0] and len(first[0]) == launches
+    assert first[1] == third[1] == launches and second[1] == 0
 
 launch.attention_config = lambda x: configs.KernelConfig(64, 32, 4, 2)  # which compiles sooner than the shipped one
 kinds = "contiguous", "heads first", "fused", "odd", "off"
@@ -90,6 +90,12 @@ t = tokens("contiguous", torch.bfloat16, 80)
 check(lambda: attend(t))
 x, index = torch.zeros(2, 9, 24).half(), torch.zeros(2, 5, dtype=torch.int32)
 check(lambda: match.match(x, index, index[:, ::2]))
+ids = torch.zeros(2, 20, dtype=torch.int64)
+near = torch.zeros(2, 20)
+for kept, rivals in ((7, True), (7, False), (17, True)):
+    given = ids[:, :kept].contiguous(), ids[:, :3].contiguous(), ids[:, 5:8], ids, near, ids[:, 8:]
+    rival = (ids[:, :3].contiguous(), near[:, :3].contiguous()) if rivals else (None, None)
+    check(lambda: sources.sources(*given, *rival, ids[:, 1:], 2.0**-21), launches=1)
 
 # Side by side each call finds its own plan.
 cases = [lambda t=tokens(kind), s=s: attend(t, scale=s) for kind in kinds for s in (0.2, -0.2, 0.3)]

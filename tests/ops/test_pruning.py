@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from todo_attn.ops import reference
+from todo_attn.kernels import sources
+from todo_attn.ops import fallback, pruning, reference
 from todo_attn.ops.pruning import plan_from_bases, plan_pruning
 
 GAP = 1e-6
@@ -199,3 +200,67 @@ def test_a_grid_without_a_whole_patch():
         plan_pruning(x, score, (1, 3), 0.5)
     kept, source = plan_pruning(x, score, (1, 3), 0)
     assert kept.tolist() == source.tolist() == [[0, 1, 2]]
+
+
+@pytest.fixture
+def poisoned():
+    """New memory holds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("grid, ratio", [((7, 9), 0.4), ((16, 20), 0.1), ((6, 6), 0.75), ((2, 2), 0.25), ((7, 3), 0.5)])
+def test_the_kernel_of_the_sources_chooses_what_torch_does(monkeypatch, poisoned, grid, ratio, dtype):
+    torch.manual_seed(0)
+    x, score = torch.randn(3, grid[0] * grid[1], 6), torch.randn(3, grid[0] * grid[1])
+    if dtype == torch.int64:  # few values, so that many similarities tie
+        x, dtype = x.sign(), torch.float32
+    x[1, ::2] = x[1, 0]
+    x[2, 1] = float("nan")
+    x = x.to(dtype)
+    expected = plan_pruning(x, score, grid, ratio)
+    launches = []
+    launch = sources.sources
+    monkeypatch.setattr(sources, "sources", lambda *chosen: launches.append(chosen) or launch(*chosen))
+    monkeypatch.setattr(pruning, "backend_of", lambda x: "triton")
+    assert all(torch.equal(a, b) for a, b in zip(plan_pruning(x, score, grid, ratio), expected, strict=True))
+    assert len(launches) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled here")
+@pytest.mark.parametrize("ahead", [-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, float("nan")])
+def test_the_kernel_of_the_sources_on_both_sides_of_a_tie(ahead):
+    """Token 2 is pruned; token 0 or 3 is its base, the other its rival, which is ``ahead`` steps more similar."""
+    step = 2.0**-21
+    for base, rival in ((0, 3), (3, 0)):
+        chosen = pruning._Chosen(
+            kept=torch.tensor([[0, 1, 3]]),
+            gone=torch.tensor([[2]]),
+            first=torch.tensor([[1]]),
+            base=torch.tensor([[0, 1]]),
+            similarity=torch.tensor([[0.5, 0.5]]),
+            bases=torch.tensor([[1, base]]),
+            rival=torch.tensor([[0]]),
+            rival_similarity=torch.tensor([[0.5 + ahead * step]]),
+            stays=torch.tensor([[rival]]),
+        )
+        winner = rival if ahead > 1 else min(base, rival) if ahead >= -1 else base
+        expected = torch.tensor([[0, 1, [0, None, None, 2][winner], 2]])
+        assert torch.equal(pruning._sources(chosen), expected)
+        assert torch.equal(sources.sources(*chosen, step), expected)
+
+
+def test_a_failing_kernel_of_the_sources_leaves_it_to_torch(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of registers")
+
+    x, score = torch.randn(1, 36, 4), torch.randn(1, 36)
+    expected = plan_pruning(x, score, (6, 6), 0.5)
+    monkeypatch.setattr(sources, "sources", fails)
+    monkeypatch.setattr(pruning, "backend_of", lambda x: "triton")
+    monkeypatch.setattr(fallback, "_failures", {})
+    assert all(torch.equal(a, b) for a, b in zip(plan_pruning(x, score, (6, 6), 0.5), expected, strict=True))
+    assert "out of registers" in fallback.reason(x.device, x.dtype)

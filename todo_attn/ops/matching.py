@@ -182,7 +182,8 @@ def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _backend(x: torch.Tensor) -> str:
+def backend_of(x: torch.Tensor) -> str:
+    """What searches among such tokens: "triton", "compiled" or "torch"."""
     chosen = backends.choose("auto", x.device, x.dtype)
     compilable = chosen == "torch" and x.device.type == "cpu" and x.dtype != torch.float64
     return "compiled" if compilable and libraries.unavailable_reason("cpu") is None else chosen
@@ -192,7 +193,7 @@ def match_valid_tokens(
     x: torch.Tensor, query_index: torch.Tensor, key_index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`match_tokens` for arguments that are known to be valid, in a plain call (:func:`eager.plain`)."""
-    similarity, position = _match_valid(x, query_index, key_index, _backend(x))
+    similarity, position = _match_valid(x, query_index, key_index, backend_of(x))
     return position, similarity
 
 
@@ -228,5 +229,5 @@ def match_tokens(
             "key_index", f"must name at least one key for the queries, got shape {tuple(key_index.shape)}"
         )
     call = _match if eager.plain(x, query_index, key_index) else _forward
-    similarity, position = call(x, query_index, key_index, _backend(x))
+    similarity, position = call(x, query_index, key_index, backend_of(x))
     return position, similarity

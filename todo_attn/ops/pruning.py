@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from ..config.checks import ArgumentError
-from . import checks, eager
-from .matching import match_tokens, match_valid_tokens
+from . import checks, eager, fallback
+from .matching import backend_of, match_tokens, match_valid_tokens
 from .tokens import base_tokens
 
 # Similarities are ranked in multiples of this, so that most that differ by rounding alone tie. Equal tokens have equal
@@ -60,14 +61,48 @@ def _plan(x: torch.Tensor, bases: torch.Tensor, pruned: int, plain: bool) -> tup
     by_kind = kind.scatter_(1, gone, _GONE).sort(dim=1, stable=True).indices
     stays, kept = by_kind[:, : tokens - count - pruned], by_kind[:, : tokens - pruned].sort(dim=1).values
     # The best match among all kept tokens. The best base is known, so only the other kept tokens are searched.
+    rival, rival_similarity = match(gone, stays) if stays.shape[1] else (None, None)
+    chosen = _Chosen(kept.contiguous(), gone, first, base, similarity, bases, rival, rival_similarity, stays)
+    source = _launch(chosen, x) if plain and backend_of(x) == "triton" else None
+    return chosen.kept, _sources(chosen) if source is None else source
+
+
+class _Chosen(NamedTuple):
+    """What is kept, and from where each pruned token may be recovered; all int64 except for the similarities (fp32)."""
+
+    kept: torch.Tensor  # (B, K) tokens, ascending
+    gone: torch.Tensor  # (B, G) tokens: those that are pruned
+    first: torch.Tensor  # (B, G) the number of each among the M tokens that are no bases
+    base: torch.Tensor  # (B, M) the position in ``bases`` of the best one
+    similarity: torch.Tensor  # (B, M) to it
+    bases: torch.Tensor  # (B, Nb) tokens
+    rival: torch.Tensor | None  # (B, G) the position in ``stays`` of the best one; None if there is none
+    rival_similarity: torch.Tensor | None  # (B, G) to it
+    stays: torch.Tensor  # (B, S) tokens: those that are kept and no bases
+
+
+def _sources(chosen: _Chosen) -> torch.Tensor:
+    """The position in ``kept`` of the token that each token is recovered from: (B, N)."""
+    kept, gone, first, base, similarity, bases, place, rival_similarity, stays = chosen
     source = bases.gather(1, base.gather(1, first))
-    if stays.shape[1]:
-        place, stays_similarity = match(gone, stays)
-        rival, ahead = stays.gather(1, place), stays_similarity - similarity.gather(1, first)
+    if place is not None and rival_similarity is not None:
+        rival, ahead = stays.gather(1, place), rival_similarity - similarity.gather(1, first)
         better = torch.where(ahead > _STEP, rival, source.minimum(rival))  # of a tie the lowest token
         source = torch.where(ahead >= -_STEP, better, source)
-    position = (kind < _GONE).cumsum(1).sub_(1)
-    return kept.contiguous(), position.scatter_(1, gone, position.gather(1, source))
+    number = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    position = kept.new_empty((len(kept), kept.shape[1] + gone.shape[1])).scatter_(1, kept, number)
+    return position.scatter_(1, gone, position.gather(1, source))
+
+
+def _launch(chosen: _Chosen, x: torch.Tensor) -> torch.Tensor | None:
+    """:func:`_sources` in one launch in place of fifteen; None if Triton cannot run on such tokens ``x``."""
+
+    def launch() -> torch.Tensor:
+        from ..kernels.sources import sources
+
+        return sources(*chosen, _STEP)
+
+    return fallback.attempt(launch, x.device, x.dtype, None, required=False)
 
 
 def plan_pruning(
