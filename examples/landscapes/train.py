@@ -166,7 +166,10 @@ def train_unet(
     only_latents: bool = False,
     **run,
 ) -> None:
-    """v-prediction with min-SNR weights on the pools' latents; captions are left empty now and then."""
+    """v-prediction with min-SNR weights on the pools' latents; captions are left empty now and then.
+
+    The text encoder has a second task beside it: see ``naming.py``.
+    """
     sizes = SIZES if sizes is None else sizes
     tokenizer = shared_tokenizer(work / "tokenizer")
     scheduler = build_scheduler()
