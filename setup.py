@@ -1,7 +1,7 @@
 """Package layout, and the compiled token operations; the metadata lives in pyproject.toml.
 
 ``kernels/`` is installed as ``todo_attn.kernels`` (the top-level name ``kernels`` belongs to another package, which
-diffusers imports) and the shipped demo pipeline as data in ``todo_attn/tiny_sd``.
+diffusers imports) and the shipped demo pipeline as data in ``todo_attn/landscapes``.
 
 ``csrc/`` becomes two libraries on torch's stable ABI, which todo_attn/ops/libraries.py loads by path: one for the CPU
 and, if there is an nvcc, one for NVIDIA GPUs. Neither needs a GPU to be built. What cannot be built is left out with
@@ -171,13 +171,13 @@ setup(
         "todo_attn.models",
         "todo_attn.options",
         "todo_attn.predict",
+        "todo_attn.landscapes",
         "todo_attn.search",
-        "todo_attn.tiny_sd",
     ],
     package_dir={
         "todo_attn": "todo_attn",
         "todo_attn.kernels": "kernels",
-        "todo_attn.tiny_sd": "examples/tiny_sd/pipeline",
+        "todo_attn.landscapes": "examples/landscapes/pipeline",
     },
     ext_modules=modules,
     cmdclass={"build_ext": Build},

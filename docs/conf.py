@@ -27,9 +27,9 @@ include_patterns = [
     "docs/*.md",
     "benchmarks/README.md",
     "examples/lora/README.md",
-    "examples/tiny_sd/README.md",
+    "examples/landscapes/README.md",
 ]
-exclude_patterns = [".venv", "build", "dist", "todo_attn", "tests", "benchmarks/results", "examples/tiny_sd/pipeline"]
+exclude_patterns = [".venv", "build", "dist", "todo_attn", "tests", "benchmarks/results", "examples/landscapes/pipeline"]
 CONTENTS = """
 ```{toctree}
 :hidden:
@@ -44,7 +44,7 @@ benchmarks/README
 docs/design
 docs/kernel-notes
 examples/lora/README
-examples/tiny_sd/README
+examples/landscapes/README
 CONTRIBUTING
 CHANGELOG
 ```

@@ -81,7 +81,7 @@ def modules():
     for folder, package in (("todo_attn", "todo_attn"), ("kernels", "todo_attn.kernels"), ("benchmarks", "benchmarks")):
         for path in sorted((ROOT / folder).rglob("*.py")):
             inside = path.relative_to(ROOT / folder)
-            if folder != "todo_attn" or inside.parts[0] not in ("kernels", "tiny_sd"):  # links to folders elsewhere
+            if folder != "todo_attn" or inside.parts[0] not in ("kernels", "landscapes"):  # links to folders elsewhere
                 yield path, ".".join([package, *inside.with_suffix("").parts])
 
 

@@ -49,9 +49,9 @@ def test_sdist_can_be_tested_and_built(tmp_path):
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = ("Makefile", "constraints.txt", "kernels/pack.py", "tests/conftest.py", "tests/ops/test_attention.py")
     assert names.issuperset(
-        (*wanted, "docs/design.md", "benchmarks/unet.py", "todo_attn/bench/harness.py", "examples/tiny_sd/train.py")
+        (*wanted, "docs/design.md", "benchmarks/unet.py", "todo_attn/bench/harness.py", "examples/landscapes/train.py")
     )
-    assert "examples/tiny_sd/pipeline/model_index.json" in names
+    assert "examples/landscapes/pipeline/model_index.json" in names
 
 
 def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
@@ -61,8 +61,8 @@ def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
     for name in ("py.typed", "kernels/attention.py", "ops/attention.py", "diffusers/processor.py", "cli/__init__.py"):
         assert f"todo_attn/{name}" in names
     for name in ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer_config.json"):
-        assert f"todo_attn/tiny_sd/{name}" in names
-    assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 21e6
+        assert f"todo_attn/landscapes/{name}" in names
+    assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 24e6
 
 
 def test_the_page_of_an_installed_wheel(wheel, tmp_path):
@@ -103,14 +103,14 @@ def test_installed_wheel_works_without_diffusers_and_triton(wheel, tmp_path):
     )
     out = run(code, path=tmp_path)
     assert "torch.Size([1, 64, 2, 8])" in out
-    assert f"\n{tmp_path / 'todo_attn' / 'tiny_sd'}\n" in out
-    assert (tmp_path / "todo_attn/tiny_sd/model_index.json").is_file()
+    assert f"\n{tmp_path / 'todo_attn' / 'landscapes'}\n" in out
+    assert (tmp_path / "todo_attn/landscapes/model_index.json").is_file()
     assert "pip install 'todo_attn[diffusers]'" in out
 
 
 def test_the_example_pipeline_of_a_checkout():
     out = run("import todo_attn\nprint(todo_attn.example_pipeline())", path=ROOT)
-    assert (Path(out.strip()) / "model_index.json").samefile(ROOT / "examples/tiny_sd/pipeline/model_index.json")
+    assert (Path(out.strip()) / "model_index.json").samefile(ROOT / "examples/landscapes/pipeline/model_index.json")
 
 
 def test_import_is_light():
@@ -123,7 +123,7 @@ def test_import_is_light():
     assert run(code, path=ROOT).strip() == "[] False"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/usage.md", "examples/tiny_sd/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md", "examples/landscapes/README.md"])
 def test_a_pipeline_loads_as_the_pages_say_without_a_warning(page):
     """With the shipped pipeline in the place of the page's; a newer diffusers warns of the older name of dtype."""
     import diffusers

@@ -9,9 +9,9 @@ def example_pipeline() -> Path:
     """The folder of the small Stable Diffusion pipeline that comes with the package, for tests and demos.
 
     ``StableDiffusionPipeline.from_pretrained(example_pipeline())`` loads it, in float32 unless ``dtype`` says
-    otherwise. Nothing is downloaded, and diffusers is not needed to ask. The weights (16 MB) are in half precision.
+    otherwise. Nothing is downloaded, and diffusers is not needed to ask. The weights (20 MB) are in half precision.
 
     Returns:
         an absolute path, in the installed package or the checkout.
     """
-    return Path(__file__).resolve().parent / "tiny_sd"
+    return Path(__file__).resolve().parent / "landscapes"

@@ -435,5 +435,5 @@ def test_the_shipped_pipeline(run, tmp_path):
     ran = run("compare", "--steps", 1, "--height", 256, "--width", 256, "--methods", "dense,todo:2", "--out", tmp_path)
     assert ran.code == 0, ran.err
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["settings"]["model"] == "todo_attn/tiny_sd"
+    assert report["settings"]["model"] == "todo_attn/landscapes"
     assert all(i["finite"] for m in report["methods"] for i in m["images"])

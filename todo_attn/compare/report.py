@@ -52,7 +52,7 @@ def build_report(comparison: Comparison) -> dict[str, Any]:
     return {
         "settings": comparison.settings.to_dict()
         | {
-            "model": comparison.settings.model or "todo_attn/tiny_sd",
+            "model": comparison.settings.model or "todo_attn/landscapes",
             "pipeline": comparison.pipeline,
             "scheduler": comparison.scheduler,
             "device": str(device),

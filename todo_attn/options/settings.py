@@ -44,8 +44,8 @@ CANNOT_USE_DITS = "DiTs (SD 3, Flux), which have a transformer instead of a UNet
 _HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")  # owner/name
 
 SHIPPED_PROMPTS = (
-    "a red circle on a blue background",
-    "a green star and a yellow square on a striped purple background",
+    "snowy mountains at sunset with a lake, a clear sky, the sun on the left",
+    "green hills by day with a flower meadow, white clouds, the sun in the center",
 )
 OTHER_PROMPTS = (
     "a photograph of an astronaut riding a horse",
