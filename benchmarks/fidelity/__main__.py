@@ -3,6 +3,7 @@
 python -m benchmarks.fidelity --cases 'todo:*' --cases 'tome:*' --size 256 --size 512 --out rows.jsonl
 accelerate launch --num_processes 8 -m benchmarks.fidelity --model ./my-model --prompts coco.txt --reference ./coco
 python -m benchmarks.fidelity layers --cases 'todo:*'
+python -m benchmarks.fidelity insert README.md
 
 Images are kept in a folder: the same command goes on after an interruption, and makes nothing twice.
 """
@@ -19,6 +20,7 @@ from rich.console import Console
 from benchmarks.fidelity import attention_error, table
 from benchmarks.fidelity.cases import DENSE, Case, cases_for, chosen
 from benchmarks.fidelity.defaults import Defaults, defaults
+from benchmarks.fidelity.insert import inserted
 from benchmarks.fidelity.metrics import METRICS
 from benchmarks.fidelity.options import parse_sizes, split
 from benchmarks.fidelity.page import page_of
@@ -96,6 +98,7 @@ def main(
     context: typer.Context,
     model: Model = None,
     prompts: Prompts = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many of the prompts, from the first.")] = None,
     per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
     first_seed: FirstSeed = 0,
     size: Sizes = None,
@@ -147,7 +150,7 @@ def main(
         features, reference = features or default.features, reference or default.reference
         plan = Plan(
             settings,
-            Images(settings.prompts, per_prompt, first_seed),
+            Images(settings.prompts[:limit], per_prompt, first_seed),
             sizes_of(pipe, settings, sizes),
             chosen(known, split(cases)) if cases else known,
             split(metrics),
@@ -237,6 +240,18 @@ def layers(
     for at in dict.fromkeys((row["height"], row["width"]) for row in rows):
         for one in attention_error.tables([row for row in rows if (row["height"], row["width"]) == at]):
             printed.print(one)
+
+
+@app.command()
+def insert(
+    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Markdown files.")],
+    root: Annotated[Path, typer.Option(exists=True, help="Where the files of rows are looked for.")] = Path(),
+) -> None:
+    """Fill the tables between <!-- fidelity FILE --case NAME --metric NAME --> and <!-- /fidelity --> from rows."""
+    with naming_options():
+        texts = {file: inserted(file.read_text(encoding="utf-8"), root) for file in files}
+        for file, text in texts.items():
+            write_whole(file, text.encode())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 LANDSCAPES = Path(__file__).parents[2] / "examples" / "landscapes"
 # Of scenes that no training has seen. Prompts and true images are drawn alike, so that their distances mean something.
 PROMPT_SEED, TRUE_SEED = 20_240_221, 20_250_101
-PROMPTS = 32
+PROMPTS = 16
 
 
 @dataclass(frozen=True)
