@@ -29,7 +29,15 @@ include_patterns = [
     "examples/lora/README.md",
     "examples/landscapes/README.md",
 ]
-exclude_patterns = [".venv", "build", "dist", "todo_attn", "tests", "benchmarks/results", "examples/landscapes/pipeline"]
+exclude_patterns = [
+    ".venv",
+    "build",
+    "dist",
+    "todo_attn",
+    "tests",
+    "benchmarks/results",
+    "examples/landscapes/pipeline",
+]
 CONTENTS = """
 ```{toctree}
 :hidden:

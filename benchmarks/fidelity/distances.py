@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 SUBSETS = 100
+# All features are here, and the other processes do not compute: torchmetrics would wait for theirs.
+_ALONE = {"sync_on_compute": False}
 
 
 class _Features(nn.Module):
@@ -36,7 +38,7 @@ def frechet(features: np.ndarray, reference: np.ndarray) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Features(features.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Features(features.shape[1]), **_ALONE).set_dtype(torch.float64)
     metric.update(torch.from_numpy(reference), real=True)
     metric.update(torch.from_numpy(features), real=False)
     return float(metric.compute())
@@ -53,7 +55,8 @@ def kernel(features: np.ndarray, reference: np.ndarray, subset: int) -> float:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all", UserWarning)
-        metric = KernelInceptionDistance(feature=_Features(features.shape[1]), subsets=SUBSETS, subset_size=subset)
+        network = _Features(features.shape[1])
+        metric = KernelInceptionDistance(feature=network, subsets=SUBSETS, subset_size=subset, **_ALONE)
     metric.update(torch.from_numpy(reference), real=True)
     metric.update(torch.from_numpy(features), real=False)
     with torch.random.fork_rng(devices=[]):

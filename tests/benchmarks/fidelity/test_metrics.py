@@ -76,6 +76,14 @@ def test_kernel_distance():
     assert distances.kernel(x, y, subset=20) == distances.kernel(x, y, subset=20)
 
 
+@pytest.mark.parametrize("more", [(), (20,)], ids=["frechet", "kernel"])
+def test_a_distance_waits_for_no_other_process(more, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # without a group, all waiting is an error
+    x, y = (np.random.default_rng(seed).normal(size=(40, 8)) for seed in (1, 2))
+    distance = distances.kernel if more else distances.frechet
+    assert np.isfinite(distance(x, y, *more))
+
+
 @pytest.mark.parametrize("name", ["frechet", "kernel"])
 def test_an_influence_is_what_leaving_the_image_out_changes(name):
     """The jackknife: N - 1 times the distance minus that without the image."""
