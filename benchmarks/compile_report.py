@@ -130,9 +130,8 @@ def launches(variant: Variant) -> list[Launched]:
 def attention(variant: Variant) -> None:
     """Queries, keys and values are views into (B, N, H*D), as a linear layer returns them."""
     mode = variant.mode if variant.kernel == "pack" else "nearest"
-    factor = (2, 2) if mode == "mean" else (1, 1)
-    height, width = _COARSE[0] * factor[0], _COARSE[1] * factor[1]
-    grid = (height, width - factor[1]) if variant.mode == "tail" else (height, width)
+    coarse = (_COARSE[0], _COARSE[1] - 1) if variant.mode == "tail" else _COARSE
+    grid = (2 * coarse[0], 2 * coarse[1]) if mode == "mean" else coarse
 
     def tokens(count: int) -> torch.Tensor:
         flat = torch.empty(_BATCH, count, _HEADS * variant.head_dim, dtype=getattr(torch, DTYPES[variant.dtype]))
@@ -145,10 +144,10 @@ def attention(variant: Variant) -> None:
     if variant.kernel in BACKWARD:
         config = configs.BackwardConfig(variant.config, variant.config) if variant.config else None
         grad, out = tokens(1024), torch.empty_like(query)
-        backward.attention_backward(grad, query, key, value, out, lse, grid, factor, mode, scale, config)
+        backward.attention_backward(grad, query, key, value, out, lse, grid, coarse, mode, scale, config)
         return
     wanted = lse if variant.mode == "lse" else None
-    launch.attention(query, key, value, grid, factor, mode, scale, variant.config, lse=wanted)
+    launch.attention(query, key, value, grid, coarse, mode, scale, variant.config, lse=wanted)
 
 
 def multiply_adds(found: Launched) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from diffusers.models import UNet2DConditionModel
 
 from todo_attn import ToDoConfig
+from todo_attn.config.modes import coarse_grid
 from todo_attn.diffusers.levels import self_attentions, transformers_by_level
 from todo_attn.diffusers.state import ATTRIBUTE
 from todo_attn.ops import reference
@@ -76,7 +78,7 @@ class _Layer:
         assert x is not None
         grid = (self.grid[0], self.grid[1])
         factor = self.config.factor_for(grid, self.level, finest=self.finest)
-        what = f"self-attention of {grid[0]} x {grid[1]} tokens with factor {factor[0]} x {factor[1]}"
+        what = f"self-attention of {grid[0]} x {grid[1]} tokens with factor {factor[0]:g} x {factor[1]:g}"
         queries = x
         if factor == (1, 1):
             grid = (1, x.shape[1])  # dense: attention among the given tokens
@@ -93,12 +95,12 @@ class _Layer:
         queries: torch.Tensor,
         x: torch.Tensor,
         grid: tuple[int, int],
-        factor: tuple[int, int],
+        factor: tuple[float, float],
         answer: torch.Tensor,
     ) -> None:
         """``answer`` (B, K, heads * head_dim) is for ``queries`` (B, K, C) over the tokens ``x`` (B, N, C)."""
         attn, (batch, tokens) = self.attn, queries.shape[:2]
-        keys = (grid[0] // factor[0]) * (grid[1] // factor[1])
+        keys = math.prod(coarse_grid(grid, factor))
         # An odd step reaches every row of the tiles of 64 or 128; the last token is always included.
         step = -(-batch * tokens * attn.heads * keys // _SCORES) | 1
         rows = slice((tokens - 1) % step, None, step)

@@ -231,7 +231,7 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     grid: tuple[int, int],
-    factor: tuple[int, int],
+    coarse: tuple[int, int],
     mode: str,
     scale: float,
     config: BackwardConfig | None = None,
@@ -242,7 +242,6 @@ def attention_backward(
     The other arguments are those of that call, in fp16 or bf16. ``config`` overrides the choice of ``configs.py``.
     """
     batch, tokens, heads, head_dim = query.shape
-    coarse = (grid[0] // factor[0], grid[1] // factor[1])
     keys = math.prod(coarse)
     grad_query = query.new_empty(query.shape)
     grad_key, grad_value = (t.new_empty((batch, keys, heads, head_dim)) for t in (key, value))

@@ -22,7 +22,7 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: tuple[int, int],
-    factor: tuple[int, int],
+    coarse: tuple[int, int],
     mode: str,
     scale: float,
     config: KernelConfig | None = None,
@@ -32,8 +32,9 @@ def attention(
     """(B, N, H, D), (B, gh*gw, H, D), (B, gh*gw, H, D) -> (B, N, H, D), contiguous.
 
     ``todo_attn.ops`` has checked the arguments; head_dim is a multiple of 8 up to 256, dtype fp16, bf16 or fp32.
-    ``config`` and ``tile`` override the choice of ``tuned.py`` and ``configs.py``. ``lse``: (B, H, N) fp32, contiguous;
-    the log-sum-exp of the scaled scores, in units of log2, is written there.
+    ``coarse``: height and width of the coarse grid. ``config`` and ``tile`` override the choice of ``tuned.py`` and
+    ``configs.py``. ``lse``: (B, H, N) fp32, contiguous; the log-sum-exp of the scaled scores, in units of log2, is
+    written there.
     """
     if query.numel() == 0:
         return query.new_empty(query.shape)
@@ -41,8 +42,8 @@ def attention(
     layouts = layout(query), layout(key), layout(value)
     with torch.cuda.device_of(query):
         plan = planned(
-            (layouts, grid, factor, mode, scale, settings, lse is None),
-            lambda: Plan(query, key, value, grid, factor, mode, scale, *settings),
+            (layouts, grid, coarse, mode, scale, settings, lse is None),
+            lambda: Plan(query, key, value, grid, coarse, mode, scale, *settings),
         )
         return plan.attend(query, *plan.pack(key, value), lse)
 
@@ -64,14 +65,13 @@ class Plan:
         key: torch.Tensor,
         value: torch.Tensor,
         grid: tuple[int, int],
-        factor: tuple[int, int],
+        coarse: tuple[int, int],
         mode: str,
         scale: float,
         config: KernelConfig,
         tile: Tiles,
         use_tma: bool,
     ) -> None:
-        coarse = (grid[0] // factor[0], grid[1] // factor[1])
         keys = math.prod(coarse)
         self.pack = Pack(key, value, grid, coarse, mode, scale < 0, rows_of(keys, config), tile)
         self.attend = Attend(query, keys, config, tile, use_tma, scale)

@@ -8,9 +8,9 @@ One program packs BLOCK coarse positions of one head::
         packed_key[i] = k * sign                           # zeros from HEAD_DIM on
         packed_value[i] = (v, 1, zeros) if i < keys else zeros    # the 1 only with ONES
 
-There are factor-squared fewer coarse tokens than queries, so this copy is well under 1 % of the work. It takes
-everything but the products out of the attention's main loop: the choice of tokens, pooling, padding of the head dim,
-masks, and, with the column of ones, the row sum.
+There are fewer coarse tokens than queries, by the square of the factor, so this copy is well under 1 % of the work. It
+takes everything but the products out of the attention's main loop: the choice of tokens, pooling, padding of the head
+dim, masks, and, with the column of ones, the row sum.
 
 Rows beyond the last key repeat its key, so they leave the running maximum alone. Their values are zero, the ones column
 included, so they add nothing to output or row sum. So the attention loop needs no mask.

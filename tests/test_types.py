@@ -25,8 +25,10 @@ ToDoConfig(factor=by_level)
 ToDoConfig(factor=finest)
 ToDoConfig(factor={"finest": 4, 2: 2})
 ToDoConfig(4)
+ToDoConfig(1.5)
+ToDoConfig({1: 1.5, 2: 2})
 ToDoConfig(factor="auto", max_kv_tokens=1024, mode="mean", timestep_range=(200, 1000))
-ToDoConfig.paper(1024, 1024).factor_for((128, 128), 1, finest=True)[0].bit_length()
+ToDoConfig.paper(1024, 1024).factor_for((128, 128), 1, finest=True)[0].is_integer()
 DaToConfig(ratios, cache_schedule="1")
 DaToConfig(0.4, patch=(2, 2), todo=ToDoConfig())
 DaToConfig.preset("coco", 25, prune_ratio=0.3).ratio_for(0).hex()
@@ -36,7 +38,7 @@ WRONG = [
     "ToDoConfig(factor='Auto')",
     "ToDoConfig(mode='area')",
     "ToDoConfig('auto', 4096)",
-    "ToDoConfig(factor={1: 0.5})",
+    "ToDoConfig(factor={1: '2'})",
     "DaToConfig(0.4, 'coco')",
     "DaToConfig(['0.4'])",
 ]

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from todo_attn.config.modes import coarse_grid
 from todo_attn.config.todo import ToDoConfig
 
 
@@ -29,14 +30,19 @@ def test_defaults():
     [
         ("factor", 0),
         ("factor", -1),
-        ("factor", 2.0),
+        ("factor", 0.5),
+        ("factor", float("nan")),
+        ("factor", float("inf")),
+        ("factor", 10**400),
         ("factor", True),
         ("factor", None),
         ("factor", "Auto"),
         ("factor", "2"),
         ("factor", [2]),
         ("factor", {1: 0}),
-        ("factor", {1: 1.5}),
+        ("factor", {1: 0.5}),
+        ("factor", {1: float("nan")}),
+        ("factor", {1: float("inf")}),
         ("factor", {1: "auto"}),
         ("factor", {1: True}),
         ("factor", {0: 2}),
@@ -82,8 +88,10 @@ def test_a_wrong_argument_is_named_with_what_it_was(argument, value):
         ToDoConfig(factor={1: 4, 2: 2}, max_kv_tokens=77),
         ToDoConfig(factor={"finest": 2}, timestep_range=(200, 999.5)),
         ToDoConfig(factor={}),
+        ToDoConfig(factor=1.5),
+        ToDoConfig(factor={1: 1.5, "finest": 2}),
     ],
-    ids=["default", "int", "levels", "finest", "no-levels"],
+    ids=["default", "int", "levels", "finest", "no-levels", "fraction", "fractions"],
 )
 def test_json_round_trip(config):
     assert ToDoConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -176,6 +184,31 @@ def test_a_factor_is_cut_down_to_the_grid():
     assert ToDoConfig(factor=4).factor_for((3, 9)) == (3, 4)
     assert ToDoConfig(factor=4).factor_for((1, 1)) == (1, 1)
     assert ToDoConfig(factor={1: 100}).factor_for((8, 6), 1) == (8, 6)
+
+
+def test_fractions():
+    assert ToDoConfig(1.5).factor_for((96, 64)) == (1.5, 1.5)
+    assert ToDoConfig(1.5).factor_for((1, 9)) == (1, 1.5)
+    assert ToDoConfig(2.75).factor_for((2, 9)) == (2, 2.75)
+    assert ToDoConfig({1: 1.5, "finest": 2.5}).factor_for((9, 9), 1) == (1.5, 1.5)
+    assert ToDoConfig({1: 1.5, "finest": 2.5}).factor_for((9, 9), 2, finest=True) == (2.5, 2.5)
+    for whole in (ToDoConfig(2.0).factor, ToDoConfig({1: 2.0}).factor[1], ToDoConfig(1e300).factor):
+        assert type(whole) is int
+    assert ToDoConfig(2.0) == ToDoConfig(2) and hash(ToDoConfig({1: 2.0})) == hash(ToDoConfig({1: 2}))
+
+
+@pytest.mark.parametrize(
+    ("grid", "factor", "coarse"),
+    [
+        ((96, 96), (1.5, 1.5), (64, 64)),
+        ((65, 37), (1.5, 2), (43, 18)),
+        ((11, 11), (1.1, 1.0), (10, 11)),  # by floor division of floats it would be 9
+        ((3, 5), (3, 5), (1, 1)),
+    ],
+)
+def test_coarse_grid(grid, factor, coarse):
+    assert coarse_grid(grid, factor) == coarse
+    assert all(type(side) is int for side in coarse_grid(grid, factor))
 
 
 def test_levels_that_are_not_named_are_dense():

@@ -85,6 +85,18 @@ def test_one_graph_for_several_sizes(make_unet, unet, call, reference, traces):
     assert traces.frame_count == 1
 
 
+@pytest.mark.parametrize("factor", [2, 1.5], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "mean"])
+def test_a_factor_at_several_sizes(make_unet, unet, call, reference, traces, mode, factor):
+    apply_todo(unet, ToDoConfig(factor={1: factor}, mode=mode))
+    compiled = torch.compile(unet, fullgraph=True, dynamic=True, backend=traces)
+    eager = make_unet("small")
+    for size in [(18, 12), (12, 24), (24, 18)]:
+        with reference(eager, size, {1: factor}, mode):
+            assert close(call(compiled, size), call(eager, size)), size
+    assert traces.frame_count == 1
+
+
 def test_a_narrow_timestep_range_has_two_graphs(make_unet, unet, call, traces):
     """The hook on the model runs outside of its graph, so even fullgraph may read the timestep there."""
     eager = make_unet("small")
@@ -122,8 +134,8 @@ def test_a_narrow_range_inside_a_larger_function_breaks_the_graph(make_unet, une
 
 @pytest.mark.parametrize(
     "config",
-    [TODO, ToDoConfig(max_kv_tokens=60), ToDoConfig(factor={1: 3, 2: 2}, timestep_range=(0, 600))],
-    ids=["int", "auto", "levels"],
+    [TODO, ToDoConfig(1.5), ToDoConfig(max_kv_tokens=60), ToDoConfig(factor={1: 3, 2: 2}, timestep_range=(0, 600))],
+    ids=["int", "fraction", "auto", "levels"],
 )
 def test_compiled_blocks(make_unet, call, traces, config):
     """Regional compilation: the plan of a call is an argument of the block, so its numbers become dynamic."""

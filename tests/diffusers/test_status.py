@@ -31,6 +31,10 @@ def test_coarse_and_dense_layers_with_grid_and_factor(unet, call):
     }
     call(unet, (8, 8))
     assert finest(unet).grid == (8, 8)
+    apply_todo(unet, ToDoConfig(factor={1: 1.5}))
+    call(unet, (16, 12))
+    assert finest(unet).factor == (1.5, 1.5)
+    assert " 1.5x1.5" in str(status(unet)) and " 1x1 " in str(status(unet))
     names = [name.removesuffix(".processor") for name in unet.attn_processors if "attn1" in name]
     assert sorted(layer.name for layer in status(unet).layers) == sorted(names)
 

@@ -37,6 +37,8 @@ def test_equals_the_reference(make_unet, call, reference, kind, levels, batch, s
         ("sdxl", {"finest": 3}, {2: 3}),
         ("sdxl", {4: 2}, {4: 2}),
         ("sd", 5, {1: 5, 2: 5, 4: 5}),
+        ("sd", 1.5, {1: 1.5, 2: 1.5, 4: 1.5}),
+        ("sdxl", {2: 2.75, 4: 1.2}, {2: 2.75, 4: 1.2}),
     ],
     ids=str,
 )

@@ -89,7 +89,7 @@ def test_several_tiles(head_dim, tokens, hopper):
 
 
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
-@pytest.mark.parametrize(("grid", "factor"), [((5, 7), (2, 3)), ((3, 5), 1)], ids=str)
+@pytest.mark.parametrize(("grid", "factor"), [((5, 7), (2, 3)), ((3, 5), 1), ((5, 7), 1.5)], ids=str)
 def test_modes_and_factors(mode, grid, factor):
     check(inputs(40, torch.float16, grid, tokens=20, batch=2, heads=1), grid, factor, mode)
 
@@ -131,7 +131,7 @@ def test_views_that_a_processor_gives():
 def test_log_sum_exp(head_dim, scale):
     query, key, value = inputs(head_dim, torch.float16, (5, 7), tokens=20)
     lse = query.new_empty((1, 2, 20), dtype=torch.float32)
-    launch.attention(query, key, value, (5, 7), (1, 1), "nearest", scale, lse=lse)
+    launch.attention(query, key, value, (5, 7), (5, 7), "nearest", scale, lse=lse)
     scores = torch.einsum("bnhd,bmhd->bhnm", query.double(), key.double()) * scale
     torch.testing.assert_close(lse.double() * math.log(2), scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
 

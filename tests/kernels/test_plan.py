@@ -62,8 +62,8 @@ def tokens(kind, dtype=torch.float16, head_dim=40, count=35):
         return torch.zeros(2, count, 3, head_dim + 1, dtype=dtype)[..., 1:]
     return torch.zeros(2 * count * 3 * head_dim + 1, dtype=dtype)[1:].view(shape)  # 2 bytes off
 
-def attend(t, mode="nearest", scale=0.2, factor=(1, 1)):
-    return launch.attention(t, t, t, (5, 7), factor, mode, scale)
+def attend(t, mode="nearest", scale=0.2, coarse=(5, 7)):
+    return launch.attention(t, t, t, (5, 7), coarse, mode, scale)
 
 def made(call):
     "What Triton launches in a call, and how many of those launches it worked out itself."
@@ -85,7 +85,7 @@ for kind in kinds:
     t = tokens(kind)
     check(lambda: attend(t))
 t = tokens("contiguous")
-check(lambda: attend(t, mode="mean", scale=-0.3, factor=(2, 3)))
+check(lambda: attend(t, mode="mean", scale=-0.3, coarse=(2, 2)))
 t = tokens("contiguous", torch.bfloat16, 80)
 check(lambda: attend(t))
 x, index = torch.zeros(2, 9, 24).half(), torch.zeros(2, 5, dtype=torch.int32)
@@ -269,7 +269,7 @@ def test_no_call_is_plain_if_torch_lacks_what_tells(monkeypatch):
 def test_plain_calls_give_what_the_op_gives(backend):
     query, key, value = (torch.randn(1, 12, 2, 8) for _ in range(3))
     out = ops.downsampled_attention(query, key, value, (3, 4), 2, scale=0.3, backend=backend)
-    through_torch = _forward(query, key, value, [3, 4], [2, 2], "nearest", 0.3, backend)
+    through_torch = _forward(query, key, value, [3, 4], [1, 2], "nearest", 0.3, backend)
     assert torch.equal(out, through_torch) and out.is_contiguous() and not out.requires_grad
 
 

@@ -94,8 +94,8 @@ def test_the_launcher_uses_it(monkeypatch):
     monkeypatch.setattr(plan, "_plans", {})
     tuned.save(CPU, Tuned({40: SMALL}))
     x = tokens().to("cuda" if torch.cuda.is_available() else "cpu")
-    launch.attention(x, x, x, (3, 4), (1, 1), "nearest", 1.0)
-    launch.attention(x, x, x, (3, 4), (1, 1), "nearest", 1.0, MATCH)
+    launch.attention(x, x, x, (3, 4), (3, 4), "nearest", 1.0)
+    launch.attention(x, x, x, (3, 4), (3, 4), "nearest", 1.0, MATCH)
     assert launched == [SMALL, MATCH]
 
 
@@ -284,7 +284,7 @@ def failing(monkeypatch):
     def failing(bad):
         tried = []
 
-        def attention(query, key, value, grid, factor, mode, scale, lse=None):
+        def attention(query, key, value, grid, coarse, mode, scale, lse=None):
             tried.append(tuned.attention_config(key))
             if tried[-1] in bad:
                 raise OutOfResources(300000, 232448, "shared memory")

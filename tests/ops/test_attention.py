@@ -62,10 +62,10 @@ def test_head_dims(head_dim, dtype, use_tma):
 
 
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
-@pytest.mark.parametrize("factor", [1, 2, 3, 4, 5, 6, 7, 8, (1, 3), (4, 2), (9, 1)], ids=str)
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 5, 6, 7, 8, (1, 3), (4, 2), (9, 1), 1.5, (2.4, 1)], ids=str)
 @pytest.mark.parametrize("grid", [(16, 16), (9, 23), (62, 10)], ids=str)
 def test_factors_grids_and_modes(grid, factor, mode):
-    fh, fw = (factor, factor) if isinstance(factor, int) else factor
+    fh, fw = factor if isinstance(factor, tuple) else (factor, factor)
     if fh > grid[0] or fw > grid[1]:
         pytest.fail("the grids above hold every factor")
     check(*inputs(40, torch.float32, grid, tokens=70, batch=1), grid, factor, mode)
@@ -75,6 +75,7 @@ def test_factors_grids_and_modes(grid, factor, mode):
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
 def test_torch_backend(dtype, mode):
     check(*inputs(40, dtype, (9, 14)), (9, 14), (2, 3), mode, backend="torch")
+    check(*inputs(40, dtype, (9, 14)), (9, 14), (1.5, 2), mode, backend="torch")
     check(*inputs(7, dtype, (9, 14)), (9, 14), 2, mode, backend="torch")  # an odd head dim
 
 
@@ -295,7 +296,7 @@ def test_empty(backend):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
-@pytest.mark.parametrize(("grid", "factor"), [((6, 8), 2), ((7, 9), (2, 3)), ((4, 5), 1)], ids=str)
+@pytest.mark.parametrize(("grid", "factor"), [((6, 8), 2), ((7, 9), (2, 3)), ((4, 5), 1), ((7, 10), 1.5)], ids=str)
 def test_gradients(backend, mode, grid, factor, monkeypatch):
     """Against autograd through the oracle, with the queries taken in several blocks."""
     monkeypatch.setattr("todo_attn.ops.attention._BACKWARD_SCORES", 2 * 2 * 50 * 7)
@@ -340,7 +341,7 @@ def test_backward_never_holds_all_scores(watch_tensors):
 
     arguments = (torch.ones_like(out), query, key, value, out)
     with watch_tensors() as watch, torch.no_grad():
-        attention._backward._init_fn(*(t.detach() for t in arguments), [64, 64], [1, 1], "nearest", 0.3)
+        attention._backward._init_fn(*(t.detach() for t in arguments), [64, 64], [64, 64], "nearest", 0.3)
     assert watch.largest <= attention._BACKWARD_SCORES < 8192 * 4096
 
 
@@ -359,6 +360,7 @@ BAD = [
     ({"value": torch.zeros(1, 12, 1, 8, device="meta")}, "value must be on the device of query"),
     ({"grid": (4, 4)}, "grid must match the tokens of key"),
     ({"factor": 0}, "factor must be at least 1"),
+    ({"factor": float("nan")}, "factor must be a finite number"),
     ({"factor": 5}, "factor must not exceed the grid"),
     ({"mode": "max"}, "mode must be one of"),
     ({"scale": float("nan")}, "scale must be None or a finite number"),

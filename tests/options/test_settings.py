@@ -177,7 +177,10 @@ def test_a_file_that_is_no_schedule(sd_folder, tmp_path, text):
 
 @pytest.mark.parametrize(
     ("text", "factor"),
-    [("auto", "auto"), ("3", 3), ("paper", {"finest": 2}), ("1=4+2=2", {1: 4, 2: 2}), ("finest=2", {"finest": 2})],
+    [
+        *[("auto", "auto"), ("3", 3), ("paper", {"finest": 2}), ("1=4+2=2", {1: 4, 2: 2}), ("finest=2", {"finest": 2})],
+        *[("1.5", 1.5), ("2.0", 2), ("1=2.5+2=1.25", {1: 2.5, 2: 1.25})],
+    ],
 )
 def test_parse_factor(text, factor):
     assert parse_factor(text, 1024, 1024) == factor
@@ -185,7 +188,11 @@ def test_parse_factor(text, factor):
 
 
 @pytest.mark.parametrize(
-    "text", ["1=2+1=3", "finest=2+finest=4", "", "0", "-1", "2.5", "1=0", "1=2=3", "1=", "=2", "0=2", "1=2+"]
+    "text",
+    [
+        *["1=2+1=3", "finest=2+finest=4", "", "0", "-1", "0.5", "1.", ".5", "1e1", "nan", "inf"],
+        *["1.5=2", "1=0", "1=2=3", "1=", "=2", "0=2", "1=2+"],
+    ],
 )
 def test_parse_factor_refuses(text):
     with pytest.raises(ValueError, match="factor must be"):

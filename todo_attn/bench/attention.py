@@ -109,7 +109,7 @@ def _oracle(x: Inputs, case: Case, dense: bool) -> _Oracle:
 
 
 def _right(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, case: Case, factor: tuple[int, int]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, case: Case, factor: tuple[float, float]
 ) -> torch.Tensor:
     """The reference in float64, a few queries at a time."""
     key, value = (reference.downsample_tokens(t.flatten(2), case.grid, factor).double() for t in (key, value))
@@ -165,7 +165,7 @@ def _packed(case: Case, device: torch.device) -> Call:
     def call(x: Inputs) -> torch.Tensor:
         with torch.cuda.device_of(x.query):
             if x.number not in packed:
-                how = case.grid, case.factor, "nearest", case.head_dim**-0.5
+                how = case.grid, case.coarse, "nearest", case.head_dim**-0.5
                 plan = launch.Plan(x.query, x.key, x.value, *how, *launch.settings_for(x.query))
                 packed[x.number] = plan, plan.pack(x.key, x.value)
             plan, rows = packed[x.number]

@@ -12,6 +12,7 @@ import torch
 
 from ..config.checks import ArgumentError
 from ..config.dtypes import DTYPES
+from ..config.modes import coarse_grid
 from ..config.todo import ToDoConfig
 
 BENCHMARKS = ("attention", "training", "gather", "scatter", "recover", "match_tokens", "plan_pruning")
@@ -104,12 +105,12 @@ class Case:
         return getattr(torch, DTYPES[self.dtype])
 
     @property
-    def factor(self) -> tuple[int, int]:
+    def factor(self) -> tuple[float, float]:
         return ToDoConfig(max_kv_tokens=self.max_kv_tokens).factor_for(self.grid, self.level)
 
     @property
     def coarse(self) -> tuple[int, int]:
-        return self.grid[0] // self.factor[0], self.grid[1] // self.factor[1]
+        return coarse_grid(self.grid, self.factor)
 
     @property
     def keys(self) -> int:

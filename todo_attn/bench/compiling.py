@@ -48,7 +48,7 @@ class Launch:
             return match.match(x.x, x.others, x.bases, self.config)
         scale = case.head_dim**-0.5
         return launch.attention(
-            x.query, x.key, x.value, case.grid, case.factor, "nearest", scale, self.config, self.tile
+            x.query, x.key, x.value, case.grid, case.coarse, "nearest", scale, self.config, self.tile
         )
 
 

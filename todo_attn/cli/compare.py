@@ -74,7 +74,7 @@ def compare_command(
     methods: Annotated[str, typer.Option(help=f"Comma-separated: {METHODS_TEXT}.")] = "dense,todo",
     factor: Annotated[
         str,
-        typer.Option(help="ToDo: auto, paper, an integer, or LEVEL=FACTOR pairs joined by +, such as 1=4+2=2."),
+        typer.Option(help="ToDo: auto, paper, a number, or LEVEL=FACTOR pairs joined by +, such as 1=4+2=2."),
     ] = "auto",
     max_kv_tokens: MaxKeys = 4096,
     mode: Annotated[str, typer.Option(help=f"ToDo: how keys are taken, {', '.join(MODES)}.")] = "nearest",

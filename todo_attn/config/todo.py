@@ -14,10 +14,10 @@ FINEST = "finest"
 # The timesteps a diffusers model is trained on; a range that holds them all needs no timestep.
 _ALL_TIMESTEPS = (0, 1000)
 # Levels are int or "finest". But a variable that is a dict[int, int] is no Mapping[int | str, int] to a type checker.
-Factor: TypeAlias = Literal["auto"] | int | Mapping[Any, int]
+Factor: TypeAlias = Literal["auto"] | float | Mapping[Any, float]
 
 
-class _Factors(dict[int | str, int]):
+class _Factors(dict[int | str, float]):
     """The factor by level: an immutable dict, which can be hashed."""
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
@@ -40,11 +40,12 @@ class ToDoConfig:
     model's finest level with self-attention (Stable Diffusion 1.5 has levels 1, 2, 4, 8; SDXL has 2 and 4).
 
     Args:
-        factor: tokens per coarse token along each axis. An int is for every level; ``{level: int}`` for those levels,
-            the others dense; "auto" takes, at every level and size, the smallest factor with at most
-            ``max_kv_tokens`` coarse tokens. 1 is dense. A factor beyond the grid is cut down to the grid's side; one
-            that reaches it leaves a single row or column of keys, and the first call warns. All other arguments are
-            keyword-only.
+        factor: tokens per coarse token along each axis, at least 1, which is dense. It may be a fraction: a side of the
+            coarse grid is a side of the grid divided by the factor, rounded down. A number is for every level;
+            ``{level: number}`` for those levels, the others dense; "auto" takes, at every level and size, the smallest
+            integer with at most ``max_kv_tokens`` coarse tokens. A factor beyond the grid is cut down to the grid's
+            side; one that reaches it leaves a single row or column of keys, and the first call warns. All other
+            arguments are keyword-only.
         max_kv_tokens: the most keys that "auto" leaves.
         mode: how coarse tokens are taken, "nearest", "nearest-exact" or "mean": see
             :func:`todo_attn.ops.downsample_tokens`.
@@ -92,12 +93,14 @@ class ToDoConfig:
         """Whether ToDo acts at every timestep, so that none has to be read."""
         return self.timestep_range[0] <= _ALL_TIMESTEPS[0] and self.timestep_range[1] >= _ALL_TIMESTEPS[1]
 
-    def factor_for(self, grid: tuple[int, int], level: int | None = None, *, finest: bool = False) -> tuple[int, int]:
+    def factor_for(
+        self, grid: tuple[int, int], level: int | None = None, *, finest: bool = False
+    ) -> tuple[float, float]:
         """The factor (fh, fw) along each axis for a self-attention on ``grid`` = (height, width) tokens.
 
         Args:
             grid: height and width in tokens, at least 1 each.
-            level: the level of that self-attention; None if it is unknown (a ``{level: int}`` factor then acts
+            level: the level of that self-attention; None if it is unknown (a ``{level: number}`` factor then acts
                 only through "finest").
             finest: whether that is the model's finest level with self-attention.
 
@@ -111,14 +114,14 @@ class ToDoConfig:
             raise ArgumentError("grid", f"must be a pair (height, width) of at least 1 each, got {grid!r}")
         height, width = grid
         if self.factor == "auto":
-            factor = 1
+            factor: float = 1
             while (height // min(factor, height)) * (width // min(factor, width)) > self.max_kv_tokens:
                 factor += 1
         elif isinstance(self.factor, _Factors):
             default = self.factor.get(FINEST, 1) if finest else 1
             factor = default if level is None else self.factor.get(level, default)
         else:
-            assert isinstance(self.factor, int)
+            assert isinstance(self.factor, (int, float))
             factor = self.factor
         return min(factor, height), min(factor, width)
 
@@ -141,22 +144,26 @@ class ToDoConfig:
         return cls(**arguments)
 
 
-def _checked_factor(factor: object) -> Literal["auto"] | int | _Factors:
-    """``factor``, or of a mapping a frozen copy, so that no later change passes unchecked."""
+def _checked_factor(factor: object) -> Literal["auto"] | float | _Factors:
+    """``factor``, a whole number as an int; of a mapping a frozen copy, so that no later change passes unchecked."""
     if isinstance(factor, Mapping):
         for level, value in factor.items():
             if level != FINEST and not (is_int(level) and level >= 1):
                 raise ArgumentError(
                     "factor", f"must map levels, integers of at least 1 or {FINEST!r}, got level {level!r}"
                 )
-            if not is_int(value) or value < 1:
-                raise ArgumentError("factor", f"of level {level!r} must be an integer of at least 1, got {value!r}")
-        return _Factors(factor)
+            if not is_number(value) or value < 1:
+                raise ArgumentError("factor", f"of level {level!r} must be a number of at least 1, got {value!r}")
+        return _Factors({level: _whole(value) for level, value in factor.items()})
     if isinstance(factor, str) and factor == "auto":
         return "auto"
-    if isinstance(factor, int) and is_int(factor) and factor >= 1:
-        return factor
-    raise ArgumentError("factor", f"must be 'auto', an integer of at least 1 or {{level: integer}}, got {factor!r}")
+    if isinstance(factor, (int, float)) and is_number(factor) and factor >= 1:
+        return _whole(factor)
+    raise ArgumentError("factor", f"must be 'auto', a number of at least 1 or {{level: number}}, got {factor!r}")
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
 
 
 def _checked_range(value: object) -> tuple[float, float]:

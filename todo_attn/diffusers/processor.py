@@ -10,8 +10,10 @@ from diffusers.utils import deprecate
 
 from .. import ops
 from ..config.checks import ArgumentError
+from ..config.modes import coarse_grid
 from ..config.todo import ToDoConfig
 from ..logs import logger
+from ..ops.downsample import coarse_tokens
 from ..ops.tracing import as_numbers, constant_in_graphs
 from .grid import adopt_from_call_stack
 from .install import replaced_processor
@@ -86,7 +88,7 @@ class ToDoProcessor(TakesPlan):
         plan = None
         if encoder_hidden_states is None and attention_mask is None:
             plan = self._plan(attn, hidden_states, _todo_attn)
-        if plan is None or plan.factor == (1, 1):
+        if plan is None or plan.coarse == plan.grid:
             dense = replaced_processor(attn)
             # Some processors, such as the sliced one, take no temb.
             rest = (temb, *args) if temb is not None or args else ()
@@ -104,10 +106,9 @@ class ToDoProcessor(TakesPlan):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         # Taking tokens commutes with a linear layer. Done first, it leaves to_k and to_v M tokens instead of N.
-        coarse = ops.downsample_tokens(hidden_states, plan.grid, plan.factor, mode=plan.mode)  # (B, M, C)
+        coarse = coarse_tokens(hidden_states, plan.grid, plan.coarse, plan.mode)  # (B, M, C)
         if plan.queries is not None:
             hidden_states = ops.gather_tokens(hidden_states, plan.queries)  # (B, K, C)
-        coarse_grid = (plan.grid[0] // plan.factor[0], plan.grid[1] // plan.factor[1])
         query, key, value = attn.to_q(hidden_states), attn.to_k(coarse), attn.to_v(coarse)
         head_dim = key.shape[-1] // attn.heads
         query = query.unflatten(-1, (attn.heads, head_dim))  # (B, N, H, D)
@@ -118,7 +119,7 @@ class ToDoProcessor(TakesPlan):
         if attn.norm_k is not None:
             key = attn.norm_k(key)
 
-        hidden_states = ops.downsampled_attention(query, key, value, coarse_grid, scale=attn.scale)
+        hidden_states = ops.downsampled_attention(query, key, value, plan.coarse, scale=attn.scale)
         hidden_states = attn.to_out[0](hidden_states.flatten(2))
         hidden_states = attn.to_out[1](hidden_states)  # dropout
 
@@ -135,13 +136,14 @@ class ToDoProcessor(TakesPlan):
             config = _DEFAULT_CONFIG if self.config is None else self.config
             check_own_config(config, None)
             height, width = as_numbers(hidden_states.shape[2:])
-            return Plan((height, width), config.factor_for((height, width)), config.mode)
+            grid = (height, width)
+            return Plan(grid, coarse_grid(grid, config.factor_for(grid)), config.mode)
         (tokens,) = as_numbers(hidden_states.shape[1:2])
         state: AttentionState | None = getattr(attn, ATTRIBUTE, None)
         if state is None and not torch.compiler.is_compiling():
             state = adopt_from_call_stack(attn, tokens)
         plan = state.transformer.plan if sent is None and state is not None else sent
-        if plan is None or (plan.factor != (1, 1) and plan.grid[0] * plan.grid[1] != tokens):
+        if plan is None or (plan.coarse != plan.grid and plan.grid[0] * plan.grid[1] != tokens):
             self._warn_no_grid()
             if state is not None:
                 state.transformer.misfit = plan is not None

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config.checks import ArgumentError
+from ..config.modes import coarse_grid
 from ..config.todo import ToDoConfig
 from ..logs import logger
 from ..ops.tracing import as_numbers, constant_in_graphs
@@ -35,13 +36,13 @@ ATTRIBUTE = "_todo_attn"
 
 
 class Plan(NamedTuple):
-    """How a self-attention takes its keys and values in one call: one token of each fh x fw block, by ``mode``.
+    """How a self-attention takes its keys and values in one call: from ``grid`` to the grid ``coarse``, by ``mode``.
 
-    Factor (1, 1) is dense. ``queries`` (B, K) are the indices of the tokens that DaTo keeps as queries; None is all.
+    Equal grids are dense. ``queries`` (B, K) are the indices of the tokens that DaTo keeps as queries; None is all.
     """
 
     grid: tuple[int, int]
-    factor: tuple[int, int]
+    coarse: tuple[int, int]
     mode: str
     queries: torch.Tensor | None = None
 
@@ -172,7 +173,7 @@ class ModelState:
         )
 
 
-def _reaches_side(factor: tuple[int, int], grid: tuple[int, int]) -> bool:
+def _reaches_side(factor: tuple[float, float], grid: tuple[int, int]) -> bool:
     return any(f == side > 1 for f, side in zip(factor, grid, strict=True))
 
 
@@ -231,13 +232,14 @@ class TransformerState:
                 self.model.watch(model.module, config, model.timestep)
         self.config = config
 
-    def factor_for(self, grid: tuple[int, int]) -> tuple[int, int]:
+    def factor_for(self, grid: tuple[int, int]) -> tuple[float, float]:
         """The factor (fh, fw) on ``grid``, at timesteps at which ToDo acts."""
         return self.config.factor_for(grid, self.level, finest=self.finest)
 
     def plan_for(self, grid: tuple[int, int]) -> Plan:
         """The plan of the running call on ``grid``."""
-        return Plan(grid, self.factor_for(grid) if self.model.acts(self.config) else (1, 1), self.config.mode)
+        coarse = coarse_grid(grid, self.factor_for(grid)) if self.model.acts(self.config) else grid
+        return Plan(grid, coarse, self.config.mode)
 
     def _send_plan(self, transformer: Any, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:
         config = self._config_of(transformer)

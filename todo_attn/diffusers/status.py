@@ -42,7 +42,7 @@ class LayerStatus:
     level: int
     state: str
     grid: tuple[int, int] | None
-    factor: tuple[int, int] | None
+    factor: tuple[float, float] | None
     why: str
 
 
@@ -97,7 +97,7 @@ def _layer(name: str, level: int, attn: Any) -> LayerStatus:
         why = "its first call outside of torch.compile finds the grid" if state is None else ""
         return LayerStatus(name, level, "not called yet", None, None, why)
     why = _why_dense(state)
-    factor = (1, 1) if why else plan.factor
+    factor = (1, 1) if why else state.transformer.factor_for(plan.grid)
     return LayerStatus(name, level, "dense" if why else "coarse", plan.grid, factor, why)
 
 
@@ -120,7 +120,7 @@ def _why_dense(state: AttentionState) -> str:
     if not transformer.model.acts(config):
         low, high = config.timestep_range
         return f"the timestep is outside of timestep_range, {low:g} to {high:g}"
-    if plan.factor == (1, 1):
+    if plan.coarse == plan.grid:
         named = config.factor == "auto"
         return f"{config.max_kv_tokens} tokens or fewer" if named else "factor 1 at this size and level"
     return "an attention mask was given" if transformer.masked else ""
@@ -142,7 +142,7 @@ def _todo_text(layers: Sequence[LayerStatus]) -> str:
 
 def _row_key(layer: LayerStatus) -> tuple[str, ...]:
     transformer = layer.name.partition(".transformer_blocks.")[0]
-    pairs = ("x".join(map(str, pair)) if pair else "-" for pair in (layer.grid, layer.factor))
+    pairs = ("x".join(f"{side:g}" for side in pair) if pair else "-" for pair in (layer.grid, layer.factor))
     return (transformer, str(layer.level), layer.state, *pairs, layer.why)
 
 

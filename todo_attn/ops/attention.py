@@ -23,7 +23,7 @@ def _by_triton(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: Sequence[int],
-    factor: Sequence[int],
+    coarse: Sequence[int],
     mode: str,
     scale: float,
     backend: str,
@@ -34,8 +34,8 @@ def _by_triton(
     def launch() -> torch.Tensor:
         from ..kernels.launch import attention
 
-        (gh, gw), (fh, fw) = grid, factor
-        return attention(query, key, value, (gh, gw), (fh, fw), mode, scale, lse=lse)
+        (gh, gw), (ch, cw) = grid, coarse
+        return attention(query, key, value, (gh, gw), (ch, cw), mode, scale, lse=lse)
 
     return fallback.attempt(launch, query.device, query.dtype, query.shape[3], backend == "triton")
 
@@ -45,17 +45,17 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: Sequence[int],
-    factor: Sequence[int],
+    coarse: Sequence[int],
     mode: str,
     scale: float,
     backend: str,
 ) -> torch.Tensor:
     """``backend``: "triton", "torch", or "auto", which is Triton, and torch if Triton cannot run here."""
-    (gh, gw), (fh, fw) = grid, factor
-    out = None if backend == "torch" else _by_triton(query, key, value, grid, factor, mode, scale, backend)
+    (gh, gw), (ch, cw) = grid, coarse
+    out = None if backend == "torch" else _by_triton(query, key, value, grid, coarse, mode, scale, backend)
     if out is not None:
         return out
-    key, value = (coarse_tokens(t, (gh, gw), (fh, fw), mode).transpose(1, 2) for t in (key, value))
+    key, value = (coarse_tokens(t, (gh, gw), (ch, cw), mode).transpose(1, 2) for t in (key, value))
     with as_given(query):
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale)
     return out.transpose(1, 2).contiguous()
@@ -65,7 +65,7 @@ _forward = torch.library.custom_op("todo_attn::downsampled_attention", _attentio
 
 
 @_forward.register_fake
-def _(query, key, value, grid, factor, mode, scale, backend):  # type: ignore[no-untyped-def]
+def _(query, key, value, grid, coarse, mode, scale, backend):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape)
 
 
@@ -76,18 +76,18 @@ def _by_torch(
     value: torch.Tensor,
     out: torch.Tensor,
     grid: Sequence[int],
-    factor: Sequence[int],
+    coarse: Sequence[int],
     mode: str,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value. Scores are recomputed for a block of queries at a time, in fp32 or better."""
-    (gh, gw), (fh, fw) = grid, factor
+    (gh, gw), (ch, cw) = grid, coarse
     wide = torch.promote_types(query.dtype, torch.float32)
 
     def heads_first(t: torch.Tensor) -> torch.Tensor:
         return t.transpose(1, 2).to(wide)
 
-    coarse_key, coarse_value = (heads_first(coarse_tokens(t, (gh, gw), (fh, fw), mode)) for t in (key, value))
+    coarse_key, coarse_value = (heads_first(coarse_tokens(t, (gh, gw), (ch, cw), mode)) for t in (key, value))
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_key = torch.zeros_like(coarse_key, memory_format=torch.contiguous_format)
     grad_value = torch.zeros_like(coarse_value, memory_format=torch.contiguous_format)
@@ -102,22 +102,22 @@ def _by_torch(
             grad_scores = (g @ coarse_value.transpose(-1, -2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p).mul_(scale)
             grad_query[:, rows] = (grad_scores @ coarse_key).transpose(1, 2).to(query.dtype)
             grad_key += grad_scores.transpose(-1, -2) @ q
-    grads = [_refine(g.transpose(1, 2), (gh, gw), (fh, fw), mode) for g in (grad_key, grad_value)]
+    grads = [_refine(g.transpose(1, 2), (gh, gw), (ch, cw), mode) for g in (grad_key, grad_value)]
     return grad_query, *(g.to(key.dtype).contiguous() for g in grads)  # type: ignore[return-value]
 
 
-def _refine(grad: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int], mode: str) -> torch.Tensor:
+def _refine(grad: torch.Tensor, grid: tuple[int, int], coarse: tuple[int, int], mode: str) -> torch.Tensor:
     """The adjoint of ``coarse_tokens``: (B, M, H, D) -> (B, gh*gw, H, D)."""
     batch, _, heads, head_dim = grad.shape
-    if factor == (1, 1):
+    if coarse == grid:
         return grad
     if mode == "mean":
-        image = grad.flatten(2).transpose(1, 2).unflatten(2, (grid[0] // factor[0], grid[1] // factor[1]))
+        image = grad.flatten(2).transpose(1, 2).unflatten(2, coarse)
         full = image.new_empty((batch, heads * head_dim, *grid))
         full = torch.ops.aten._adaptive_avg_pool2d_backward(image.contiguous(), full)
         return full.flatten(2).transpose(1, 2).unflatten(2, (heads, head_dim))
     number = torch.arange(grid[0] * grid[1], device=grad.device).view(1, -1)
-    index = coarse_tokens(number, grid, factor, mode)[0]
+    index = coarse_tokens(number, grid, coarse, mode)[0]
     return grad.new_zeros((batch, grid[0] * grid[1], heads, head_dim)).index_copy_(1, index, grad)
 
 
@@ -125,7 +125,7 @@ _backward = torch.library.custom_op("todo_attn::downsampled_attention_backward",
 
 
 @_backward.register_fake
-def _(grad, query, key, value, out, grid, factor, mode, scale):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, out, grid, coarse, mode, scale):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
 
@@ -135,9 +135,9 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
-    grid, factor, mode, scale, _ = ctx.arguments
+    grid, coarse, mode, scale, _ = ctx.arguments
     query, key, value, out = ctx.saved_tensors
-    grads = _backward(grad, query, key, value, out, grid, factor, mode, scale)
+    grads = _backward(grad, query, key, value, out, grid, coarse, mode, scale)
     return (*grads, None, None, None, None, None)
 
 
@@ -150,7 +150,7 @@ def _forward_lse(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: list[int],
-    factor: list[int],
+    coarse: list[int],
     mode: str,
     scale: float,
     backend: str,
@@ -161,14 +161,14 @@ def _forward_lse(
     """
     batch, tokens, heads, _ = query.shape
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    out = _by_triton(query, key, value, grid, factor, mode, scale, backend, lse)
+    out = _by_triton(query, key, value, grid, coarse, mode, scale, backend, lse)
     if out is not None:
         return out, lse
-    return _attention(query, key, value, grid, factor, mode, scale, "torch"), lse.fill_(float("nan"))
+    return _attention(query, key, value, grid, coarse, mode, scale, "torch"), lse.fill_(float("nan"))
 
 
 @_forward_lse.register_fake
-def _(query, key, value, grid, factor, mode, scale, backend):  # type: ignore[no-untyped-def]
+def _(query, key, value, grid, coarse, mode, scale, backend):  # type: ignore[no-untyped-def]
     batch, tokens, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
 
@@ -182,27 +182,27 @@ def _backward_lse(
     out: torch.Tensor,
     lse: torch.Tensor,
     grid: list[int],
-    factor: list[int],
+    coarse: list[int],
     mode: str,
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value by Triton; by torch if Triton failed, in the forward or here."""
-    (gh, gw), (fh, fw) = grid, factor
+    (gh, gw), (ch, cw) = grid, coarse
 
     def launch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         from ..kernels.backward import attention_backward
 
-        return attention_backward(grad, query, key, value, out, lse, (gh, gw), (fh, fw), mode, scale)
+        return attention_backward(grad, query, key, value, out, lse, (gh, gw), (ch, cw), mode, scale)
 
     grads = fallback.attempt(launch, query.device, query.dtype, query.shape[3], backend == "triton", backward=True)
     if grads is not None:
-        return grads[0], *(_refine(g, (gh, gw), (fh, fw), mode).contiguous() for g in grads[1:])  # type: ignore[return-value]
-    return _by_torch(grad, query, key, value, out, grid, factor, mode, scale)
+        return grads[0], *(_refine(g, (gh, gw), (ch, cw), mode).contiguous() for g in grads[1:])  # type: ignore[return-value]
+    return _by_torch(grad, query, key, value, out, grid, coarse, mode, scale)
 
 
 @_backward_lse.register_fake
-def _(grad, query, key, value, out, lse, grid, factor, mode, scale, backend):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, out, lse, grid, coarse, mode, scale, backend):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
 
@@ -240,7 +240,7 @@ def downsampled_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: tuple[int, int],
-    factor: int | tuple[int, int] = 1,
+    factor: float | tuple[float, float] = 1,
     *,
     mode: str = "nearest",
     scale: float | None = None,
@@ -252,7 +252,8 @@ def downsampled_attention(
         query: (B, N, H, D); fp32, fp16, bf16 or fp64; any strides. N need not be gh*gw.
         key, value: (B, gh*gw, H, D), row-major over the grid; dtype and device of ``query``; any strides.
         grid: (gh, gw), height and width of the keys in tokens.
-        factor: tokens per coarse token along each axis, an int or (fh, fw); the coarse grid is (gh // fh, gw // fw).
+        factor: tokens per coarse token along each axis, a number of at least 1 or (fh, fw). The coarse grid is
+            (gh / fh, gw / fw), rounded down.
         mode: "nearest", "nearest-exact" or "mean", as in :func:`todo_attn.ops.downsample_tokens`.
         scale: multiplies the scores. None is D ** -0.5; 0.0 is allowed.
         backend: "triton" (fp16, bf16, fp32; D a multiple of 8 up to 256; CUDA, or the CPU with TRITON_INTERPRET=1),
@@ -285,12 +286,12 @@ def downsampled_attention(
     if query.shape[3] < 1:
         raise ArgumentError("query", f"must have a head_dim of at least 1, got shape {tuple(query.shape)}")
     grid = checks.grid(grid, key.shape[1], "key")
-    factor = checks.factor(factor, grid)
+    coarse = checks.coarse_grid(factor, grid)
     mode, scale = check_mode(mode), checks.scale(scale, query.shape[3])
     chosen = backends.choose(backend, query.device, query.dtype, query.shape[3])
     if chosen == "triton":
         chosen = backend
         differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         if differentiates and query.dtype != torch.float32:
-            return _forward_lse(query, key, value, grid, factor, mode, scale, chosen)[0]
-    return (_attention if plain else _forward)(query, key, value, grid, factor, mode, scale, chosen)
+            return _forward_lse(query, key, value, grid, coarse, mode, scale, chosen)[0]
+    return (_attention if plain else _forward)(query, key, value, grid, coarse, mode, scale, chosen)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..config import modes
 from ..config.checks import ArgumentError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -109,17 +110,21 @@ def grid(value: object, tokens: int, of: str) -> tuple[int, int]:
     return height, width
 
 
-def factor(value: object, grid: tuple[int, int]) -> tuple[int, int]:
-    """``value`` must be an int or a pair of ints, from 1 up to the grid's own height and width."""
-    pair = (value, value) if _is_int(value) else value
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(_is_int, pair))):
-        raise ArgumentError("factor", f"must be an integer or a pair of integers (height, width), got {value!r}")
+def _is_finite(x: object) -> bool:
+    return _is_int(x) or (isinstance(x, float) and abs(x) < float("inf"))
+
+
+def coarse_grid(factor: object, grid: tuple[int, int]) -> tuple[int, int]:
+    """The coarse grid; ``factor`` must be a number or a pair of them, from 1 up to the grid's own height and width."""
+    pair = factor if isinstance(factor, (tuple, list)) else (factor, factor)
+    if not (len(pair) == 2 and all(map(_is_finite, pair))):
+        raise ArgumentError("factor", f"must be a finite number or a pair of them (height, width), got {factor!r}")
     fh, fw = pair
     if fh < 1 or fw < 1:
-        raise ArgumentError("factor", f"must be at least 1, got {value!r}")
+        raise ArgumentError("factor", f"must be at least 1, got {factor!r}")
     if fh > grid[0] or fw > grid[1]:
-        raise ArgumentError("factor", f"must not exceed the grid {grid}, got {value!r}")
-    return fh, fw
+        raise ArgumentError("factor", f"must not exceed the grid {grid}, got {factor!r}")
+    return modes.coarse_grid(grid, (fh, fw))
 
 
 def patch(value: object) -> tuple[int, int]:

@@ -22,13 +22,13 @@ def _source_index(size: int, coarse: int, exact: bool, device: torch.device) -> 
     return position.long().clamp_(max=size - 1)
 
 
-def coarse_tokens(x: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int], mode: str) -> torch.Tensor:
-    """:func:`downsample_tokens` on checked arguments; ``x`` may have any dimensions after (B, gh*gw)."""
-    (gh, gw), (fh, fw) = grid, factor
-    if fh == 1 and fw == 1:
+def coarse_tokens(x: torch.Tensor, grid: tuple[int, int], coarse: tuple[int, int], mode: str) -> torch.Tensor:
+    """:func:`downsample_tokens` to the grid ``coarse``, unchecked; ``x`` may have any dimensions after (B, gh*gw)."""
+    (gh, gw), (ch, cw) = grid, coarse
+    if gh == ch and gw == cw:
         return x
-    ch, cw = gh // fh, gw // fw
-    divisible = gh % fh == 0 and gw % fw == 0
+    fh, fw = gh // ch, gw // cw
+    divisible = gh == fh * ch and gw == fw * cw
     if mode == "mean":
         if divisible:
             return x.unflatten(1, (ch, fh, cw, fw)).mean((2, 4)).flatten(1, 2)
@@ -36,7 +36,7 @@ def coarse_tokens(x: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int
         return F.adaptive_avg_pool2d(image, (ch, cw)).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
     exact = mode == "nearest-exact"
     if divisible:
-        # The scale is the integer factor, so a strided view replaces the index.
+        # The scale is an integer, so a strided view replaces the index.
         y, x_ = (fh // 2, fw // 2) if exact else (0, 0)
         return x.unflatten(1, (gh, gw))[:, y::fh, x_::fw].flatten(1, 2)
     rows = _source_index(gh, ch, exact, x.device)
@@ -45,7 +45,7 @@ def coarse_tokens(x: torch.Tensor, grid: tuple[int, int], factor: tuple[int, int
 
 
 def downsample_tokens(
-    x: torch.Tensor, grid: tuple[int, int], factor: int | tuple[int, int] = 1, *, mode: str = "nearest"
+    x: torch.Tensor, grid: tuple[int, int], factor: float | tuple[float, float] = 1, *, mode: str = "nearest"
 ) -> torch.Tensor:
     """Downsample tokens to a coarser grid (ToDo, arXiv 2402.13573, section 3.2).
 
@@ -55,16 +55,18 @@ def downsample_tokens(
     Args:
         x: (B, gh*gw, C) tokens, row-major; fp32, fp16, bf16 or fp64; any strides and device.
         grid: (gh, gw), height and width in tokens.
-        factor: tokens per coarse token along each axis, an int or (fh, fw); the coarse grid is (gh // fh, gw // fw).
+        factor: tokens per coarse token along each axis, a number of at least 1 or (fh, fw). The coarse grid is
+            (gh / fh, gw / fw), rounded down: with 1.5, (96, 96) becomes (64, 64).
         mode: "nearest", "nearest-exact" or "mean": as ``torch.nn.functional.interpolate`` resizes to the coarse
             grid in float32 ("mean" is its "area").
 
     Returns:
-        (B, (gh // fh) * (gw // fw), C). With factor 1 ``x`` itself; otherwise a new tensor. Differentiable.
+        (B, M, C), M tokens of the coarse grid. ``x`` itself if that is the whole grid, as with factor 1; otherwise a
+        new tensor. Differentiable.
 
     Raises:
         ArgumentError: a shape, dtype, grid, factor or mode that does not fit, naming the argument.
     """
     checks.tokens("x", x)
     grid = checks.grid(grid, x.shape[1], "x")
-    return coarse_tokens(x, grid, checks.factor(factor, grid), check_mode(mode))
+    return coarse_tokens(x, grid, checks.coarse_grid(factor, grid), check_mode(mode))

@@ -11,28 +11,28 @@ from . import attention, matching  # noqa: F401  (they define the ops)
 
 @register_flop_formula([torch.ops.todo_attn.downsampled_attention, torch.ops.todo_attn.downsampled_attention_lse])
 def downsampled_attention_flops(  # type: ignore[no-untyped-def]
-    query, key, value, grid, factor, *args, **kwargs
+    query, key, value, grid, coarse, *args, **kwargs
 ) -> int:
     """4 * B * H * N * M * D for M coarse keys; a multiply-add counts as two. The counter passes shapes, not tensors."""
     batch, tokens, heads, head_dim = query
-    keys = (grid[0] // factor[0]) * (grid[1] // factor[1])
+    keys = coarse[0] * coarse[1]
     return 4 * batch * heads * tokens * keys * head_dim
 
 
 @register_flop_formula(torch.ops.todo_attn.downsampled_attention_backward)
 def downsampled_attention_backward_flops(  # type: ignore[no-untyped-def]
-    grad, query, key, value, out, grid, factor, *args, **kwargs
+    grad, query, key, value, out, grid, coarse, *args, **kwargs
 ) -> int:
     """Five products where the forward has two, as torch counts its own attention: one recomputes the scores."""
-    return downsampled_attention_flops(query, key, value, grid, factor) * 5 // 2
+    return downsampled_attention_flops(query, key, value, grid, coarse) * 5 // 2
 
 
 @register_flop_formula(torch.ops.todo_attn.downsampled_attention_lse_backward)
 def downsampled_attention_lse_backward_flops(  # type: ignore[no-untyped-def]
-    grad, query, key, value, out, lse, grid, factor, *args, **kwargs
+    grad, query, key, value, out, lse, grid, coarse, *args, **kwargs
 ) -> int:
     """As above. The Triton kernels compute the scores and their gradients twice, which is not counted."""
-    return downsampled_attention_flops(query, key, value, grid, factor) * 5 // 2
+    return downsampled_attention_flops(query, key, value, grid, coarse) * 5 // 2
 
 
 @register_flop_formula(torch.ops.todo_attn.match_tokens)

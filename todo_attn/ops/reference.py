@@ -15,16 +15,16 @@ _INTERPOLATE_MODE = {"nearest": "nearest", "nearest-exact": "nearest-exact", "me
 
 
 def downsample_tokens(
-    x: torch.Tensor, grid: tuple[int, int], factor: int | tuple[int, int] = 1, *, mode: str = "nearest"
+    x: torch.Tensor, grid: tuple[int, int], factor: float | tuple[float, float] = 1, *, mode: str = "nearest"
 ) -> torch.Tensor:
-    """``x`` (B, gh*gw, C) -> (B, (gh // fh) * (gw // fw), C). ToDo, section 3.2.
+    """``x`` (B, gh*gw, C) -> (B, int(gh / fh) * int(gw / fw), C). ToDo, section 3.2.
 
     The nearest modes interpolate the token indices in float32, because the scale of ``interpolate`` is a float32
     whatever the dtype of ``x``. "mean" is ``interpolate(mode="area")``.
     """
     gh, gw = grid
-    fh, fw = (factor, factor) if isinstance(factor, int) else factor
-    size = (gh // fh, gw // fw)
+    fh, fw = factor if isinstance(factor, tuple) else (factor, factor)
+    size = (int(gh / fh), int(gw / fw))
     if mode == "mean":
         image = x.transpose(1, 2).unflatten(2, (gh, gw))
         return F.interpolate(image, size=size, mode="area").flatten(2).transpose(1, 2)
@@ -41,7 +41,7 @@ def downsampled_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: tuple[int, int],
-    factor: int | tuple[int, int] = 1,
+    factor: float | tuple[float, float] = 1,
     *,
     mode: str = "nearest",
     scale: float | None = None,

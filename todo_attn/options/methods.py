@@ -196,8 +196,8 @@ def refusal(method: Method, option: str, problem: str) -> SettingError:
 def parse_factor(text: str, height: int, width: int) -> Factor:
     """ToDoConfig's factor, from its form on the command line.
 
-    "auto"; "paper" (the published factor for ``height`` x ``width`` pixels); an integer for every level; or
-    LEVEL=FACTOR pairs joined by "+", such as "1=4+2=2" or "finest=2".
+    "auto"; "paper" (the published factor for ``height`` x ``width`` pixels); a number for every level, such as "2" or
+    "1.5"; or LEVEL=FACTOR pairs joined by "+", such as "1=4+2=1.5" or "finest=2".
 
     Raises:
         ArgumentError: anything else.
@@ -206,20 +206,30 @@ def parse_factor(text: str, height: int, width: int) -> Factor:
         return "auto"
     if text == "paper":
         return ToDoConfig.paper(height, width).factor
-    if text.isdecimal() and int(text) >= 1:
-        return int(text)
-    levels: dict[int | str, int] = {}
+    if "=" not in text and (number := _factor(text)) is not None:
+        return number
+    levels: dict[int | str, float] = {}
     for pair in text.split("+"):
-        level, _, factor = pair.partition("=")
+        level, _, value = pair.partition("=")
+        factor = _factor(value)
         known = level == FINEST or (level.isdecimal() and int(level) >= 1)
-        if not (known and factor.isdecimal() and int(factor) >= 1):
+        if not known or factor is None:
             raise ArgumentError(
                 "factor",
-                "must be auto, paper, an integer of at least 1, or LEVEL=FACTOR pairs joined by + "
+                "must be auto, paper, a number of at least 1, or LEVEL=FACTOR pairs joined by + "
                 f"such as 1=4+2=2, got {text!r}",
             )
         key: int | str = level if level == FINEST else int(level)
         if key in levels:
             raise ArgumentError("factor", f"must be pairs with each level once, got {level} twice in {text!r}")
-        levels[key] = int(factor)
+        levels[key] = factor
     return levels
+
+
+def _factor(text: str) -> float | None:
+    """A number of at least 1, in digits with or without a decimal point; None if ``text`` is none."""
+    whole, point, rest = text.partition(".")
+    if not whole.isdecimal() or (point and not rest.isdecimal()):
+        return None
+    factor = float(text) if point else int(text)
+    return factor if factor >= 1 else None

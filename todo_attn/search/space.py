@@ -126,8 +126,8 @@ def _nearest(choices: Sequence[float], wanted: float) -> int:
     return min(range(len(choices)), key=lambda i: abs(choices[i] - wanted))
 
 
-def _factor_at(todo: ToDoConfig, level: int) -> int:
+def _factor_at(todo: ToDoConfig, level: int) -> float:
     """The factor at a level, 1 if it depends on the size of the image."""
     if isinstance(todo.factor, Mapping):
         return todo.factor.get(level, 1)
-    return todo.factor if isinstance(todo.factor, int) else 1
+    return 1 if isinstance(todo.factor, str) else todo.factor

@@ -29,6 +29,7 @@ from tabulate import tabulate
 
 from benchmarks.experiments.hopper.launch import RUNS, Run, attention
 from benchmarks.options import check_among
+from todo_attn.config.modes import coarse_grid
 from todo_attn.ops import reference
 
 BOUND = 2.0  # of "worst"
@@ -57,7 +58,10 @@ def worst(head_dim: int, run: Run) -> float:
         )
         q, k, v = (t.transpose(1, 2) for t in (query, coarse_key, coarse_value))
         for scale in (head_dim**-0.5, -0.1, 0.0):
-            results = [attention(query, key, value, grid, factor, "nearest", scale, run) for _ in range(REPEATS)]
+            results = [
+                attention(query, key, value, grid, coarse_grid(grid, factor), "nearest", scale, run)
+                for _ in range(REPEATS)
+            ]
             exact = reference.downsampled_attention(
                 query.double(), key.double(), value.double(), grid, factor, scale=scale
             )

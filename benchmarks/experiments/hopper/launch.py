@@ -127,7 +127,7 @@ def launch(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: tuple[int, int],
-    factor: tuple[int, int],
+    coarse: tuple[int, int],
     mode: str,
     scale: float,
     run: Run,
@@ -139,7 +139,6 @@ def launch(
     if out.numel() == 0:
         return out
     tile = tiles((9, 0), head_dim)
-    coarse = (grid[0] // factor[0], grid[1] // factor[1])
     keys = math.prod(coarse)
     rows = triton.cdiv(keys, run.block_n) * run.block_n
     work = triton.cdiv(tokens, run.consumers * ROWS) * batch * heads
@@ -174,15 +173,15 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: tuple[int, int],
-    factor: tuple[int, int],
+    coarse: tuple[int, int],
     mode: str,
     scale: float,
     run: Run | None = None,
 ) -> torch.Tensor:
     """Launch both kernels: (B, N, H, D), (B, gh*gw, H, D), (B, gh*gw, H, D) -> (B, N, H, D), contiguous.
 
-    ``run``: None is the :func:`configuration` of the head dim. What the shipped kernel's callers check is not checked
-    again.
+    ``coarse``: the coarse grid. ``run``: None is the :func:`configuration` of the head dim. What the shipped kernel's
+    callers check is not checked again.
 
     Raises:
         ValueError: a dtype, head dim, scale or device that this kernel does not take.
@@ -196,4 +195,4 @@ def attention(
         raise ValueError(f"query must be on a GPU of compute capability 9.0, got one on {query.device}")
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     with torch.cuda.device_of(query):
-        return launch(query, key, value, grid, factor, mode, scale, run or usual, processors)
+        return launch(query, key, value, grid, coarse, mode, scale, run or usual, processors)

@@ -37,7 +37,7 @@ def calls(case: Case) -> dict[str, Call]:
 
 def _call(case: Case, run: launch.Run) -> Call:
     scale = case.head_dim**-0.5
-    return lambda x: launch.attention(x.query, x.key, x.value, case.grid, case.factor, "nearest", scale, run=run)
+    return lambda x: launch.attention(x.query, x.key, x.value, case.grid, case.coarse, "nearest", scale, run=run)
 
 
 def trial(case: Case, device: torch.device) -> Trial:

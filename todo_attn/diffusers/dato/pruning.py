@@ -179,7 +179,7 @@ class BlockPruning:
         todo = self._todo_on(attn)
         # The plan is an argument, or on the transformer's state if the processor was set up in this very call.
         plan: Plan | None = kwargs.get(ATTRIBUTE, None if todo is None else todo.transformer.plan)
-        if todo is None or plan is None or plan.factor == (1, 1):
+        if todo is None or plan is None or plan.coarse == plan.grid:
             return self.enter(attn, args, kwargs)
         self._entered = True
         plan = plan._replace(queries=self.pruned.kept)

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.experiments.hopper import simulator
 from benchmarks.experiments.hopper.simulator import MachineError
+from todo_attn.config.modes import coarse_grid
 from todo_attn.ops import reference
 
 pytest.importorskip("triton")
@@ -68,7 +69,8 @@ def error(case: Case, kernel, seed: int) -> float:
     query = query[..., : case.head_dim]
     shape = (case.batch, case.grid[0] * case.grid[1], case.heads, case.head_dim)
     key, value = (torch.randn(shape).to(case.dtype) for _ in "kv")
-    got = launch.launch(query, key, value, case.grid, case.factor, case.mode, scale, case.run, processors=case.programs)
+    small = coarse_grid(case.grid, case.factor)
+    got = launch.launch(query, key, value, case.grid, small, case.mode, scale, case.run, processors=case.programs)
     wide = (query.double(), key.double(), value.double())
     exact = reference.downsampled_attention(*wide, case.grid, case.factor, mode=case.mode, scale=scale)
     coarse = [

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from benchmarks import tune
 from benchmarks.experiments.hopper import check, launch
 from benchmarks.experiments.hopper.tune import main
-from todo_attn import machine, ops
+from todo_attn import machine
 from todo_attn.bench import jsonl, kernels
 from todo_attn.bench.harness import Rounds
 
@@ -33,8 +33,8 @@ def cli(monkeypatch, tmp_path):
 def test_a_candidate_is_timed_where_it_is_right(monkeypatch, cli, capfd):
     """None is without a Hopper GPU, and the rest goes on."""
 
-    def attend(query, key, value, grid, factor, mode, scale, run):
-        return ops.downsampled_attention(query, key, value, grid, factor, mode=mode, scale=scale)
+    def attend(query, key, value, grid, coarse, mode, scale, run):
+        return torch.ops.todo_attn.downsampled_attention(query, key, value, grid, coarse, mode, scale, "torch")
 
     right = launch.RUNS[80][0]
     monkeypatch.setattr(launch, "attention", attend)
