@@ -25,7 +25,7 @@ ToDoConfig(factor=by_level)
 ToDoConfig(factor=finest)
 ToDoConfig(factor={"finest": 4, 2: 2})
 ToDoConfig(4)
-ToDoConfig(1.5)
+ToDoConfig(1.5, mode="area")
 ToDoConfig({1: 1.5, 2: 2})
 ToDoConfig(factor="auto", max_kv_tokens=1024, mode="mean", timestep_range=(200, 1000))
 ToDoConfig.paper(1024, 1024).factor_for((128, 128), 1, finest=True)[0].is_integer()
@@ -36,7 +36,7 @@ __version__.upper()
 """
 WRONG = [
     "ToDoConfig(factor='Auto')",
-    "ToDoConfig(mode='area')",
+    "ToDoConfig(mode='bilinear')",
     "ToDoConfig('auto', 4096)",
     "ToDoConfig(factor={1: '2'})",
     "DaToConfig(0.4, 'coco')",

@@ -186,6 +186,16 @@ def test_a_factor_is_cut_down_to_the_grid():
     assert ToDoConfig(factor={1: 100}).factor_for((8, 6), 1) == (8, 6)
 
 
+def test_the_published_name_of_a_mode():
+    assert ToDoConfig(mode="area") == ToDoConfig(mode="mean")
+    assert ToDoConfig(mode="area").mode == "mean"
+    assert ToDoConfig.from_dict({"mode": "area"}).to_dict()["mode"] == "mean"
+    with pytest.raises(ValueError, match=r"mode must be one of .* got 'avg_pool' \('mean' is the same if the factor"):
+        ToDoConfig(mode="avg_pool")
+    with pytest.raises(ValueError, match=r"got 'max_pool'$"):
+        ToDoConfig(mode="max_pool")
+
+
 def test_fractions():
     assert ToDoConfig(1.5).factor_for((96, 64)) == (1.5, 1.5)
     assert ToDoConfig(1.5).factor_for((1, 9)) == (1, 1.5)

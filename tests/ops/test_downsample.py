@@ -85,6 +85,38 @@ def test_as_the_published_code_does(grid, factor):
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("factor", [2, 3, 4, 5])
+def test_published_modes_with_other_names(factor):
+    """What each is here, where the factor divides the grid; "avg_pool" has the window of the rows on both axes."""
+    grid = (60, 120)
+    image = torch.randn(2, 3, *grid, dtype=torch.float64)
+    size = [side // factor for side in grid]
+
+    def ours(mode):
+        tokens = ops.downsample_tokens(image.flatten(2).transpose(1, 2), grid, factor, mode=mode)
+        return tokens.transpose(1, 2).unflatten(2, size)
+
+    def close(a, b):
+        return (a - b).abs().max() < 1e-12
+
+    assert torch.equal(ours("area"), ours("mean")) and close(ours("area"), F.interpolate(image, size=size, mode="area"))
+    window = grid[0] // size[0]
+    assert close(ours("mean"), F.avg_pool2d(image, window, window))
+    bilinear, bicubic = (F.interpolate(image, size=size, mode=mode) for mode in ("bilinear", "bicubic"))
+    odd = factor % 2 == 1
+    assert [close(ours(mode), bilinear) for mode in INTERPOLATE] == [False, odd, factor == 2]
+    assert [close(ours(mode), bicubic) for mode in INTERPOLATE] == [False, odd, False]
+    assert not any(close(ours(mode), F.max_pool2d(image, window, window)) for mode in INTERPOLATE)
+
+
+def test_published_averages_differ_if_the_factor_does_not_divide_the_grid():
+    """ "avg_pool" leaves the last row and column out; "area" has windows that overlap."""
+    image = torch.randn(1, 2, 9, 9, dtype=torch.float64)
+    mean = ops.downsample_tokens(image.flatten(2).transpose(1, 2), (9, 9), 2, mode="area").transpose(1, 2)
+    assert (mean - F.interpolate(image, size=(4, 4), mode="area").flatten(2)).abs().max() < 1e-12
+    assert (mean - F.avg_pool2d(image, 2, 2).flatten(2)).abs().max() > 0.1
+
+
 def test_a_fraction_equal_to_an_integer_is_that_integer():
     x = torch.randn(1, 77, 4)
     for mode in INTERPOLATE:

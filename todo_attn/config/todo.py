@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from .checks import ArgumentError, arguments_of, check_at_least, is_int, is_number
-from .modes import Mode, check_mode
+from .modes import Mode, PublishedMode, check_mode
 
 FINEST = "finest"
 # The timesteps a diffusers model is trained on; a range that holds them all needs no timestep.
@@ -48,7 +48,7 @@ class ToDoConfig:
             arguments are keyword-only.
         max_kv_tokens: the most keys that "auto" leaves.
         mode: how coarse tokens are taken, "nearest", "nearest-exact" or "mean": see
-            :func:`todo_attn.ops.downsample_tokens`.
+            :func:`todo_attn.ops.downsample_tokens`. "area", the published name of "mean", becomes "mean".
         timestep_range: (low, high), in timesteps of the model (0 to 1000, not fractions). ToDo acts when
             low <= t <= high, for every sample of the batch. A range that holds 0 to 1000 acts always and never reads
             the timestep; a narrower one waits for the device once per call of the model if the timestep is a device
@@ -63,13 +63,13 @@ class ToDoConfig:
     factor: Factor = "auto"
     _: KW_ONLY
     max_kv_tokens: int = 4096
-    mode: Mode = "nearest"
+    mode: Mode | PublishedMode = "nearest"
     timestep_range: tuple[float, float] = _ALL_TIMESTEPS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", _checked_factor(self.factor))
         check_at_least(1, "max_kv_tokens", self.max_kv_tokens)
-        check_mode(self.mode)
+        object.__setattr__(self, "mode", check_mode(self.mode))
         object.__setattr__(self, "timestep_range", _checked_range(self.timestep_range))
 
     @classmethod

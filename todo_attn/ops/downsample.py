@@ -58,7 +58,7 @@ def downsample_tokens(
         factor: tokens per coarse token along each axis, a number of at least 1 or (fh, fw). The coarse grid is
             (gh / fh, gw / fw), rounded down: with 1.5, (96, 96) becomes (64, 64).
         mode: "nearest", "nearest-exact" or "mean": as ``torch.nn.functional.interpolate`` resizes to the coarse
-            grid in float32 ("mean" is its "area").
+            grid in float32 ("mean" is its "area", and may be called so).
 
     Returns:
         (B, M, C), M tokens of the coarse grid. ``x`` itself if that is the whole grid, as with factor 1; otherwise a
