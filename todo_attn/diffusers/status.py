@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from .apply import models_of
 from .dato.status import DaToStatus, dato_status
 from .levels import self_attentions, transformers_by_level
+from .models import models_of
 from .state import ATTRIBUTE, AttentionState, TakesPlan
 
 # What sets a processor, by a part of the name of its class.

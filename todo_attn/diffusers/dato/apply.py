@@ -13,8 +13,9 @@ from ...config.checks import ArgumentError
 from ...config.dato import DaToConfig
 from ...config.schedule import FULL, REUSE, SHALLOW
 from ...logs import logger
-from ..apply import apply_todo, models_of, remove_todo, unwrap
+from ..apply import apply_todo, remove_todo
 from ..levels import transformers_by_level
+from ..models import models_of, unwrap
 from ..patches import has_deepcache, has_todo
 from . import cache
 from .pruning import TransformerPruning, grid_at

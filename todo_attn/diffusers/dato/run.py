@@ -12,9 +12,9 @@ from torch import nn
 from ...config.dato import DaToConfig
 from ...config.schedule import FULL, REUSE
 from ...logs import logger
+from ..caller import calling_pipeline
 from ..patches import keeps_attention_maps
-from .caller import calling_pipeline
-from .streams import Stream, Streams, elements_from
+from ..streams import Stream, Streams
 
 
 class Run:
@@ -115,8 +115,7 @@ class Run:
         guided = True if caller is None else caller.guided and not stream.joined
         stream.paired = self.config.align_guidance and guided and stream.inputs[0][0] % 2 == 0
         if stream.calls is None:
-            known = (elements_from(stream.timestep), None if caller is None else caller.calls)
-            stream.calls = min((calls for calls in known if calls is not None), default=None)
+            stream.expect(None if caller is None else caller.calls)
         if stream.position is None:
             if stream.calls != 1:  # a run of one call loses nothing
                 self.say(

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from todo_attn.diffusers.dato.streams import Streams
+from todo_attn.diffusers.streams import Streams
 
 INPUTS = (torch.Size((1, 4, 8, 8)), torch.float32, torch.device("cpu"))
 OTHER = (torch.Size((2, 4, 8, 8)), torch.float32, torch.device("cpu"))

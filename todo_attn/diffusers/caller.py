@@ -1,7 +1,7 @@
-"""The pipeline that calls a UNet: it knows whether guidance is on, and how many calls will come.
+"""The pipeline that calls a model: it knows whether guidance is on, and how many calls will come.
 
-Several pipelines may share a UNet (``from_pipe``, a copy of a pipeline for each request), and so may a loop of the
-user's. So the pipeline that is asked is the one on the call stack, not the one that DaTo was applied to.
+Several pipelines may share a model (``from_pipe``, a copy of a pipeline for each request), and so may a loop of the
+user's. So the pipeline that is asked is the one on the call stack, not the one that ToDo or DaTo was applied to.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
-from ..apply import unwrap
-from ..call_stack import running_methods
+from .call_stack import running_methods
+from .models import flatten
 
 
 class Caller(NamedTuple):
@@ -20,14 +20,16 @@ class Caller(NamedTuple):
 
     pipe: Any
     guided: bool  # each batch has two halves: the same images without and with their prompts
-    calls: int | None  # of the UNet in this run; None if the pipeline does not say
+    calls: int | None  # of the model in this run; None if the pipeline does not say
 
 
-def calling_pipeline(unet: nn.Module) -> Caller | None:
-    """The running pipeline that calls ``unet``; None in a loop of the user's own."""
+def calling_pipeline(model: nn.Module) -> Caller | None:
+    """The running pipeline that calls ``model``, its UNet or a ControlNet; None in a loop of the user's own."""
     for pipe, variables in running_methods():
         # ConfigMixin is the common base of DiffusionPipeline and ModularPipeline, and of models.
-        if isinstance(pipe, ConfigMixin) and unwrap(getattr(pipe, "unet", None)) is unet:
+        if not isinstance(pipe, ConfigMixin):
+            continue
+        if any(each is model for name in ("unet", "controlnet") for each in flatten(getattr(pipe, name, None))):
             return Caller(pipe, _guided(pipe, variables), _calls(pipe))
     return None
 

@@ -1,4 +1,4 @@
-"""Which stream a call of the UNet belongs to. This logic needs no UNet, and reads no tensor's values.
+"""Which stream a call of a model belongs to. This logic needs no model, and reads no tensor's values.
 
 A *stream* is the calls that follow one image, or one batch of images, from step to step: the same timesteps, prompt
 embeddings and shape. Guidance in one batched call is one stream, guidance in two calls a step is two, and requests that
@@ -20,8 +20,8 @@ import torch
 # How many streams are kept. A run that was abandoned holds its memory until this many others were called after it.
 _MOST = 16
 
-# Shape, dtype and device of the sample.
-Inputs: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
+# Whatever else is the same in all calls of a stream: for DaTo the shape, dtype and device of the sample.
+Inputs: TypeAlias = tuple[Any, ...]
 
 
 class Stream:
@@ -60,6 +60,11 @@ class Stream:
     def finished(self) -> bool:
         """Whether the last call was the last of its run."""
         return self.calls is not None and self.index >= self.calls - 1
+
+    def expect(self, announced: int | None) -> None:
+        """The run has the calls that are left in the timesteps, or fewer if its pipeline ``announced`` fewer."""
+        known = (elements_from(self.timestep), announced)
+        self.calls = min((calls for calls in known if calls is not None), default=None)
 
     def is_for(self, timestep: Any, prompt: Any, inputs: Inputs) -> bool:
         return self.inputs == inputs and _same(self.prompt, prompt) and self.is_along(timestep)
