@@ -11,9 +11,10 @@ import pytest
 
 PYTHON = """
 todo_attn
-    ToDoConfig(factor='auto', *, max_kv_tokens=4096, mode='nearest', timestep_range=(0, 1000))
+    ToDoConfig(factor='auto', *, max_kv_tokens=4096, mode='nearest', timestep_range=(0, 1000), steps=(0.0, 1.0))
     ToDoConfig.paper(height, width)
     ToDoConfig.every_timestep
+    ToDoConfig.every_step
     ToDoConfig.factor_for(grid, level=None, *, finest=False)
     ToDoConfig.to_dict()
     ToDoConfig.from_dict(data)

@@ -20,6 +20,7 @@ from benchmarks.fidelity.store import Size
 from todo_attn import logs
 from todo_attn.compare.run import quiet, take_shot
 from todo_attn.config.schedule import FULL
+from todo_attn.config.todo import in_steps
 from todo_attn.models.unets import on_meta
 from todo_attn.options.settings import CompareSettings
 from todo_attn.predict.count import tallied
@@ -33,8 +34,10 @@ def kinds_of(case: Case, timesteps: torch.Tensor) -> list[Hashable]:
     """
     times = timesteps.tolist()
     todo = case.todo if case.dato is None else case.dato.todo
-    low, high = (0, 0) if todo is None else todo.timestep_range
-    acts = [todo is not None and low <= time <= high for time in times]
+    acts = [False] * len(times)
+    if todo is not None:
+        low, high = todo.timestep_range
+        acts = [low <= time <= high and in_steps(todo.steps, i, len(times)) for i, time in enumerate(times)]
     if case.cache_interval is not None:
         # DeepCache finds the call by its timestep, of which PNDM has two equal ones.
         return [(times.index(time) - times.index(times[0])) % case.cache_interval == 0 for time in times]

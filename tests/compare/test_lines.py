@@ -20,6 +20,7 @@ CONFIGS = [
     ToDoConfig(),
     ToDoConfig(factor=3),
     ToDoConfig(factor={"finest": 2, 2: 1}, mode="mean", timestep_range=(100, 900)),
+    ToDoConfig(factor=1.5, steps=(0.25, 1)),
     DaToConfig(),
     DaToConfig(prune_ratio=(0.5, 0.25), cache_schedule="1", patch=(2, 3), align_guidance=False, seed=7),
     DaToConfig(todo=ToDoConfig(max_kv_tokens=1024)),

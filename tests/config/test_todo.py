@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from todo_attn.config.modes import coarse_grid
-from todo_attn.config.todo import ToDoConfig
+from todo_attn.config.todo import ToDoConfig, in_steps
 
 
 def test_defaults():
@@ -71,6 +71,19 @@ def test_defaults():
         ("timestep_range", (0.0, 0.0)),
         ("timestep_range", (2000, 3000)),
         ("timestep_range", (-200, -1)),
+        ("steps", 0.7),
+        ("steps", (0.7,)),
+        ("steps", (0, 0.5, 1)),
+        ("steps", ("0", "1")),
+        ("steps", (False, True)),
+        ("steps", (0.7, 0.3)),
+        ("steps", (0.5, 0.5)),
+        ("steps", (-0.1, 0.5)),
+        ("steps", (0, 1.1)),
+        ("steps", (0, 20)),  # a number of steps
+        ("steps", (0, float("nan"))),
+        ("steps", (float("-inf"), 1)),
+        ("steps", None),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_it_was(argument, value):
@@ -90,8 +103,9 @@ def test_a_wrong_argument_is_named_with_what_it_was(argument, value):
         ToDoConfig(factor={}),
         ToDoConfig(factor=1.5),
         ToDoConfig(factor={1: 1.5, "finest": 2}),
+        ToDoConfig(steps=(0.25, 0.7)),
     ],
-    ids=["default", "int", "levels", "finest", "no-levels", "fraction", "fractions"],
+    ids=["default", "int", "levels", "finest", "no-levels", "fraction", "fractions", "steps"],
 )
 def test_json_round_trip(config):
     assert ToDoConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -184,6 +198,31 @@ def test_a_factor_is_cut_down_to_the_grid():
     assert ToDoConfig(factor=4).factor_for((3, 9)) == (3, 4)
     assert ToDoConfig(factor=4).factor_for((1, 1)) == (1, 1)
     assert ToDoConfig(factor={1: 100}).factor_for((8, 6), 1) == (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "calls", "acts"),
+    [
+        ((0.0, 0.7), 10, "1111111..."),
+        ((0.7, 1.0), 10, ".......111"),
+        ((0.0, 0.7), 4, "111."),
+        ((0.0, 0.7), 1, "1"),
+        ((0.5, 1), 1, "."),
+        ((0.25, 0.5), 8, "..11...."),
+        ((0, 1), 3, "111"),
+        ((0.3, 0.31), 7, "......."),  # between two calls
+    ],
+    ids=str,
+)
+def test_a_share_of_a_run(steps, calls, acts):
+    assert "".join(".1"[in_steps(steps, call, calls)] for call in range(calls)) == acts
+
+
+def test_the_whole_run_is_left_out_of_the_dictionary():
+    """So a result that was kept before there was a choice is still that of the same configuration."""
+    assert "steps" not in ToDoConfig().to_dict()
+    assert ToDoConfig(steps=(0, 0.5)).to_dict()["steps"] == [0, 0.5]
+    assert ToDoConfig().every_step and ToDoConfig(steps=(0, 1)).every_step and not ToDoConfig(steps=(0, 0.5)).every_step
 
 
 def test_the_published_name_of_a_mode():

@@ -100,7 +100,7 @@ def test_pruning_with_todo_by_formula(unet, plain):
     gone, bases = int(0.4 * N), N // 4
     coarse = (GRID[0] // 3) * (GRID[1] // 3)
     # At every timestep, whatever the range.
-    todo = ToDoConfig(factor={1: 3}, timestep_range=(0, 10))
+    todo = ToDoConfig(factor={1: 3}, timestep_range=(0, 10), steps=(0.5, 1))
     found = call_cost(unet, DaToConfig(todo=todo))
     change = attention(N - gone, coarse) + matching(bases, gone) - attention(N, N)
     assert found.full - plain.full == LAYERS * change

@@ -13,6 +13,7 @@ from .modes import Mode, PublishedMode, check_mode
 FINEST = "finest"
 # The timesteps a diffusers model is trained on; a range that holds them all needs no timestep.
 _ALL_TIMESTEPS = (0, 1000)
+_ALL_STEPS = (0.0, 1.0)
 # Levels are int or "finest". But a variable that is a dict[int, int] is no Mapping[int | str, int] to a type checker.
 Factor: TypeAlias = Literal["auto"] | float | Mapping[Any, float]
 
@@ -55,6 +56,12 @@ class ToDoConfig:
             tensor. ``torch.compile`` then makes two graphs of the model, and with ``fullgraph`` it must be given the
             model itself. ``torch.jit.trace`` and ``torch.export`` cannot record it, and one model cannot follow it in
             several threads at once.
+        steps: (low, high), a share of the calls of the model in a run, 0 <= low < high <= 1. ToDo acts in call i of n,
+            counted from 0, if low <= i / n < high, and if the timestep is in ``timestep_range``: (0.0, 0.7) are the
+            first 70 %. The n calls are those that run, after ``strength`` and ``denoising_end``; a second-order
+            scheduler makes two calls a step. No timestep is read: the timesteps must be elements of one tensor, such as
+            ``scheduler.timesteps``. With any other timestep, such as a number, ToDo is off and a warning is logged
+            once. The limits of a narrower ``timestep_range`` with tracers and threads hold here too.
 
     Raises:
         ArgumentError: an argument that does not fit.
@@ -65,12 +72,14 @@ class ToDoConfig:
     max_kv_tokens: int = 4096
     mode: Mode | PublishedMode = "nearest"
     timestep_range: tuple[float, float] = _ALL_TIMESTEPS
+    steps: tuple[float, float] = _ALL_STEPS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", _checked_factor(self.factor))
         check_at_least(1, "max_kv_tokens", self.max_kv_tokens)
         object.__setattr__(self, "mode", check_mode(self.mode))
         object.__setattr__(self, "timestep_range", _checked_range(self.timestep_range))
+        object.__setattr__(self, "steps", _checked_steps(self.steps))
 
     @classmethod
     def paper(cls, height: int, width: int) -> ToDoConfig:
@@ -92,6 +101,11 @@ class ToDoConfig:
     def every_timestep(self) -> bool:
         """Whether ToDo acts at every timestep, so that none has to be read."""
         return self.timestep_range[0] <= _ALL_TIMESTEPS[0] and self.timestep_range[1] >= _ALL_TIMESTEPS[1]
+
+    @property
+    def every_step(self) -> bool:
+        """Whether ToDo acts in all of a run, so that no place in it has to be known."""
+        return self.steps == _ALL_STEPS
 
     def factor_for(
         self, grid: tuple[int, int], level: int | None = None, *, finest: bool = False
@@ -128,7 +142,10 @@ class ToDoConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``json.dumps`` takes; :meth:`from_dict` reads it back, JSON's string keys included."""
         factor = dict(self.factor) if isinstance(self.factor, dict) else self.factor
-        return asdict(self) | {"factor": factor, "timestep_range": list(self.timestep_range)}
+        data = asdict(self) | {"factor": factor, "timestep_range": list(self.timestep_range), "steps": list(self.steps)}
+        if self.every_step:  # results that were written before there was a choice stay the same
+            del data["steps"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ToDoConfig:
@@ -181,3 +198,18 @@ def _checked_range(value: object) -> tuple[float, float]:
             f"must be in timesteps of the model, {first} to {last}, and not in fractions, got {(low, high)!r}",
         )
     return low, high
+
+
+def _checked_steps(value: object) -> tuple[float, float]:
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))):
+        raise ArgumentError("steps", f"must be a pair of numbers (low, high), got {value!r}")
+    low, high = value
+    if not 0 <= low < high <= 1:
+        raise ArgumentError("steps", f"must be a share of the run, 0 <= low < high <= 1, got {(low, high)!r}")
+    return low, high
+
+
+def in_steps(steps: tuple[float, float], call: int, calls: int) -> bool:
+    """Whether ``call``, counted from 0, of ``calls`` is in the share ``steps`` of a run."""
+    low, high = steps
+    return low <= call / calls < high

@@ -46,9 +46,9 @@ def apply_todo(pipe_or_model: Any, config: ToDoConfig | None = None) -> None:
     starts without ToDo.
 
     Several threads may call a model at once, because each call carries its own plan. There are three exceptions. A
-    ``timestep_range`` narrower than 0 to 1000 is decided once for the model, so concurrent calls must be all inside it
-    or all outside. Nothing may be applied or removed during a call. The first call with a ``ToDoProcessor`` that was
-    set by hand must be made alone.
+    ``timestep_range`` narrower than 0 to 1000, or ``steps`` narrower than 0 to 1, is decided once for the model, so
+    concurrent calls must be all inside it or all outside. Nothing may be applied or removed during a call. The first
+    call with a ``ToDoProcessor`` that was set by hand must be made alone.
 
     Args:
         pipe_or_model: a pipeline with a ``unet``, whose ControlNets are included, or a model (``UNet2DConditionModel``,

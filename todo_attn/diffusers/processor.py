@@ -30,7 +30,7 @@ class ToDoProcessor(TakesPlan):
     ``Transformer2DModel`` must have the same configuration.
 
     It calls the processor that it replaced, or else diffusers' default one, wherever ToDo does not apply: in
-    cross-attention, with an ``attention_mask``, at factor 1, at a timestep outside the configured range, and in a
+    cross-attention, with an ``attention_mask``, at factor 1, in a call outside the configured ranges, and in a
     self-attention whose grid of tokens is not known. The last case logs one warning. It occurs if ``torch.compile``
     traces a model that was neither called before nor given to ``apply_todo``, and in self-attention outside a
     ``Transformer2DModel`` (a video model's motion modules) on inputs that are not images.
@@ -38,8 +38,8 @@ class ToDoProcessor(TakesPlan):
     Args:
         config: None is the configuration that :func:`todo_attn.apply_todo` left on the model, or else
             ``ToDoConfig()``: at most 4096 keys at every level and any size. A configuration given here takes precedence
-            over the model's. A factor by level or a narrower ``timestep_range`` works in the self-attentions of a UNet
-            or ControlNet only, because it needs the model's levels or timestep.
+            over the model's. A factor by level, a narrower ``timestep_range`` or narrower ``steps`` work in the
+            self-attentions of a UNet or ControlNet only, because they need the model's levels or timestep.
 
     Raises:
         ArgumentError: ``config`` is neither a ``ToDoConfig`` nor None. At the first call: it names a level that the

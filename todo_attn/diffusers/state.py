@@ -1,8 +1,8 @@
 """The state of a model under ToDo: plain objects under one attribute of its modules, and the hooks.
 
 The configuration of ``apply_todo`` is here and not in the processors, because an IP-Adapter rebuilds processors without
-arguments. Nothing here is a module or a tensor, so nothing enters the state dict. Nothing refers to the model, so a
-deep copy of the model has its own state.
+arguments. Nothing here is a module or a registered tensor, so nothing enters the state dict. Nothing refers to the
+model, so a deep copy of the model has its own state.
 
 The hooks are torch's own. diffusers' ``HookRegistry`` and accelerate's offloading both replace ``module.forward``, and
 the first to be removed takes the other's wrapper with it. torch's hooks run outside ``forward``, and can be added and
@@ -26,6 +26,7 @@ from ..logs import logger
 from ..ops.tracing import as_numbers, constant_in_graphs
 from .call_stack import RunningModel, running_model
 from .levels import check_levels
+from .running_call import RunningCall
 
 _Args: TypeAlias = tuple[Any, ...]
 _Kwargs: TypeAlias = dict[str, Any]
@@ -66,6 +67,7 @@ def check_own_config(config: ToDoConfig, model: RunningModel | None) -> None:
     for argument, needed, known in (
         ("factor", by_level, model is not None),
         ("timestep_range", not config.every_timestep, model is not None and model.timestep is not None),
+        ("steps", not config.every_step, model is not None and model.timestep is not None),
     ):
         if needed and not known:
             raise ArgumentError(
@@ -78,11 +80,11 @@ def check_own_config(config: ToDoConfig, model: RunningModel | None) -> None:
 
 
 class ModelState:
-    """On the model: the configuration of its layers, and whether the running call's timestep is in range."""
+    """On the model: the configuration of its layers, and its running call."""
 
     def __init__(self, config: ToDoConfig) -> None:
         self.config = config
-        self._in_range: dict[tuple[float, float], bool] = {}
+        self.call = RunningCall()
         self._transformers: list[TransformerState] = []
         self._said_replaced = False
         self._handles: list[RemovableHandle] = []
@@ -90,47 +92,15 @@ class ModelState:
     def attach(self, model: nn.Module, transformers: list[TransformerState], *, report: bool) -> None:
         """Hook ``model``. ``report``: whether to log a configuration that leaves all keys, or one row or column."""
         setattr(model, ATTRIBUTE, self)
-        self.watch(model, self.config, None)
+        self.call.watch(model, self.config, None)
         if report:
             self._transformers = transformers
             self._handles.append(model.register_forward_hook(self._after_forward))
 
-    def watch(self, model: nn.Module, config: ToDoConfig, timestep: Any) -> None:
-        """Read the timestep of ``model`` for ``config`` from now on; in the running call it is ``timestep``."""
-        if config.every_timestep or config.timestep_range in self._in_range:
-            return
-        if not self._in_range:
-            self._handles.append(model.register_forward_pre_hook(self._read_timestep, with_kwargs=True))
-        self._in_range[config.timestep_range] = True
-        self._compare(timestep)
-
-    def acts(self, config: ToDoConfig) -> bool:
-        """Whether ToDo under ``config`` acts at the running call's timestep."""
-        return config.every_timestep or self._in_range[config.timestep_range]
-
     def detach(self) -> None:
+        self.call.detach()
         for handle in self._handles:
             handle.remove()
-
-    # torch.compile runs the hooks of the module that it compiles outside of the graph. This hook, disabled for the
-    # compiler, may read the timestep; the model then has one graph with ToDo and one without.
-    @torch.compiler.disable(reason="ToDo reads the timestep: compile the model itself, not a function that calls it")
-    def _read_timestep(self, model: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
-        self._compare(args[1] if len(args) > 1 else kwargs.get("timestep"))
-
-    def _compare(self, timestep: Any) -> None:
-        if isinstance(timestep, torch.Tensor) and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
-            low, high = next(iter(self._in_range))
-            raise ArgumentError(
-                "timestep_range",
-                "must hold all of 0 to 1000 while torch.jit.trace or torch.export records the model, "
-                f"whose graph is one for every timestep, got {(low, high)}",
-            )
-        for low, high in self._in_range:
-            if isinstance(timestep, torch.Tensor):
-                self._in_range[low, high] = bool(((timestep >= low) & (timestep <= high)).all())
-            elif timestep is not None:
-                self._in_range[low, high] = low <= timestep <= high
 
     def _after_forward(self, model: nn.Module, args: _Args, output: Any) -> None:
         self._report_first_call()
@@ -225,11 +195,12 @@ class TransformerState:
 
     def follow(self, config: ToDoConfig, transformer: nn.Module) -> None:
         """Make plans by ``config``, the model's or a processor's own; the latter is checked at its first use."""
-        if config is not self.model.config and (isinstance(config.factor, dict) or not config.every_timestep):
+        needs_model = isinstance(config.factor, dict) or not (config.every_timestep and config.every_step)
+        if config is not self.model.config and needs_model:
             model = None if torch.compiler.is_compiling() else running_model(transformer)
             check_own_config(config, model)
             if model is not None:
-                self.model.watch(model.module, config, model.timestep)
+                self.model.call.watch(model.module, config, model.timestep)
         self.config = config
 
     def factor_for(self, grid: tuple[int, int]) -> tuple[float, float]:
@@ -238,7 +209,7 @@ class TransformerState:
 
     def plan_for(self, grid: tuple[int, int]) -> Plan:
         """The plan of the running call on ``grid``."""
-        coarse = coarse_grid(grid, self.factor_for(grid)) if self.model.acts(self.config) else grid
+        coarse = coarse_grid(grid, self.factor_for(grid)) if self.model.call.acts(self.config) else grid
         return Plan(grid, coarse, self.config.mode)
 
     def _send_plan(self, transformer: Any, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs]:

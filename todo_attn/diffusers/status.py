@@ -117,9 +117,8 @@ def _why_dense(state: AttentionState) -> str:
     assert plan is not None
     if transformer.misfit:
         return "another number of tokens than the grid has: something merges or drops them before"
-    if not transformer.model.acts(config):
-        low, high = config.timestep_range
-        return f"the timestep is outside of timestep_range, {low:g} to {high:g}"
+    if why := transformer.model.call.why_not(config):
+        return why
     if plan.coarse == plan.grid:
         named = config.factor == "auto"
         return f"{config.max_kv_tokens} tokens or fewer" if named else "factor 1 at this size and level"

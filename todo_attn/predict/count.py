@@ -173,17 +173,21 @@ def count_self_attention(
 
 
 def in_one_run(config: ToDoConfig | DaToConfig) -> ToDoConfig | DaToConfig:
-    """``config`` with ToDo at every timestep, and DaTo with a run of one call of each kind.
+    """``config`` with ToDo in every call, and DaTo with a run of one call of each kind.
 
     Raises:
         ArgumentError: a ratio per call.
     """
     if isinstance(config, ToDoConfig):
-        return replace(config, timestep_range=ToDoConfig.timestep_range)
+        return _in_every_call(config)
     if isinstance(config.prune_ratio, tuple):
         raise ArgumentError("config", f"must have one prune_ratio for all calls, got {len(config.prune_ratio)}")
-    todo = None if config.todo is None else replace(config.todo, timestep_range=ToDoConfig.timestep_range)
+    todo = None if config.todo is None else _in_every_call(config.todo)
     return replace(config, cache_schedule=_EACH_KIND, todo=todo)
+
+
+def _in_every_call(config: ToDoConfig) -> ToDoConfig:
+    return replace(config, timestep_range=ToDoConfig.timestep_range, steps=ToDoConfig.steps)
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from fixtures.unets import ReferenceSelfAttention
 
 from benchmarks.fidelity import operations
 from benchmarks.fidelity.attention_error import PREDICTION, LayerErrors, fits
+from benchmarks.fidelity.cases import Case
 from benchmarks.fidelity.operations import Operations, kinds_of
 from benchmarks.fidelity.store import Images
+from todo_attn import ToDoConfig
 from todo_attn.options.settings import CompareSettings
 from todo_attn.predict.count import count_work
 
@@ -104,3 +106,8 @@ def test_counting_leaves_the_pipeline_alone(sd, settings, cases_of):
     Operations(sd, settings, "a").of(cases_of(sd, "tome:0.5")[1], SIZE)
     assert before == [(name, list(m._forward_pre_hooks)) for name, m in sd.unet.named_modules()]
     assert kinds_of(cases_of(sd, "dense")[0], torch.arange(3)) == [False] * 3
+
+
+def test_kinds_follow_the_timesteps_and_the_share_of_steps():
+    case = Case("todo", "todo", ToDoConfig(2, timestep_range=(0, 700), steps=(0, 0.75)))
+    assert kinds_of(case, torch.tensor([900, 600, 300, 0])) == [False, True, True, False]
