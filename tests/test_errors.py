@@ -22,8 +22,9 @@ CALLS = [
     ("factor", lambda: ToDoConfig({0: 2})),
     ("factor", lambda: ToDoConfig({1: 0})),  # "factor of level 1 must ..."
     ("max_kv_tokens", lambda: ToDoConfig(max_kv_tokens=0)),
-    ("mode", lambda: ToDoConfig(mode="area")),
+    ("mode", lambda: ToDoConfig(mode="bilinear")),
     ("timestep_range", lambda: ToDoConfig(timestep_range=(0, 1))),
+    ("steps", lambda: ToDoConfig(steps=(0.7, 0.3))),
     ("width", lambda: ToDoConfig.paper(512, 0)),
     ("data", lambda: ToDoConfig.from_dict({"Factor": 2})),
     ("prune_ratio", lambda: DaToConfig(1)),

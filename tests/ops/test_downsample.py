@@ -110,7 +110,7 @@ def test_published_modes_with_other_names(factor):
 
 
 def test_published_averages_differ_if_the_factor_does_not_divide_the_grid():
-    """ "avg_pool" leaves the last row and column out; "area" has windows that overlap."""
+    """Pooling leaves the last row and column out; the windows of area overlap."""
     image = torch.randn(1, 2, 9, 9, dtype=torch.float64)
     mean = ops.downsample_tokens(image.flatten(2).transpose(1, 2), (9, 9), 2, mode="area").transpose(1, 2)
     assert (mean - F.interpolate(image, size=(4, 4), mode="area").flatten(2)).abs().max() < 1e-12
