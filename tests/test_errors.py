@@ -51,7 +51,7 @@ CALLS = [
     ("scale", lambda: ops.downsampled_attention(HEADS, HEADS, HEADS, (3, 4), scale="1")),
     ("backend", lambda: ops.downsampled_attention(HEADS, HEADS, HEADS, (3, 4), backend="cuda")),
     ("factor", lambda: ops.downsample_tokens(X, (3, 4), 5)),
-    ("mode", lambda: ops.downsample_tokens(X, (3, 4), 2, mode="area")),
+    ("mode", lambda: ops.downsample_tokens(X, (3, 4), 2, mode="bilinear")),
     ("x", lambda: ops.gather_tokens(X[0], INDEX)),
     ("index", lambda: ops.gather_tokens(X, INDEX.float())),
     ("source", lambda: ops.scatter_tokens(X, INDEX, X)),
