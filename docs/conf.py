@@ -47,6 +47,7 @@ docs/search
 docs/api
 docs/compatibility
 docs/troubleshooting
+docs/quality
 docs/figures
 benchmarks/README
 docs/design

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from todo_attn import doctor, ops
+from todo_attn.bench import jsonl
 from todo_attn.ops import backends, libraries
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -162,13 +163,13 @@ def notes_of(ran) -> str:
 
 
 def test_what_dato_does_to_pictures_is_said_with_the_figures_there_are(run, sd_folder):
-    report = json.loads((RESULTS / "compare-tiny-sd-dato.json").read_text(encoding="utf-8"))
-    methods = {method["method"]: method for method in report["methods"]}
+    rows = {row["case"]: row for row in jsonl.read(RESULTS / "fidelity-256-cpu-amd-epyc.jsonl")}
     said = notes_of(run("doctor", "--model", sd_folder))
     assert "DaTo's schedules change the image visibly" in said
-    assert report["settings"].items() >= {"height": 512, "width": 512, "steps": 50, "schedule": "coco"}.items()
-    for name in ("dato", "todo"):
-        assert f"{methods[name]['psnr']:.1f} dB" in said and f"{methods[name]['ssim']:.3f}" in said
+    assert all(row["height"] == row["width"] == 256 and row["made"]["steps"] == 25 for row in rows.values())
+    for case in ("dato:coco", "todo:level1=2"):
+        columns = rows[case]["columns"]
+        assert f"{columns['psnr']['value']:.1f} dB" in said and f"{columns['ssim']['value']:.3f}" in said
     assert "A schedule pays from about 12 calls of the UNet on" in said
 
 

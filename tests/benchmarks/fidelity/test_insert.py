@@ -35,7 +35,7 @@ def test_a_block_is_filled_and_the_rest_stays(rows):
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in text and "KID" not in text
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:-2]]
     assert cells[0] == ["case", "s", "speed", "operations saved", "PSNR, dB"]
-    assert cells[2] == ["`todo:factor=2`", "4", "2.00x", "25.0%", "40.0 ±0.5"]
+    assert cells[2] == ["`todo:factor=2`", "4", "2.00x", "25.0%", "40.00 ±0.50"]
     assert [row[0] for row in cells[3:]] == ["`tome:0.5`", "dense"] and cells[4][-1] == "same"
     assert inserted(text, rows) == text
 
