@@ -44,6 +44,7 @@ CONTENTS = """
 
 docs/usage
 docs/search
+docs/comfyui
 docs/api
 docs/compatibility
 docs/troubleshooting

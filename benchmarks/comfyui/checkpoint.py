@@ -72,6 +72,7 @@ SDXL = Structure(
         "transformer_depth_middle": 2,
         "context_dim": 2048,
         "use_linear_in_transformer": True,
+        "num_classes": "sequential",
         "adm_in_channels": 2816,
     },
     {
@@ -89,7 +90,38 @@ SDXL = Structure(
         "projection_class_embeddings_input_dim": 2816,
     },
 )
-STRUCTURES = {structure.name: structure for structure in (SD15, SDXL)}
+# Small enough for a CPU: half as many blocks a level, and SDXL's coarser level at the width of its finer one.
+SD15_SMALL = Structure(
+    "sd15-small",
+    "Stable Diffusion 1.5's UNet and text encoder, with one block a level in place of two",
+    SD15.comfy
+    | {
+        "num_res_blocks": [1, 1, 1, 1],
+        "transformer_depth": [1, 1, 1, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
+    },
+    SD15.diffusers | {"layers_per_block": 1},
+)
+SDXL_SMALL = Structure(
+    "sdxl-small",
+    "SDXL's UNet and text encoders, with one block a level (2 and 5 transformer blocks), 640 channels at both levels",
+    SDXL.comfy
+    | {
+        "num_res_blocks": [1, 1, 1],
+        "channel_mult": [1, 2, 2],
+        "transformer_depth": [0, 2, 5],
+        "transformer_depth_output": [0, 0, 2, 2, 5, 5],
+        "transformer_depth_middle": 5,
+    },
+    SDXL.diffusers
+    | {
+        "layers_per_block": 1,
+        "block_out_channels": [320, 640, 640],
+        "attention_head_dim": [5, 10, 10],
+        "transformer_layers_per_block": [1, 2, 5],
+    },
+)
+STRUCTURES = {structure.name: structure for structure in (SD15, SDXL, SD15_SMALL, SDXL_SMALL)}
 
 
 def write_checkpoint(structure: Structure, path: Path) -> None:

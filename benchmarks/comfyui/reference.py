@@ -6,6 +6,7 @@ The text encoders and the sampler's noise levels are ComfyUI's, so that only the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Reference:
             apply_todo(self.unet, config)
         try:
             x = noise * (1 + sigmas[0] ** 2) ** 0.5
-            for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+            for sigma, following in pairwise(sigmas):
                 timestep = self.sampling.timestep(torch.tensor([sigma])).float()
                 scaled = x / (sigma**2 + 1) ** 0.5
                 change = self.unet(scaled, timestep, self.text.float(), **extra).sample

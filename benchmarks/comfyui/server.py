@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
-Workflow = dict[str, dict[str, Any]]
+from .workflow import Workflow
+
 _START_TIMEOUT = 300.0
 
 
@@ -29,14 +32,15 @@ class Done:
     """One workflow that ran."""
 
     seconds: dict[str, float]  # of each node that ran
+    cpu_seconds: dict[str, float]  # of the server's process in that time, which other processes hardly lengthen
     files: dict[str, list[Path]]  # what each node saved
 
 
 class Server:
     """A running server, at ``address``, whose files lie in ``base``."""
 
-    def __init__(self, address: str, base: Path, session: aiohttp.ClientSession) -> None:
-        self._url, self._base, self._session = f"http://{address}", base, session
+    def __init__(self, address: str, base: Path, session: aiohttp.ClientSession, process: psutil.Process) -> None:
+        self._url, self._base, self._session, self._process = f"http://{address}", base, session, process
 
     async def nodes(self) -> dict[str, Any]:
         """ComfyUI's description of every node."""
@@ -55,7 +59,7 @@ class Server:
                 posted = await answer.json()
             if posted.get("node_errors") or "prompt_id" not in posted:
                 raise WorkflowError(str(posted.get("node_errors") or posted))
-            started: list[tuple[str | None, float]] = []
+            started: list[tuple[str | None, float, float]] = []
             async for message in messages:
                 if message.type != aiohttp.WSMsgType.TEXT:
                     continue
@@ -66,10 +70,13 @@ class Server:
                 if event["type"] == "execution_error":
                     raise WorkflowError(f"{data['node_type']}: {data['exception_type']}: {data['exception_message']}")
                 if event["type"] == "executing":
-                    started.append((data["node"], time.perf_counter()))
+                    cpu = self._process.cpu_times()
+                    started.append((data["node"], time.perf_counter(), cpu.user + cpu.system))
                     if data["node"] is None:
                         break
-        seconds = {node: end - begin for (node, begin), (_, end) in zip(started, started[1:], strict=False) if node}
+        between = list(pairwise(started))
+        seconds = {one[0]: two[1] - one[1] for one, two in between if one[0]}
+        cpu_seconds = {one[0]: two[2] - one[2] for one, two in between if one[0]}
         async with self._session.get(f"{self._url}/history/{posted['prompt_id']}") as answer:
             outputs = (await answer.json())[posted["prompt_id"]]["outputs"]
         folder = self._base / "output"
@@ -77,7 +84,7 @@ class Server:
             node: [folder / file["subfolder"] / file["filename"] for kind in saved.values() for file in kind]
             for node, saved in outputs.items()
         }
-        return Done(seconds, files)
+        return Done(seconds, cpu_seconds, files)
 
 
 @contextlib.asynccontextmanager
@@ -96,7 +103,7 @@ async def serve(comfyui: Path, base: Path) -> AsyncIterator[Server]:
     try:
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(timeout=timeout) as session:
-            server = Server(f"127.0.0.1:{port}", base, session)
+            server = Server(f"127.0.0.1:{port}", base, session, psutil.Process(process.pid))
             begin = time.monotonic()
             while True:
                 try:

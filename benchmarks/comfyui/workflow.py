@@ -1,31 +1,29 @@
-"""The workflow that is posted: a text to an image, with or without one of the nodes."""
+"""The workflow that is posted: a text to an image, with or without nodes that patch the model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from .server import Workflow
-
+Workflow = dict[str, dict[str, Any]]  # ComfyUI's API format: nodes by id
 SAMPLER = "sample"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image: its size, its steps, and the node between checkpoint and sampler (None: dense)."""
+    """One image: its size, its steps, and the nodes between checkpoint and sampler, with their inputs (none: dense)."""
 
     checkpoint: str
     height: int
     width: int
     steps: int = 1
-    node: str | None = None
-    inputs: dict[str, Any] = field(default_factory=dict)
+    nodes: tuple[tuple[str, dict[str, Any]], ...] = ()
     prompt: str = "an old lighthouse on a rocky coast"
     seed: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.width}x{self.height}-{self.node or 'dense'}"
+        return "-".join([f"{self.width}x{self.height}", *(node for node, _ in self.nodes)])
 
 
 TODO, DATO = "TodoAttnToDo", "TodoAttnDaTo"
@@ -41,15 +39,15 @@ DATO_INPUTS: dict[str, Any] = {"prune_ratio": 0.4, "seed": 0, "start_percent": 0
 
 def workflow(task: Task) -> Workflow:
     """``task`` in ComfyUI's API format. Guidance is off (cfg 1), so each step calls the UNet once."""
-    model = ["load", 0]
+    model: list[Any] = ["load", 0]
     nodes: Workflow = {
         "load": _node("CheckpointLoaderSimple", ckpt_name=task.checkpoint),
         "text": _node("CLIPTextEncode", clip=["load", 1], text=task.prompt),
         "latent": _node("EmptyLatentImage", width=task.width, height=task.height, batch_size=1),
     }
-    if task.node is not None:
-        nodes["patch"] = _node(task.node, model=model, **task.inputs)
-        model = ["patch", 0]
+    for number, (kind, inputs) in enumerate(task.nodes):
+        nodes[f"patch {number}"] = _node(kind, model=model, **inputs)
+        model = [f"patch {number}", 0]
     nodes |= {
         SAMPLER: _node(
             "KSampler",
