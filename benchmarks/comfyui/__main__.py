@@ -115,8 +115,15 @@ def compare(
         node, inputs = task.nodes[0] if task.nodes else (None, {})
         latent, image = read_latent(ran.files["numbers"][0]), read_image(ran.files["image"][0])
         seconds, cpu_seconds = ran.seconds[SAMPLER], ran.cpu_seconds[SAMPLER]
-        row = {"structure": structure.name, "what": structure.text, "width": task.width, "height": task.height}
-        row |= {"steps": task.steps, "node": node, "inputs": inputs, "sampler_seconds": round(seconds, 2)}
+        row: dict[str, Any] = {"structure": structure.name, "what": structure.text}
+        row |= {
+            "width": task.width,
+            "height": task.height,
+            "steps": task.steps,
+            "node": node,
+            "inputs": inputs,
+            "sampler_seconds": round(seconds, 2),
+        }
         row["sampler_cpu_seconds"] = round(cpu_seconds, 2)
         if node is None:
             dense = (latent, image, cpu_seconds)

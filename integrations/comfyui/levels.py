@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,11 +85,11 @@ def grid_of(tokens: torch.Tensor, level: int, options: Mapping[str, Any]) -> tup
     latent = options.get("original_shape")
     if latent is None or len(latent) != 4 or latent[0] != tokens.shape[0]:  # frames or tiles as a batch: no image
         return None
-    grids = [tuple(-(-side // level) for side in latent[2:])]
+    grids = [tokens_at(level, latent_of(options))]
     activations = options.get("activations_shape")
     if activations is not None and len(activations) == 4:
-        grids.append(tuple(activations[2:]))
-    return next(((height, width) for height, width in grids if height * width == tokens.shape[1]), None)
+        grids.append((activations[2], activations[3]))
+    return next((grid for grid in grids if grid[0] * grid[1] == tokens.shape[1]), None)
 
 
 def latent_of(options: Mapping[str, Any]) -> tuple[int, int]:
@@ -101,7 +100,7 @@ def latent_of(options: Mapping[str, Any]) -> tuple[int, int]:
 
 def tokens_at(level: int, latent: tuple[int, int]) -> tuple[int, int]:
     """The grid of ``level`` in a UNet that is called on ``latent``, (height, width)."""
-    return math.ceil(latent[0] / level), math.ceil(latent[1] / level)
+    return -(-latent[0] // level), -(-latent[1] // level)
 
 
 def _blocks(unet: Any) -> Iterator[tuple[Block, Any]]:
