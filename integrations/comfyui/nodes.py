@@ -78,7 +78,7 @@ class ToDoNode:
                     {
                         "default": "auto",
                         "tooltip": "auto: the smallest factor that leaves at most max_keys keys, at every level. "
-                        "2: that factor at every level. 1: 4, 2: 2: by level, the others exact. A level is 1, 2, 4, 8 "
+                        "2 or 1.5: that factor at every level. 1: 4, 2: 2: by level, the others exact. A level is 1, 2, 4, 8 "
                         "(SD 1.x) or 2, 4 (SDXL), or finest.",
                     },
                 ),
@@ -93,7 +93,7 @@ class ToDoNode:
                 ),
                 "mode": (
                     list(MODES),
-                    {"tooltip": "How coarse tokens are taken. mean keeps more of fine texture."},
+                    {"tooltip": "How coarse tokens are taken. nearest keeps more of fine detail than mean."},
                 ),
                 **_STEPS,
             }

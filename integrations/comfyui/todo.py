@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, TypeAlias
 
 import torch
 
 from todo_attn import ops
 from todo_attn.config import ToDoConfig
+from todo_attn.config.modes import coarse_grid
 
 from .levels import Levels, grid_of, latent_of, tokens_at
 from .steps import Steps
@@ -49,7 +51,7 @@ class ToDoPatch:
             return q, coarse_key, coarse_key
         return q, coarse_key, ops.downsample_tokens(value, grid, factor, mode=self.config.mode)
 
-    def factor_at(self, level: int, grid: tuple[int, int]) -> tuple[int, int]:
+    def factor_at(self, level: int, grid: tuple[int, int]) -> tuple[float, float]:
         """The factor (fh, fw) for the self-attentions of ``level``, whose tokens are ``grid``."""
         return self.config.factor_for(grid, level, finest=level == self.levels.finest)
 
@@ -63,7 +65,7 @@ class ToDoPatch:
                 parts.append(f"level {level} dense ({height * width} keys)")
             else:
                 factor = fh if fh == fw else f"{fh} x {fw}"
-                keys = (height // fh) * (width // fw)
+                keys = math.prod(coarse_grid(grid, (fh, fw)))
                 parts.append(f"level {level} factor {factor} ({height * width} tokens, {keys} keys)")
         return "; ".join(parts)
 

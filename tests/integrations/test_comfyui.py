@@ -221,6 +221,12 @@ def test_it_says_once_what_it_does(model, todo, run, caplog):
     assert [record.getMessage() for record in caplog.records] == wanted
 
 
+def test_a_fraction_is_said_in_whole_keys(model, todo, run, caplog):
+    with caplog.at_level("INFO", logger="todo_attn"):
+        run(todo(model(), factor="1: 1.5"), (16, 15))
+    assert "level 1 factor 1.5 (240 tokens, 100 keys)" in caplog.text
+
+
 # DaTo
 
 
@@ -302,9 +308,9 @@ def test_blocks_that_only_cross_attend_do_not_count(model, todo):
         ("sd", "finest: 2, 1: 3", "factor must name a level once, got 'finest' and 1, the same in this model"),
         ("sd", "1: 2, 1: 3", "factor must name a level once, got 1 twice in '1: 2, 1: 3'"),
         ("sd", "1: 2, 3", "factor must be like '1: 4, 2: 2', level: factor, got '3' in '1: 2, 3'"),
-        ("sd", "0", "factor must be 'auto', an integer of at least 1 or {level: integer}, got 0"),
-        ("sd", "fast", "factor must be 'auto', an integer of at least 1 or {level: integer}, got 'fast'"),
-        ("sd", "1: 0", "factor of level 1 must be an integer of at least 1, got 0"),
+        ("sd", "0", "factor must be 'auto', a number of at least 1 or {level: number}, got 0"),
+        ("sd", "fast", "factor must be 'auto', a number of at least 1 or {level: number}, got 'fast'"),
+        ("sd", "1: 0", "factor of level 1 must be a number of at least 1, got 0"),
     ],
 )
 def test_a_wrong_factor(model, todo, kind, factor, message):
@@ -316,7 +322,7 @@ def test_a_wrong_factor(model, todo, kind, factor, message):
 def test_a_wrong_factor_is_refused_before_a_model_is_loaded(pack):
     validate = pack.NODE_CLASS_MAPPINGS["TodoAttnToDo"].VALIDATE_INPUTS
     assert validate("auto") is validate("1: 4, 2: 2") is validate(None) is True
-    assert validate("fast") == "factor must be 'auto', an integer of at least 1 or {level: integer}, got 'fast'"
+    assert validate("fast") == "factor must be 'auto', a number of at least 1 or {level: number}, got 'fast'"
 
 
 @pytest.mark.parametrize(
