@@ -78,8 +78,8 @@ class ToDoNode:
                     {
                         "default": "auto",
                         "tooltip": "auto: the smallest factor that leaves at most max_keys keys, at every level. "
-                        "2 or 1.5: that factor at every level. 1: 4, 2: 2: by level, the others exact. A level is 1, 2, 4, "
-                        "8 (SD 1.x) or 2, 4 (SDXL), or finest.",
+                        "2 or 1.5: that factor at every level. 1: 4, 2: 2: by level, the others exact. A level is 1, "
+                        "2, 4, 8 (SD 1.x) or 2, 4 (SDXL), or finest.",
                     },
                 ),
                 "max_keys": (
