@@ -48,7 +48,7 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("comfyui", type=Path, help="a checkout of ComfyUI")
     parser.add_argument("--work", type=Path, default=Path("comfyui-work"))
-    parser.add_argument("--structures", default="sd15", help=f"some of {','.join(STRUCTURES)}")
+    parser.add_argument("--structures", default="sdxl-small", help=f"some of {','.join(STRUCTURES)}")
     arguments = parser.parse_args()
     for structure in arguments.structures.split(","):
         asyncio.run(
