@@ -9,6 +9,7 @@ distance of that set to first order. This costs one decomposition for a case ins
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 SUBSETS = 100
 # All features are here, and the other processes do not compute: torchmetrics would wait for theirs.
-_ALONE = {"sync_on_compute": False}
+_ALONE: Any = {"sync_on_compute": False}
 
 
 class _Features(nn.Module):

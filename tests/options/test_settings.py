@@ -99,7 +99,8 @@ def test_what_is_filled_in(sd_folder):
     settings = CompareSettings(model=str(sd_folder))
     on_cuda = torch.cuda.is_available()
     assert (settings.device, settings.dtype) == (("cuda", "float16") if on_cuda else ("cpu", "float32"))
-    assert settings.prompts and settings.steps > 1
+    assert settings.prompts and settings.steps > 1 and settings.guidance is None
+    assert CompareSettings().guidance == 3 and CompareSettings(guidance=1).guidance == 1  # of the shipped pipeline
     assert (settings.height, settings.width) == (None, None)
     assert replace(settings, height=128) == CompareSettings(model=str(sd_folder), height=128)
     assert CompareSettings(model=str(sd_folder), dtype="bf16").dtype == "bfloat16"

@@ -52,6 +52,7 @@ OTHER_PROMPTS = (
     "an old lighthouse on a rocky coast, oil painting",
 )
 SHIPPED_STEPS, OTHER_STEPS = 10, 30
+SHIPPED_GUIDANCE = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class CompareSettings(MethodOptions):
         seeds: one image per prompt and seed, the starting noise drawn on the CPU.
         height, width: in pixels; None is twice the model's normal size.
         steps: of the scheduler; None is 10 for the shipped pipeline and 30 for others.
-        guidance: the guidance scale; None is the pipeline's own.
+        guidance: the guidance scale; None is 3 for the shipped pipeline and the pipeline's own for others.
         scheduler: a name in ``SCHEDULERS``; None is the pipeline's own.
         device: "auto" (CUDA if there is one, else the CPU) or a torch device.
         dtype: "auto" (float16 on CUDA, else float32), or torch's name or a short one in ``DTYPES``.
@@ -110,6 +111,8 @@ class CompareSettings(MethodOptions):
         fill("steps", (OTHER_STEPS if self.model else SHIPPED_STEPS) if self.steps is None else self.steps)
         for name in ("steps", "warmup_steps"):
             check_steps(name, getattr(self, name))
+        if self.guidance is None and not self.model:
+            fill("guidance", SHIPPED_GUIDANCE)
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise SettingError("guidance", f"must be a number of at least 0, got {self.guidance}")
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
