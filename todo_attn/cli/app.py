@@ -56,7 +56,8 @@ Steps = Annotated[
     ),
 ]
 Guidance = Annotated[
-    float | None, typer.Option(help="Guidance scale; 1 is without.", show_default="3 for the shipped pipeline, else its own")
+    float | None,
+    typer.Option(help="Guidance scale; 1 is without.", show_default="3 for the shipped pipeline, else its own"),
 ]
 SchedulerName = Annotated[
     str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.", show_default="the pipeline's own")
