@@ -42,8 +42,9 @@ class Machine:
             raise error
         self.now += self.seconds[config]
 
-    def attention(self, query, key, value, grid, factor, mode, scale, config=None, tile=None):
+    def attention(self, query, key, value, grid, coarse, mode, scale, config=None, tile=None):
         self.launched(config)
+        factor = grid[0] // coarse[0], grid[1] // coarse[1]
         out = downsampled_attention(query.float(), key.float(), value.float(), grid, factor, mode=mode, scale=scale)
         return out.to(query.dtype) + (config in self.wrong)
 

@@ -44,8 +44,9 @@ machine.cache_bytes = lambda device: 1
 harness.stamp = lambda device: gpu.clock()
 launched = launch.attention
 
-def attention(query, key, value, grid, factor, mode, scale, config=None, tile=None):
-    launched(query, key, value, grid, factor, mode, scale, config, tile)
+def attention(query, key, value, grid, coarse, mode, scale, config=None, tile=None):
+    launched(query, key, value, grid, coarse, mode, scale, config, tile)
+    factor = grid[0] // coarse[0], grid[1] // coarse[1]
     out = ops.downsampled_attention(query, key, value, grid, factor, mode=mode, scale=scale, backend="torch")
     return out + (config == wrong)
 
