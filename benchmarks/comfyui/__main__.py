@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from todo_attn import ToDoConfig
 from todo_attn.machine import describe
 
 from .checkpoint import STRUCTURES, Structure, write_checkpoint, write_config
+from .latents import difference, read_latent
 from .reference import Reference
 from .server import Done, Server, serve
 from .workflow import DATO, DATO_INPUTS, SAMPLER, TODO, TODO_INPUTS, Task, workflow
@@ -141,10 +141,6 @@ def compare(
     return rows
 
 
-def read_latent(path: Path) -> torch.Tensor:
-    return load_file(path)["latent_tensor"].float()
-
-
 def read_image(path: Path) -> torch.Tensor:
     image = Image.open(path).convert("RGB")
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
@@ -152,11 +148,6 @@ def read_image(path: Path) -> torch.Tensor:
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return -10 * math.log10(max(float((a - b).square().mean()), 1e-12))
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, over the standard deviation of ``b``."""
-    return float(((a - b).abs().max() / b.std()).item())
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

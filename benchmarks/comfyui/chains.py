@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from .checkpoint import STRUCTURES
+from .latents import difference, read_latent
 from .server import Server, WorkflowError, serve
 from .workflow import DATO, DATO_INPUTS, TODO, TODO_INPUTS, Task, workflow
 
@@ -76,14 +76,14 @@ async def _latent(server: Server, checkpoint: str, nodes: Nodes) -> torch.Tensor
         done = await server.run(workflow(Task(checkpoint, height, width, 1, nodes)))
     except WorkflowError as error:
         return str(error)
-    return load_file(done.files["numbers"][0])["latent_tensor"]
+    return read_latent(done.files["numbers"][0])
 
 
 def _report(what: str, latent: torch.Tensor | str, other: torch.Tensor | str | None) -> None:
     if isinstance(latent, str):
         print(f"{what}: {latent}", flush=True)
     elif isinstance(other, torch.Tensor):
-        print(f"{what}: runs, differs by {(latent - other).abs().max() / other.std():.3g}", flush=True)
+        print(f"{what}: runs, differs by {difference(latent, other):.3g}", flush=True)
     else:
         print(f"{what}: runs", flush=True)
 
