@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from todo_attn.options.settings import SHIPPED_GUIDANCE
+
 LANDSCAPES = Path(__file__).parents[2] / "examples" / "landscapes"
 # Of scenes that no training has seen. Prompts and true images are drawn alike, so that their distances mean something.
 PROMPT_SEED, TRUE_SEED = 20_240_221, 20_250_101
@@ -35,7 +37,7 @@ def defaults() -> Defaults:
     return Defaults(
         str(LANDSCAPES / "pipeline"),
         25,
-        3.0,
+        SHIPPED_GUIDANCE,
         tuple(scene_of_index(PROMPT_SEED, index).caption() for index in range(PROMPTS)),
         "examples.landscapes.judge:load_judge" if judged else None,
         f"{__name__}:true_scene",

@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tabulate import tabulate
-
 from benchmarks.fidelity import table
 from benchmarks.fidelity.cases import DENSE
 from benchmarks.fidelity.metrics import METRICS
@@ -61,7 +59,7 @@ def _table(rows: Sequence[table.Row], cases: Sequence[str], metrics: Sequence[st
     shown = [table.cells(row, dense, same, narrow=True) for row in picked]
     for row in shown:
         row[0] = row[0] if row[0] == DENSE else f"`{row[0]}`"
-    return tabulate(shown, table.headings(same), tablefmt="github", disable_numparse=True)
+    return table.github(shown, same)
 
 
 def _only(columns: Mapping[str, object], metrics: Sequence[str]) -> dict[str, object]:

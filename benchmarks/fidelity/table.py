@@ -150,11 +150,15 @@ def rich_tables(rows: Sequence[Row]) -> list[Table]:
     return found
 
 
+def github(body: Sequence[Sequence[str]], rows: Sequence[Row]) -> str:
+    """Cells of some of ``rows`` as a table of Markdown."""
+    return tabulate(body, headings(rows), tablefmt="github", disable_numparse=True)
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The tables and notes as Markdown."""
     parts = []
     for title, same, dense in grouped(rows):
         body = [cells(row, dense, rows, narrow=False) for row in same]
-        text = tabulate(body, headings(rows), tablefmt="github", disable_numparse=True)
-        parts.append(f"**{title}**\n\n{text}")
+        parts.append(f"**{title}**\n\n{github(body, rows)}")
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(rows))])
