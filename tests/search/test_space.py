@@ -55,7 +55,9 @@ def test_the_first_population_has_what_is_known_and_random_ones():
     assert schedule.resample(schedule.load("coco").digits, 19) in digits
     assert {schedule.resample(schedule.load(name).digits, 19) for name in schedule.named()} <= set(digits)
     for interval in (2, 3, 5):
-        assert "".join("2" if call % interval == 0 else "1" for call in range(1, 20)) in digits
+        for between in "10":
+            assert "".join("2" if call % interval == 0 else between for call in range(1, 20)) in digits
+    assert "2" * 19 in digits
     assert {config.prune_ratio for config in configs} == {0.0, 0.4}
     drawn = [each for each in digits if each not in space.known]
     assert len(drawn) >= 10
@@ -63,6 +65,13 @@ def test_the_first_population_has_what_is_known_and_random_ones():
     assert min(full) < 4 and max(full) > 10  # costs of all sizes
     again = space.first_population(np.random.default_rng(0))
     assert np.array_equal(rows, again)
+
+
+def test_the_first_population_has_todo_alone():
+    space = Space(4, [1, 2], Plan(prune_ratios=(0.4, 0.0), todo_factors=(4, 1, 2)))
+    rows = space.first_population(np.random.default_rng(0)).tolist()
+    for factors in ([0, 1], [0, 0], [2, 1], [2, 2]):  # indexes of 4 and 1, 4 and 4, 2 and 1, 2 and 2
+        assert [2, 2, 2, 1, *factors] in rows
 
 
 def test_a_schedule_to_start_with_keeps_its_ratio_and_factors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class Workers:
         from accelerate.utils import gather_object
 
         state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+        # A process that ends with its threads running may abort, and then the launcher ends all others.
+        atexit.register(state.destroy_process_group)
         shard = Shard(state.process_index, state.num_processes)
         return cls(state.device, shard, state.wait_for_everyone, gather_object)
 

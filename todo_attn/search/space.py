@@ -15,6 +15,7 @@ from ..options.methods import SettingError
 from .plan import Plan
 
 UNIFORM = (2, 3, 4, 5, 6, 8, 10)  # intervals between full calls, as DeepCache's
+EVERYTHING = "no cache"  # each call is full
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class Space:
         named = [(schedule.resample(schedule.load(name).digits, self.digits), name) for name in schedule.named()]
         for interval in UNIFORM:
             if interval < self.calls:
-                kinds = (FULL if call % interval == 0 else SHALLOW for call in range(1, self.calls))
-                named.append(("".join(kinds), f"uniform {interval}"))
+                for between, name in ((SHALLOW, f"uniform {interval}"), (REUSE, f"uniform {interval}, reuse")):
+                    kinds = (FULL if call % interval == 0 else between for call in range(1, self.calls))
+                    named.append(("".join(kinds), name))
+        named.append((FULL * self.digits, EVERYTHING))
         for number, given in enumerate(self.plan.start):
             if given.calls != self.calls:
                 found = f"{given.name or f'number {number + 1}'} for {given.calls}{given.made_for}"
@@ -72,7 +75,8 @@ class Space:
         """(candidates, variables): those that are known, and random ones, a quarter of a population at least.
 
         The known ones have random prune ratios and factors, but those to start with have their own, as near as there
-        are. A random schedule has random shares of the kinds, so that costs of all sizes occur.
+        are. Without a cache there is also ToDo alone: the least pruning, and each factor at the finest level and at all
+        of them. A random schedule has random shares of the kinds, so that costs of all sizes occur.
         """
         own = {given.digits: given for given in self.plan.start}
         rows = []
@@ -82,11 +86,23 @@ class Space:
             if digits in own:
                 self._adopt(row, DaToConfig.from_schedule(own[digits]))
             rows.append(row)
+        rows.extend(self._todo_alone())
         for _ in range(max(self.plan.population - len(rows), self.plan.population // 4)):
             row = random.integers(0, self.largest + 1)
             row[: self.digits] = random.choice(len(schedule.KINDS), self.digits, p=random.dirichlet([1.0] * 3))
             rows.append(row)
         return np.unique(self.canonical(np.array(rows)), axis=0)
+
+    def _todo_alone(self) -> Iterator[np.ndarray]:
+        row = np.zeros_like(self.largest)
+        row[: self.digits] = int(FULL)
+        row[self._ratios] = np.argmin(self.plan.prune_ratios)
+        finest, levels = slice(self._factors.start, self._factors.start + 1), self._factors
+        for factor in range(len(self.plan.todo_factors) if row[levels].size else 0):
+            for coarse in (finest, levels):
+                row[levels] = np.argmin(self.plan.todo_factors)
+                row[coarse] = factor
+                yield row.copy()
 
     def _adopt(self, row: np.ndarray, config: DaToConfig) -> None:
         """Set the ratios and factors of ``row`` to the choices nearest to those of ``config``."""
