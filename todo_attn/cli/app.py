@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,7 @@ from .. import __version__
 from ..config.checks import ArgumentError
 from ..config.dtypes import DTYPES
 from ..options.methods import SettingError
+from ..options.prompts import read_prompts
 from ..options.settings import OTHER_STEPS, SCHEDULERS, SHIPPED_STEPS, CompareSettings
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ ModelSource = Annotated[
 ]
 Prompts = Annotated[list[str] | None, typer.Option(help="What to draw; give it again for more.", show_default="two")]
 Seeds = Annotated[list[int] | None, typer.Option(help="An image per prompt and seed.", show_default="0")]
+Side = Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")]
 Steps = Annotated[
     int | None,
     typer.Option(
@@ -101,6 +103,13 @@ def as_typed(argument: str) -> str:
     except UnicodeEncodeError:
         return os.fsencode(argument).decode(errors="replace")
     return argument
+
+
+def given_prompts(file: Path | None, prompts: Sequence[str] | None) -> tuple[str, ...]:
+    """Those of ``--prompts FILE`` or of each ``--prompt``; none if neither is given."""
+    if file is not None and prompts:
+        raise UserError("--prompts and --prompt cannot both be given")
+    return read_prompts(file) if file else tuple(map(as_typed, prompts or ()))
 
 
 def _say_version(asked: bool) -> None:

@@ -16,12 +16,13 @@ from ..config.schedule import FEWEST_CALLS
 from ..example import example_pipeline
 from ..options.methods import NO_SCHEDULE, SettingError
 from ..options.settings import CompareSettings
-from . import compare, search, tune  # noqa: F401  (register their own commands, which are listed first)
+from . import compare, recommend, search, tune  # noqa: F401  (register their own commands, which are listed first)
 from .app import (
     DeviceName,
     DtypeName,
     MaxKeys,
     PruneRatio,
+    Side,
     UserError,
     app,
     chosen_architecture,
@@ -48,7 +49,6 @@ _Architecture = Annotated[
         show_default="the shipped pipeline",
     ),
 ]
-_Side = Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")]
 
 _DOCTOR_HELP = """Say what is installed, run each op against its oracle, and exit with 1 if something is broken.
 
@@ -70,8 +70,8 @@ predicted from the operations that they save, and timed with `--measure`; or tha
 def doctor_command(
     context: typer.Context,
     model: _Architecture = None,
-    height: _Side = None,
-    width: _Side = None,
+    height: Side = None,
+    width: Side = None,
     max_kv_tokens: MaxKeys = 4096,
     schedule: Annotated[
         str | None,
@@ -196,8 +196,8 @@ def _bench(
 @app.command("schedules")
 def schedules_command(
     model: _Architecture = None,
-    height: _Side = None,
-    width: _Side = None,
+    height: Side = None,
+    width: Side = None,
     steps: Annotated[int, typer.Option(help="Of the scheduler; schedules are resampled to them.")] = 50,
     name: Annotated[
         str | None,

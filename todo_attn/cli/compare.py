@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -137,23 +137,30 @@ def compare_command(
 
 def _compare(settings: CompareSettings, folder: Path, page: bool, as_json: bool) -> None:
     """Load, compare, show and write."""
-    notes = Console(stderr=True)
     # A download has a progress bar of its own.
-    with notes.status("loading the pipeline") if Path(settings.source).exists() else nullcontext():
+    with Console(stderr=True).status("loading the pipeline") if Path(settings.source).exists() else nullcontext():
         hush_loading()
-        from ..compare.output import Output
-        from ..compare.report import build_report
-        from ..compare.run import compare
         from ..models.pipelines import load_pipeline
 
         pipe = load_pipeline(settings)
+    compare_and_show(pipe, settings, folder, page, Console(stderr=as_json), as_json)
+
+
+def compare_and_show(
+    pipe: Any, settings: CompareSettings, folder: Path, page: bool, console: Console, as_json: bool = False
+) -> dict[str, Any]:
+    """Compare, show on ``console``, as JSON too if asked, and write; returns the report."""
+    from ..compare.output import Output
+    from ..compare.report import build_report
+    from ..compare.run import compare
+
+    notes = Console(stderr=True)
     output = Output(folder, page)
     try:
         with _bar(notes) as watch:
             comparison = compare(pipe, settings, watch, output.add)
         with notes.status("measuring how similar the images are"):
             report = build_report(comparison)
-        console = notes if as_json else Console()
         console.print(compare_table(report))  # first, in case writing fails
         for note in report["notes"]:
             console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
@@ -172,6 +179,7 @@ def _compare(settings: CompareSettings, folder: Path, page: bool, as_json: bool)
         console.print(f"{what:<13}  {folder / name}", highlight=False, soft_wrap=True, markup=False)
     if failed := [m.label for m in comparison.methods if m.unavailable == OUT_OF_MEMORY]:
         raise UserError(f"out of memory by {', '.join(failed)}: {MAY_FIT}", 1)
+    return report
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich import box
@@ -22,7 +22,6 @@ from ..config import schedule as schedules
 from ..config.checks import ArgumentError
 from ..config.schedule import KINDS
 from ..options.methods import SettingError
-from ..options.prompts import read_prompts
 from ..options.settings import CompareSettings
 from .app import (
     ConfigSource,
@@ -33,11 +32,12 @@ from .app import (
     Prompts,
     SchedulerName,
     Seeds,
+    Side,
     Steps,
     UserError,
     Variant,
     app,
-    as_typed,
+    given_prompts,
     hush_loading,
     naming_options,
 )
@@ -47,6 +47,11 @@ if TYPE_CHECKING:
 
 _Number = TypeVar("_Number", int, float)
 _SHOWN = 8  # points of the front under the progress bar
+
+PromptsFile = Annotated[Path | None, typer.Option(help="A UTF-8 file with a prompt a line.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Of a process on a CPU.", show_default="1 if several run, else torch's own")
+]
 
 _SEARCH_HELP = """Search schedules of DaTo for a model: quality against cost, by NSGA-II.
 
@@ -66,20 +71,17 @@ page with the plot. The same command goes on if it was interrupted, and ends at 
 @app.command("search", help=_SEARCH_HELP)
 def search_command(
     model: ModelSource = None,
-    prompts: Annotated[Path | None, typer.Option(help="A UTF-8 file with a prompt a line.")] = None,
+    prompts: PromptsFile = None,
     prompt: Prompts = None,
     seed: Seeds = None,
-    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's normal")] = None,
+    height: Side = None,
+    width: Side = None,
     steps: Steps = None,
     guidance: Guidance = None,
     scheduler: SchedulerName = None,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of a process on a CPU.", show_default="1 if several run, else torch's own"),
-    ] = None,
+    threads: Threads = None,
     metric: Annotated[
         str,
         typer.Option(
@@ -100,6 +102,9 @@ def search_command(
     ] = "1",
     population: Annotated[int, typer.Option(help="Candidates of a generation.")] = 24,
     generations: Annotated[int, typer.Option(help="Of the search.")] = 20,
+    minutes: Annotated[
+        float | None, typer.Option(help="End after so many; the same command goes on.", show_default="no end")
+    ] = None,
     search_seed: Annotated[int, typer.Option(help="Of the search itself.")] = 0,
     start: Annotated[
         list[Path] | None, typer.Option(help="A schedule file to begin with, for as many calls; repeatable.")
@@ -109,13 +114,11 @@ def search_command(
     folder: Annotated[Path, typer.Option(help="For everything; new, empty, or of the same search.")] = Path("search"),
     as_json: Annotated[bool, typer.Option("--json", help="Print front.json on stdout, the rest on stderr.")] = False,
 ) -> None:
-    if prompts is not None and prompt:
-        raise UserError("--prompts and --prompt cannot both be given")
     sys.path.insert(0, os.getcwd())  # for MODULE:FUNCTION, as with python -m
     with naming_options(ArgumentError, model="MODEL", seeds="--seed"):
         settings = CompareSettings(
             model=model,
-            prompts=read_prompts(prompts) if prompts else tuple(map(as_typed, prompt or ())),
+            prompts=given_prompts(prompts, prompt),
             seeds=tuple(seed or (0,)),
             height=height,
             width=width,
@@ -128,7 +131,7 @@ def search_command(
             config=config,
         )
         hush_loading()  # before anything imports transformers
-        with _needing_pymoo():
+        with needing_pymoo():
             from ..search import Plan
 
             plan = Plan(
@@ -140,6 +143,7 @@ def search_command(
                 todo_factors=_numbers("todo_factors", todo_factors, int),
                 population=population,
                 generations=generations,
+                minutes=minutes,
                 search_seed=search_seed,
                 start=tuple(map(_schedule, start or ())),
             )
@@ -162,7 +166,7 @@ def _schedule(path: Path) -> schedules.Schedule:
 
 
 @contextmanager
-def _needing_pymoo() -> Iterator[None]:
+def needing_pymoo() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
@@ -173,12 +177,31 @@ def _needing_pymoo() -> Iterator[None]:
 
 def _search(settings: CompareSettings, plan: searching.Plan, folder: Path, threads: int | None, as_json: bool) -> None:
     """Load, search and show."""
+    from ..search.output import FRONT, PAGE, SCHEDULES
+
+    _, found, is_main = load_and_search(settings, plan, folder, threads)
+    if not is_main:
+        return
+    console = Console(stderr=as_json)
+    console.print(_table(found, found.front))
+    if as_json:
+        print((folder / FRONT).read_text(encoding="utf-8"), end="", flush=True)
+    if found.failures:
+        why = next(iter(found.failures.values()))
+        console.print(f"note: {len(found.failures)} candidates have no figures: {why}", soft_wrap=True, markup=False)
+    for what, name in {"schedules": SCHEDULES, "the plot": PAGE, "the numbers": FRONT}.items():
+        console.print(f"{what:<13}  {folder / name}", highlight=False, soft_wrap=True, markup=False)
+
+
+def load_and_search(
+    settings: CompareSettings, plan: searching.Plan, folder: Path, threads: int | None
+) -> tuple[Any, searching.Found, bool]:
+    """The pipeline, what a search found on it, and whether this process is to print it."""
     from dataclasses import replace
 
     from ..compare.workers import Workers, set_threads
     from ..models.pipelines import load_pipeline
     from ..search import search
-    from ..search.output import FRONT, PAGE, SCHEDULES
 
     workers = Workers.joined(settings.device)
     set_threads(threads, workers)
@@ -196,7 +219,7 @@ def _search(settings: CompareSettings, plan: searching.Plan, folder: Path, threa
                 done = 0 if progress.found is None else progress.found.generations
                 show(progress)
 
-            found = search(pipe, settings, plan, folder, workers, watch)
+            return pipe, search(pipe, settings, plan, folder, workers, watch), workers.is_main
     except KeyboardInterrupt:
         kept = f"{done} of {plan.generations} generations are in {folder}, and the same command goes on"
         raise UserError(f"interrupted: {kept}", 130) from None
@@ -205,17 +228,6 @@ def _search(settings: CompareSettings, plan: searching.Plan, folder: Path, threa
             raise
         problem = f"{error.filename} cannot be written: {error.strerror}: what is there stays, and the same command"
         raise UserError(f"{problem} goes on", 1) from error
-    if not workers.is_main:
-        return
-    console = notes if as_json else Console()
-    console.print(_table(found, found.front))
-    if as_json:
-        print((folder / FRONT).read_text(encoding="utf-8"), end="", flush=True)
-    if found.failures:
-        why = next(iter(found.failures.values()))
-        console.print(f"note: {len(found.failures)} candidates have no figures: {why}", soft_wrap=True, markup=False)
-    for what, name in {"schedules": SCHEDULES, "the plot": PAGE, "the numbers": FRONT}.items():
-        console.print(f"{what:<13}  {folder / name}", highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..compare.curve import Curve, Estimate, pareto_front
 from ..compare.curve import Point as PointOfCurve
+from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..options.settings import CompareSettings
 from .fidelity import Metric
@@ -68,6 +69,24 @@ class Found:
         points = [PointOfCurve(p.key, "", Estimate(p.cost), Estimate(p.fidelity)) for p in cheaper.values()]
         best = pareto_front(Curve("", "", "", points, self.metric.higher_is_better))
         return [cheaper[point.method] for point in best]
+
+    def choose(self, *, speedup: float | None = None, fidelity: float | None = None) -> Point | None:
+        """The best of the front for a wish; None if no point has it.
+
+        Args:
+            speedup: at least so much: of these the one nearest to dense.
+            fidelity: at least so much of the metric, or at most if lower is better: of these the cheapest.
+
+        Raises:
+            ArgumentError: not one of the two is given.
+        """
+        if speedup is not None and fidelity is None:
+            fast = [point for point in self.front if self.speedup(point) >= speedup]
+            return fast[-1] if fast else None
+        if fidelity is None or speedup is not None:
+            raise ArgumentError("speedup", f"or fidelity must be given, and only one, got {speedup} and {fidelity}")
+        sign = 1 if self.metric.higher_is_better else -1
+        return next((point for point in self.front if sign * point.fidelity >= sign * fidelity), None)
 
     def speedup(self, point: Point) -> float:
         """Dense's cost over the point's."""

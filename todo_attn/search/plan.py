@@ -32,6 +32,8 @@ class Plan:
             search chooses for each level.
         population: candidates of a generation, at least 4. The first one also has those that are known from elsewhere.
         generations: at least 1.
+        minutes: after so many the search ends with what it has, above 0; None lets it do all generations. The same
+            search goes on from there.
         search_seed: of the search; the images have their own.
         start: schedules to begin with, each for the calls of this search.
 
@@ -47,6 +49,7 @@ class Plan:
     todo_factors: tuple[int, ...] = (1,)
     population: int = 24
     generations: int = 20
+    minutes: float | None = None
     search_seed: int = 0
     start: tuple[Schedule, ...] = ()
 
@@ -66,11 +69,13 @@ class Plan:
             value = getattr(self, name)
             if not is_int(value) or value < least:
                 raise SettingError(name, f"must be an integer of at least {least}, got {value!r}")
+        if self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0):
+            raise SettingError("minutes", f"must be a number above 0, got {self.minutes!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: what decides the candidates and their figures, so all but the number of generations."""
+        """Plain data: what decides the candidates and their figures, so not for how long."""
         data = asdict(self)
-        del data["generations"]
+        del data["generations"], data["minutes"]
         return data | {
             "prune_ratios": list(self.prune_ratios),
             "todo_factors": list(self.todo_factors),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from ..compare.bind import bind_dato, calls_of, check_fits
@@ -24,8 +25,8 @@ from ..models.pipelines import check_pipeline, sized
 from ..options.methods import SettingError
 from ..options.settings import CompareSettings
 from ..peak_memory import is_out_of_memory
-from ..predict.count import RunCounter
 from .checkpoint import Checkpoint, Result
+from .cost import Cost, cost_for
 from .fidelity import Fidelity, MetricError
 from .found import Found, Point
 from .images import Images
@@ -70,7 +71,7 @@ def search(
         pipe: a text-to-image pipeline with a UNet, as ``todo_attn.models.pipelines.load_pipeline`` gives. It is left
             as it was found.
         settings: prompts, seeds, size (None: the model's normal one), steps and guidance. Its methods do not matter.
-        plan: what to search and to measure.
+        plan: what to search and to measure, and for how long.
         folder: new, empty, or of the same search.
         workers: this process among all; None asks accelerate.
         watch: called after each image.
@@ -83,6 +84,10 @@ def search(
     run = _Search(pipe, sized(settings, pipe, times=1), plan or Plan(), Path(folder), workers, watch)
     with quiet(pipe), told_once():
         return run.run()
+
+
+class _TimeIsUpError(Exception):
+    """The plan's minutes are over."""
 
 
 class _Search:
@@ -118,14 +123,14 @@ class _Search:
             self.checkpoint.read()
         # What one process reads, all know: another node may still see an older file.
         self.checkpoint.add(self.workers.gather(self.checkpoint.all()))
+        self.cost: Cost
         self.images = Images(pipe, settings, folder / DENSE, self.fidelity.metric.needs_pixels)
-        self.dense_cost = 0.0
-        self.costs: dict[str, float] = {}
         self.found: Found | None = None  # so far
         self.generation = 0
         self.born: dict[str, int] = {}  # the generation that first had each candidate
         self.candidates: dict[str, Candidate] = {}
         self.warm = False
+        self.started = time.monotonic()
 
     def _check_fits(self) -> None:
         todo = ToDoConfig({level: max(self.plan.todo_factors) for level in self.space.levels})
@@ -159,7 +164,7 @@ class _Search:
     def run(self) -> Found:
         try:
             self._make_dense()
-            self.dense_cost, self._cost_of = self._costs()
+            self.cost = cost_for(self.pipe, self.settings, self.plan.cost, self.images, self.checkpoint)
             evolution = self.evolution(self.space)
             for generation in range(1, self.plan.generations + 1):
                 self.generation = generation
@@ -175,6 +180,8 @@ class _Search:
                 self.found = self._found(self.generation)
                 self._tell(1, 1)
             self.workers.wait()
+        except _TimeIsUpError:
+            self.found = self._found(self.generation - 1)
         except BaseException:  # an interrupt too: keep what there is
             if self.workers.is_main and self.candidates:
                 with contextlib.suppress(OSError):
@@ -202,21 +209,6 @@ class _Search:
             )
             raise SettingError("model", problem)
 
-    def _costs(self) -> tuple[float, Callable[[Candidate], float]]:
-        """Dense's cost, and the function that says a candidate's."""
-        if self.plan.cost == "seconds":
-            dense = median(self.images.dense(index).seconds for index in range(len(self.images)))
-            return dense, lambda candidate: median(s for _, s in self.checkpoint.figures(candidate.key) or ())
-        settings, batch = self.settings, self.images.dense_calls(0).batch
-        assert settings.height is not None and settings.width is not None
-        try:
-            counter = RunCounter(
-                self.pipe.unet.config, settings.height, settings.width, batch, self.pipe.vae_scale_factor
-            )
-        except ValueError as error:
-            raise SettingError("cost", f"must be seconds for this model, which cannot be counted: {error}") from error
-        return counter.dense(self.calls), lambda candidate: counter.operations(candidate.config, self.calls)
-
     def _evaluate(self, candidates: Sequence[Candidate]) -> None:
         """Make and measure what the checkpoint lacks of ``candidates``, and save it after every round.
 
@@ -228,6 +220,7 @@ class _Search:
         missing = self.checkpoint.missing(keys)
         a_round = world * len(self.images)
         for start in range(0, len(missing), a_round):
+            self._check_time()
             mine: list[tuple[str, int, Result]] = []
             try:
                 for key, index in missing[start : start + a_round][rank::world]:
@@ -254,6 +247,14 @@ class _Search:
                 raise error.__cause__ from None
             return str(error)
 
+    def _check_time(self) -> None:
+        """All processes find the same, by the clock of any. A search without a candidate would be of no use."""
+        if self.plan.minutes is None or not any(map(self.checkpoint.figures, self.candidates)):
+            return
+        late = time.monotonic() - self.started >= 60 * self.plan.minutes
+        if any(self.workers.gather([late])):
+            raise _TimeIsUpError
+
     def _warm_up(self) -> None:
         """A first image takes longer than others, which matters only if they are timed."""
         if not self.warm and self.plan.cost == "seconds":
@@ -270,12 +271,7 @@ class _Search:
         if figures is None:
             return None
         fidelity = fmean(value for value, _ in figures)
-        return -fidelity if self.fidelity.metric.higher_is_better else fidelity, self._cost(candidate)
-
-    def _cost(self, candidate: Candidate) -> float:
-        if candidate.key not in self.costs:
-            self.costs[candidate.key] = self._cost_of(candidate)
-        return self.costs[candidate.key]
+        return -fidelity if self.fidelity.metric.higher_is_better else fidelity, self.cost.of(candidate)
 
     def _found(self, generations: int) -> Found:
         points = []
@@ -283,14 +279,14 @@ class _Search:
             if (figures := self.checkpoint.figures(key)) is not None:
                 origin = self.space.known.get(candidate.config.cache_schedule or "", "")
                 fidelity = fmean(value for value, _ in figures)
-                points.append(Point(key, candidate.config, fidelity, self._cost(candidate), self.born[key], origin))
+                points.append(Point(key, candidate.config, fidelity, self.cost.of(candidate), self.born[key], origin))
         failures = {key: reason for key in self.candidates if (reason := self.checkpoint.failure(key)) is not None}
         return Found(
             self.settings,
             self.plan,
             self.calls,
             self.fidelity.metric,
-            self.dense_cost,
+            self.cost.dense,
             generations,
             points,
             failures,

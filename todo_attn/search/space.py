@@ -74,24 +74,26 @@ class Space:
     def first_population(self, random: np.random.Generator) -> np.ndarray:
         """(candidates, variables): those that are known, and random ones, a quarter of a population at least.
 
-        The known ones have random prune ratios and factors, but those to start with have their own, as near as there
-        are. Without a cache there is also ToDo alone: the least pruning, and each factor at the finest level and at all
-        of them. A random schedule has random shares of the kinds, so that costs of all sizes occur.
+        First ToDo alone, without a cache and with the least pruning: each factor at the finest level, and at all of
+        them. Then the schedules to start with; their own prune ratio and factors are taken, as near as there are. Then
+        the other known ones, with random ratios and factors. Last random ones, with random shares of the kinds, so that
+        costs of all sizes occur.
         """
         own = {given.digits: given for given in self.plan.start}
-        rows = []
-        for digits in reversed(self.known):
+        rows = list(self._todo_alone())
+        for digits in self.known:
             row = random.integers(0, self.largest + 1)
             row[: self.digits] = [int(digit) for digit in digits]
             if digits in own:
                 self._adopt(row, DaToConfig.from_schedule(own[digits]))
             rows.append(row)
-        rows.extend(self._todo_alone())
         for _ in range(max(self.plan.population - len(rows), self.plan.population // 4)):
             row = random.integers(0, self.largest + 1)
             row[: self.digits] = random.choice(len(schedule.KINDS), self.digits, p=random.dirichlet([1.0] * 3))
             rows.append(row)
-        return np.unique(self.canonical(np.array(rows)), axis=0)
+        population = self.canonical(np.array(rows))
+        _, first = np.unique(population, axis=0, return_index=True)
+        return population[np.sort(first)]
 
     def _todo_alone(self) -> Iterator[np.ndarray]:
         row = np.zeros_like(self.largest)
