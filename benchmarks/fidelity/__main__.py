@@ -10,6 +10,7 @@ Images are kept in a folder: the same command goes on after an interruption, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,8 +90,8 @@ def sizes_of(pipe: Any, settings: CompareSettings, given: list[Size]) -> list[Si
     return [(twice.height // 2, twice.width // 2), (twice.height, twice.width)]
 
 
-def all_cases(pipe: Any, steps: int) -> list[Case]:
-    return cases_for(sorted({level for level, _ in transformers_by_level(pipe.unet)}), steps)
+def all_cases(pipe: Any, steps: int, schedules: Sequence[str] = ()) -> list[Case]:
+    return cases_for(sorted({level for level, _ in transformers_by_level(pipe.unet)}), steps, schedules)
 
 
 @app.callback(invoke_without_command=True)
@@ -103,6 +104,9 @@ def main(
     first_seed: FirstSeed = 0,
     size: Sizes = None,
     cases: Cases = None,
+    schedule: Annotated[
+        list[str] | None, typer.Option(help="A case of DaTo more: a file that `todo-attn search` found; repeatable.")
+    ] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="Print the names of the cases.")] = False,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -140,7 +144,7 @@ def main(
         set_threads(threads, workers)
         pipe = loaded(settings, workers)
         assert settings.steps is not None
-        known = all_cases(pipe, settings.steps)
+        known = all_cases(pipe, settings.steps, schedule or ())
         if list_cases:
             if workers.is_main:
                 typer.echo("\n".join(f"{case.name:32} {case.family}" for case in known))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, get_args
 
 from todo_attn.compare.bind import (
@@ -107,24 +110,51 @@ def bind_checked(case: Case, pipe: Any, steps: int) -> BoundMethod:
     return bound
 
 
-def cases_for(levels: Sequence[int], steps: int) -> list[Case]:
-    """All cases for a UNet with self-attention at ``levels``, and an image of ``steps`` steps; dense first."""
-    found = [Case(DENSE, DENSE), *_baselines(steps), *_todo(levels), *_others(), *_dato()]
-    assert len({case.name for case in found}) == len(found)
+def cases_for(levels: Sequence[int], steps: int, schedules: Sequence[str | Path] = ()) -> list[Case]:
+    """All cases for a UNet with self-attention at ``levels``, and an image of ``steps`` steps; dense first.
+
+    Args:
+        schedules: files, each a case of DaTo more, with the prune ratio and ToDo that it says.
+
+    Raises:
+        ArgumentError: one is no schedule, or is given twice.
+    """
+    found = [Case(DENSE, DENSE), *_baselines(steps), *_todo(levels, steps), *_others(), *_dato()]
+    known = {case.name for case in found}
+    assert len(known) == len(found)
+    for case in map(_of_file, schedules):
+        if case.name in known:
+            raise ArgumentError("schedules", f"must be given once each, got {case.name!r} twice")
+        known.add(case.name)
+        found.append(case)
     return found
+
+
+def _of_file(source: str | Path) -> Case:
+    try:
+        dato = DaToConfig.from_file(source)
+    except ValueError as error:
+        raise ArgumentError("schedules", f"must be files of schedules: {error}") from error
+    # Files of two searches have the same names, and images are kept by name.
+    content = hashlib.sha256(json.dumps(dato.to_dict(), sort_keys=True).encode()).hexdigest()[:6]
+    return Case(f"dato:{Path(source).stem}-{content}", "found", dato=dato, schedule=Path(source).stem)
+
+
+def _fewer(steps: int) -> Iterator[tuple[int, float]]:
+    """Numbers of steps below ``steps``, and their shares."""
+    shares = {max(1, round(share * steps)): share for share in STEP_SHARES}
+    return ((fewer, share) for fewer, share in shares.items() if fewer < steps)
 
 
 def _baselines(steps: int) -> Iterator[Case]:
     """What a user has for nothing."""
-    shares = {max(1, round(share * steps)): share for share in STEP_SHARES}
-    for fewer, share in shares.items():
-        if fewer < steps:
-            yield Case(f"{DENSE}:steps={fewer}", "fewer steps", step_share=share)
+    for fewer, share in _fewer(steps):
+        yield Case(f"{DENSE}:steps={fewer}", "fewer steps", step_share=share)
     for times in SMALLER:
         yield Case(f"{DENSE}:enlarged={times:g}", "smaller and enlarged", smaller=times)
 
 
-def _todo(levels: Sequence[int]) -> Iterator[Case]:
+def _todo(levels: Sequence[int], steps: int) -> Iterator[Case]:
     for cap in CAPS:
         yield Case(f"todo:kv={cap}", "todo caps", ToDoConfig(max_kv_tokens=cap))
     for factor in FACTORS:
@@ -136,6 +166,8 @@ def _todo(levels: Sequence[int]) -> Iterator[Case]:
         if mode != ToDoConfig.mode:
             yield Case(f"todo:factor=2:{mode}", "todo modes", ToDoConfig(2, mode=mode))
             yield Case(f"todo:factor=4:{mode}", "todo modes", ToDoConfig(4, mode=mode))
+    for fewer, share in _fewer(steps):
+        yield Case(f"todo:factor=2:steps={fewer}", "todo, fewer steps", ToDoConfig(2), step_share=share)
     for low, high in RANGES:
         yield Case(f"todo:factor=2:t={low}-{high}", "todo ranges", ToDoConfig(2, timestep_range=(low, high)))
 
@@ -149,9 +181,9 @@ def _others() -> Iterator[Case]:
 
 def _dato() -> Iterator[Case]:
     def case(suffix: str, family: str, schedule: str | None = SCHEDULE, **config: Any) -> Case:
-        digits = None if schedule is None else load_schedule(schedule).digits
+        base = DaToConfig() if schedule is None else DaToConfig.from_schedule(load_schedule(schedule))
         method = "dato" if config.get("todo") is None else "todo+dato"
-        dato = DaToConfig(cache_schedule=digits, **config)
+        dato = replace(base, **config)
         return Case(f"{method}:{schedule or 'none'}{suffix}", family, dato=dato, schedule=schedule)
 
     for name in named_schedules():

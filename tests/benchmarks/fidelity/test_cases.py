@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks.fidelity.cases import Case, bind_checked, cases_for, chosen
-from todo_attn import apply_todo
+from todo_attn import DaToConfig, ToDoConfig, apply_todo
 from todo_attn.config.checks import ArgumentError
-from todo_attn.config.schedule import named
+from todo_attn.config.schedule import Schedule, named, save
 
 
 def census(unet):
@@ -41,9 +41,25 @@ def test_cases_follow_the_model_and_the_steps():
     assert names[0] == "dense"
     assert len(names) == len(set(names))
     assert {"todo:level2=2", "todo:level4=2", "dense:steps=5", "tome:0.75", "deepcache:10"} <= set(names)
+    (both,) = [case for case in cases_for([2, 4], 10) if case.name == "todo:factor=2:steps=5"]
+    assert both.steps_of(10) == 5 and both.todo == ToDoConfig(2)
     assert not {"todo:level1=2", "dense:steps=10"} & set(names)
     assert {f"dato:{name}" for name in named()} <= set(names)
     assert [case.name for case in cases_for([1], 1) if case.name.startswith("dense:steps")] == []
+
+
+def test_a_schedule_that_was_found_is_a_case(tmp_path):
+    file = tmp_path / "front-03.json"
+    save(Schedule("2101", prune_ratio=0.2, todo=ToDoConfig({1: 2})), file)
+    case = cases_for([1], 5, [file])[-1]
+    assert case.name.startswith("dato:front-03-") and (case.family, case.schedule) == ("found", "front-03")
+    assert case.dato == DaToConfig(0.2, cache_schedule="2101", todo=ToDoConfig({1: 2}))
+    save(Schedule("2101", prune_ratio=0.4), file)
+    assert cases_for([1], 5, [file])[-1].name != case.name  # another one, whose images are others
+    with pytest.raises(ArgumentError, match=r"^schedules must be given once each, got 'dato:front-03-.*' twice"):
+        cases_for([1], 5, [file, file])
+    with pytest.raises(ArgumentError, match=r"^schedules must be files of schedules: .*absent.json"):
+        cases_for([1], 5, [tmp_path / "absent.json"])
 
 
 def test_globs_pick_cases_and_dense():
