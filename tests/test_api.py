@@ -72,7 +72,7 @@ todo=None, provenance=<factory>)
     resample(digits, length)
 todo_attn.search
     Plan(*, metric='psnr', features=None, cost='operations', prune_ratios=(0.4,), prune_per_call=False, \
-todo_factors=(1,), population=24, generations=20, search_seed=0, start=())
+todo_factors=(1,), population=24, generations=20, minutes=None, search_seed=0, start=())
     Found
     Found.front
     Found.speedup(point)
