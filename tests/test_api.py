@@ -104,8 +104,11 @@ compare
 search
     MODEL --prompts= --prompt=... --seed=... --height= --width= --steps= --guidance= --scheduler= --device=auto
     --dtype=auto --threads= --metric=psnr --features= --cost=operations --prune-ratios=0.4 --prune-per-call
-    --todo-factors=1 --population=24 --generations=20 --search-seed=0 --start=... --variant= --config= --folder=search
-    --json
+    --todo-factors=1 --population=24 --generations=20 --minutes= --search-seed=0 --start-from=... --variant= --config=
+    --folder=search --json
+recommend
+    MODEL --speedup= --psnr= --prompts= --prompt=... --seed=... --height= --width= --steps= --guidance= --scheduler=
+    --device=auto --dtype=auto --threads= --cost=seconds --minutes=6 --variant= --config= --folder=recommend --json
 schedules
     --model= --height= --width= --steps=50 --name= --all --json
 bench

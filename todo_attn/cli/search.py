@@ -107,7 +107,9 @@ def search_command(
     ] = None,
     search_seed: Annotated[int, typer.Option(help="Of the search itself.")] = 0,
     start: Annotated[
-        list[Path] | None, typer.Option(help="A schedule file to begin with, for as many calls; repeatable.")
+        list[Path] | None,
+        # Not --start, which torchrun takes for its own --start-method.
+        typer.Option("--start-from", help="A schedule file to begin with, for as many calls; repeatable."),
     ] = None,
     variant: Variant = None,
     config: ConfigSource = None,
@@ -115,7 +117,7 @@ def search_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print front.json on stdout, the rest on stderr.")] = False,
 ) -> None:
     sys.path.insert(0, os.getcwd())  # for MODULE:FUNCTION, as with python -m
-    with naming_options(ArgumentError, model="MODEL", seeds="--seed"):
+    with naming_options(ArgumentError, model="MODEL", seeds="--seed", start="--start-from"):
         settings = CompareSettings(
             model=model,
             prompts=given_prompts(prompts, prompt),
