@@ -66,8 +66,14 @@ def refused(done, *words):
         (("--todo-factors", "1.5"), ["--todo-factors must be integers separated by commas"]),
         (("--population", 2), ["--population must be an integer of at least 4, got 2"]),
         (("--steps", 1), ["--steps must give at least 2 calls"]),
-        (("--start-from", "absent.json"), ["--start-from must be a file with a schedule", "absent.json cannot be read"]),
-        (("--start-from", "long.json"), ["--start-from must be schedules for the 4 calls of this search", "for 7 calls"]),
+        (
+            ("--start-from", "absent.json"),
+            ["--start-from must be a file with a schedule", "absent.json cannot be read"],
+        ),
+        (
+            ("--start-from", "long.json"),
+            ["--start-from must be schedules for the 4 calls of this search", "for 7 calls"],
+        ),
         (("--prompts", "latin.txt"), ["--prompts must be a UTF-8 file", "latin.txt"]),
         (("--prompts", "absent.txt"), ["--prompts must be a file that can be read"]),
         (("--prompt", "a hill"), ["--prompts and --prompt cannot both be given"]),
