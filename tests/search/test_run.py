@@ -15,6 +15,7 @@ from todo_attn.compare.run import take_shot
 from todo_attn.config import schedule
 from todo_attn.config.checks import ArgumentError
 from todo_attn.config.dato import DaToConfig
+from todo_attn.config.todo import ToDoConfig
 from todo_attn.predict.count import count_work
 from todo_attn.search import fidelity, images, run
 from todo_attn.search.fidelity import MOST_DB
@@ -288,3 +289,12 @@ def test_images_that_the_safety_checker_blacks_out_are_not_compared(sd, searched
     black[:] = [True]
     with pytest.raises(ArgumentError, match=r"prompts must pass .* checker, .* 'a hill' with seed 0"):
         searched("other", metric="psnr")
+
+
+def test_a_search_that_starts_from_a_schedule_with_todo_goes_on(searched):
+    """The levels of its factors are integers, which JSON has as strings."""
+    mine = schedule.Schedule("0012", "mine", prune_ratio=0.0, todo=ToDoConfig({1: 2}))
+    plan = {"start": (mine,), "todo_factors": (1, 2), "generations": 1}
+    first = searched("found", **plan)
+    assert first.points[0].config.todo and "mine" in {point.origin for point in first.points}
+    assert figures(searched("found", **plan)) == figures(first)

@@ -63,6 +63,7 @@ def read_same(argument: str, file: Path, wanted: Mapping[str, Any], what: str = 
         there = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or not UTF-8
         raise ArgumentError(argument, f"must be of an earlier {what}, and {file} is not JSON: {error}") from error
+    wanted = json.loads(json_bytes(wanted))  # in which keys are strings
     if there == wanted:
         return
     there = there if isinstance(there, dict) else {}
