@@ -134,3 +134,16 @@ def test_without_pymoo(search, monkeypatch, tmp_path):
     done = search()
     assert done.code == 1 and "pymoo is not installed: pip install 'todo_attn[search]'" in done.err
     assert not (tmp_path / "found").exists()
+
+
+def test_no_option_begins_one_of_torchruns():
+    """torchrun would take it for its own, or refuse it."""
+    from torch.distributed.run import get_args_parser
+    from typer.main import get_command
+
+    from todo_attn.cli import commands
+
+    theirs = {option for action in get_args_parser()._actions for option in action.option_strings} - {"--help"}
+    ours = {option for param in get_command(commands.app).commands["search"].params for option in param.opts}
+    assert "--start-from" in ours
+    assert not {option for option in ours if option.startswith("--") and any(t.startswith(option) for t in theirs)}

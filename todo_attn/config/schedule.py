@@ -2,7 +2,8 @@
 
 A schedule is a string of digits, one for each call of the UNet after the first, which is always full: "2" full, "1"
 shallow (the last resnet and attention of the UNet, the rest from the cache), "0" the previous output again. Files are
-plain JSON, and every value is checked; the published schedules are in ``published.json``. No torch, no diffusers.
+plain JSON, and every value is checked; the published schedules are in ``published.json``, and in ``found/`` those that
+``todo-attn search`` found on the pipeline that comes with the package. No torch, no diffusers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FULL, SHALLOW, REUSE = "2", "1", "0"
 KINDS = {FULL: "full", SHALLOW: "shallow", REUSE: "reuse"}  # in words
 VERSION = 1
 FEWEST_CALLS = 12  # of the UNet; with fewer, a schedule hardly pays
-_SHIPPED = Path(__file__).parent / "published.json"
+_PUBLISHED, _FOUND = Path(__file__).parent / "published.json", Path(__file__).parent / "found"
 _NUMBERED = re.compile(r"run\d+-\d+")
 
 
@@ -176,7 +177,7 @@ def save(schedule: Schedule, path: str | os.PathLike[str]) -> None:
 
 
 def load(source: str | os.PathLike[str]) -> Schedule:
-    """A published schedule by its name, or the schedule in a JSON file.
+    """A schedule of the package by its name, or the schedule in a JSON file.
 
     Args:
         source: a name in :func:`names`, which comes first, or else a path.
@@ -204,7 +205,7 @@ def load(source: str | os.PathLike[str]) -> Schedule:
 
 
 def names() -> list[str]:
-    """The names of the published schedules, those without a number first."""
+    """The names of the schedules of the package: the published ones, those without a number first; those found here."""
     return list(_shipped())
 
 
@@ -248,8 +249,9 @@ def resample(digits: str, length: int) -> str:
 
 @cache
 def _shipped() -> dict[str, Schedule]:
-    data = _versioned(_SHIPPED.read_text(encoding="utf-8"))
-    return _by_name(Schedule.from_dict(entry) for entry in data["schedules"])
+    published = _versioned(_PUBLISHED.read_text(encoding="utf-8"))["schedules"]
+    found = (loads(file.read_text(encoding="utf-8")) for file in sorted(_FOUND.glob("*.json")))
+    return _by_name([*map(Schedule.from_dict, published), *found])
 
 
 def _by_name(schedules: Iterable[Schedule]) -> dict[str, Schedule]:

@@ -54,6 +54,11 @@ class Space:
             + [len(plan.todo_factors) - 1] * factors
         )
         self.known = dict(self._known())
+        self._own = {given.digits: DaToConfig.from_schedule(given) for given in plan.start}
+        for found in map(schedule.load, schedule.named()):
+            if found.prune_ratio is not None:
+                config = DaToConfig.from_schedule(found).for_calls(calls)
+                self._own.setdefault(config.schedule_for(calls), config)
 
     def _known(self) -> Iterator[tuple[str, str]]:
         """Digits that are known from elsewhere, each once, with their names."""
@@ -75,17 +80,16 @@ class Space:
         """(candidates, variables): those that are known, and random ones, a quarter of a population at least.
 
         First ToDo alone, without a cache and with the least pruning: each factor at the finest level, and at all of
-        them. Then the schedules to start with; their own prune ratio and factors are taken, as near as there are. Then
-        the other known ones, with random ratios and factors. Last random ones, with random shares of the kinds, so that
-        costs of all sizes occur.
+        them. Then the schedules to start with and other known ones; those with a prune ratio and factors of their own
+        keep them, as near as there are, the others get random ones. Last random ones, with random shares of the kinds,
+        so that costs of all sizes occur.
         """
-        own = {given.digits: given for given in self.plan.start}
         rows = list(self._todo_alone())
         for digits in self.known:
             row = random.integers(0, self.largest + 1)
             row[: self.digits] = [int(digit) for digit in digits]
-            if digits in own:
-                self._adopt(row, DaToConfig.from_schedule(own[digits]))
+            if digits in self._own:
+                self._adopt(row, self._own[digits])
             rows.append(row)
         for _ in range(max(self.plan.population - len(rows), self.plan.population // 4)):
             row = random.integers(0, self.largest + 1)
