@@ -146,16 +146,14 @@ def model():
     return unets.with_random_weights(models.CONFIGS["tiny"], CPU, torch.float32)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("at", "left"),
+    ("kind", "at", "left"),
     [
-        (2, {}),  # in warm-up
-        (5, {}),  # in the first contender's first sample
-        (6, {"todo-2": 1}),
-        (8, {"todo-2": 1, "tome": 1}),  # rounds go forth and back
-        (11, {"todo-2": 2, "tome": 2}),
-        (12, {"todo-2": 3, "tome": 2}),
+        (signal.SIGTERM, 2, {}),  # in warm-up
+        (signal.SIGINT, 5, {}),  # in the first contender's first sample
+        (signal.SIGTERM, 6, {"todo-2": 1}),
+        (signal.SIGINT, 8, {"todo-2": 1, "tome": 1}),  # rounds go forth and back
+        (signal.SIGINT, 12, {"todo-2": 3, "tome": 2}),
     ],
 )
 def test_an_interruption_leaves_the_rows_of_what_was_timed(cli, tmp_path, monkeypatch, model, kind, at, left):

@@ -8,6 +8,7 @@ report.html               the front, drawn, and its table
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +123,9 @@ def table_of(found: Found) -> dict[str, Any]:
 def model_name(found: Found) -> str:
     """Of a folder its last part, else the Hub id."""
     source = found.settings.source
-    return Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source
+    path = Path(source).expanduser()
+    # Not the target of a link, as the shipped pipeline is one in a checkout.
+    return os.path.basename(os.path.abspath(path)) if path.exists() else source
 
 
 def fidelity_text(found: Found, point: Point) -> str:
