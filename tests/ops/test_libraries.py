@@ -15,6 +15,7 @@ import torch
 from todo_attn.ops import libraries, tokens  # noqa: F401  (tokens defines the ops)
 
 ROOT = Path(__file__).parents[2]
+CUDA_LIBRARY = next(Path(libraries.__file__).parents[1].glob("_C_cuda.*"), None)
 CXX = shutil.which(os.environ.get("CXX") or "c++")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 BUILT = ("build", "dist", "*.egg-info", ".*", "__pycache__", "checkpoints", "demo", "*.so")
@@ -28,7 +29,7 @@ def device(request):
         pytest.skip("needs a C++ compiler to have been built")
     if request.param == "cpu" and (reason := libraries._processor_unavailable_reason()):
         pytest.skip(reason)
-    if request.param == "cuda" and not list((ROOT / "todo_attn").glob("_C_cuda.*")):
+    if request.param == "cuda" and not CUDA_LIBRARY:
         pytest.skip("needs the CUDA library: there was no nvcc")
     assert libraries.unavailable_reason(request.param) is None
     return request.param
@@ -333,6 +334,15 @@ def test_without_a_gpu_or_without_cuda(fresh, monkeypatch):
     assert libraries.unavailable_reason("cuda") == "this torch is built without CUDA"
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+@pytest.mark.skipif(CUDA_LIBRARY is None, reason="needs the CUDA library: there was no nvcc")
+def test_the_cuda_library_finds_all_that_it_needs_of_torch():
+    """No GPU is needed: without a driver that it can use, a loaded library says so."""
+    code = "from todo_attn.ops import libraries, tokens\nlibraries._load_cuda()\nprint(libraries._reasons['cuda'])"
+    reason = run(code).strip()
+    assert reason == "None" or "NVIDIA driver" in reason
+
+
 # What the CUDA runtime asks a driver for: this one is for CUDA 1.0 and knows nothing else.
 OLD_DRIVER = """
 #include <dlfcn.h>
@@ -354,7 +364,7 @@ TORCH_CUDA = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { r
 @pytest.mark.parametrize("driver", ["none", "old"])
 def test_the_cuda_library_explains_a_driver_it_cannot_use(tmp_path, driver):
     """Loaded with a stand-in for torch's CUDA half: it says why, registers nothing, and does not crash."""
-    if CXX is None or not list((ROOT / "todo_attn").glob("_C_cuda.*")):
+    if CXX is None or not CUDA_LIBRARY:
         pytest.skip("needs a C++ compiler, and the CUDA library, which needs nvcc")
     try:
         ctypes.CDLL("libcuda.so.1")
