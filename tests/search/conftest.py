@@ -12,9 +12,9 @@ PLAN = {"metric": "latents", "population": 4, "generations": 3, "prune_ratios": 
 
 @pytest.fixture(scope="session")
 def settings(sd_folder):
-    """Two images of 32 x 32 pixels in 5 calls of the UNet."""
+    """Two images of 32 x 32 pixels in 4 calls of the UNet."""
     prompts = ("a hill", "a lake by night")
-    return CompareSettings(model=str(sd_folder), prompts=prompts, steps=5, height=32, width=32, device="cpu")
+    return CompareSettings(model=str(sd_folder), prompts=prompts, steps=4, height=32, width=32, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -58,18 +58,18 @@ def test_the_files_are_what_was_measured(sd, searched, settings, tmp_path):
     for i in (0, len(front) // 2, len(front) - 1):
         file = tmp_path / "found" / "schedules" / f"{table['front'][i]}.json"
         config = DaToConfig.from_file(file, calls=found.calls)
-        assert config == front[i].config == DaToConfig.preset(str(file), steps=4)
+        assert config == front[i].config == DaToConfig.preset(str(file), steps=3)
         values = []
         for number, (prompt, seed) in enumerate(settings.images):
-            dense = take_shot(sd, settings, prompt, seed, 5, label="", number=number)
+            dense = take_shot(sd, settings, prompt, seed, 4, label="", number=number)
             with bind_dato(sd, config).applied():
-                values.append(psnr(dense.pixels, take_shot(sd, settings, prompt, seed, 5, label="", number=0).pixels))
+                values.append(psnr(dense.pixels, take_shot(sd, settings, prompt, seed, 4, label="", number=0).pixels))
         assert front[i].fidelity == pytest.approx(np.mean(values))
         dense, dato = count_work(sd.unet.config, 32, 32, [config], 2, sd.vae_scale_factor)
         assert front[i].cost == sum(dato.of(kind).operations for kind in "2" + config.cache_schedule)
-        assert found.dense_cost == 5 * dense.full.operations
+        assert found.dense_cost == 4 * dense.full.operations
     kept = schedule.load(file)
-    assert (kept.steps, kept.scheduler, kept.name) == (5, "DDIM", table["front"][-1])
+    assert (kept.steps, kept.scheduler, kept.name) == (4, "DDIM", table["front"][-1])
     assert kept.provenance["search"]["metric"] == "psnr" and kept.provenance["search"]["versions"]["torch"]
     assert kept.provenance["figures"]["fidelity"] == front[-1].fidelity
     assert kept.provenance["search"]["model"] == table["about"]["model"]
@@ -98,7 +98,7 @@ def test_dense_is_no_candidate(whole):
 
 def test_a_ratio_for_each_call(searched, tmp_path):
     found = searched("found", prune_ratios=(0.0, 0.5), prune_per_call=True, generations=1)
-    assert all(len(point.config.prune_ratio) == 5 for point in found.points)
+    assert all(len(point.config.prune_ratio) == 4 for point in found.points)
     assert any(len(set(point.config.prune_ratio)) > 1 for point in found.points)
     file = tmp_path / "found" / "schedules" / "front-01.json"
     assert DaToConfig.from_file(file) == found.front[0].config
@@ -107,7 +107,7 @@ def test_a_ratio_for_each_call(searched, tmp_path):
 def test_the_metric_gets_the_dense_image_of_its_own_prompt(sd, searched, settings, monkeypatch):
     monkeypatch.setattr(judges, "seen", [])
     searched("found", metric="fixtures.judges:noting", generations=1)
-    dense = {p: take_shot(sd, settings, p, seed, 5, label="", number=0).pixels for p, seed in settings.images}
+    dense = {p: take_shot(sd, settings, p, seed, 4, label="", number=0).pixels for p, seed in settings.images}
     assert len(judges.seen) > 15
     assert all(np.array_equal(given, dense[prompt]) for prompt, given in judges.seen)
 
@@ -164,7 +164,7 @@ def test_a_metric_that_never_works(searched):
         ({"metric": "perceptual"}, "features must be given"),
         ({"features": "fixtures.features:SmallNetwork"}, "features is for the metric perceptual"),
         ({"metric": "perceptual", "features": "fixtures.features:no_network"}, "features must return an object"),
-        ({"start": (schedule.Schedule("01"),)}, "start must be schedules for the 5 calls"),
+        ({"start": (schedule.Schedule("01"),)}, "start must be schedules for the 4 calls"),
     ],
 )
 def test_what_is_refused_before_anything_is_made(searched, tmp_path, plan, problem):
@@ -199,7 +199,7 @@ def test_an_interrupted_search_goes_on_to_the_same_front(whole, searched, monkey
     table = json.loads((tmp_path / "stopped" / "front.json").read_text())
     assert bool(table["front"]) == (made > 0)
     for name in table["front"]:
-        DaToConfig.from_file(tmp_path / "stopped" / "schedules" / f"{name}.json", calls=5)
+        DaToConfig.from_file(tmp_path / "stopped" / "schedules" / f"{name}.json", calls=4)
     again = calls_of(sd, monkeypatch)
     assert figures(searched("stopped")) == figures(found)
     assert len(again) <= 2 * len(found.points) - made
@@ -226,7 +226,7 @@ def test_another_search_is_refused_and_nothing_is_lost(sd, whole, searched, tmp_
     checkpoint.write_text(json.dumps(data | {"search": "0123"}))
     with pytest.raises(ArgumentError, match=r"checkpoint\.json is of another: '0123'"):
         searched("found")
-    for damaged in ('{"search": ', "[]", '{"search": "0123", "candidates": {"2222": {"0": [1]}}}', "\xff"):
+    for damaged in ('{"search": ', "[]", '{"search": "0123", "candidates": {"222": {"0": [1]}}}', "\xff"):
         checkpoint.write_bytes(damaged.encode("latin-1"))
         with pytest.raises(ArgumentError, match=r"folder must have a checkpoint that can be read, .*\.json cannot"):
             searched("found")
@@ -268,8 +268,8 @@ def test_sdxl_and_a_scheduler_with_more_calls_than_steps(sdxl, searched, setting
 
     sdxl.scheduler = diffusers.PNDMScheduler.from_config(sdxl.scheduler.config, skip_prk_steps=True)
     found = searched("xl", pipe=sdxl, generations=1, todo_factors=(1, 2))
-    assert found.calls == 6 and found.front
-    assert all(len(point.config.cache_schedule) == 5 for point in found.points)
+    assert found.calls == 5 and found.front
+    assert all(len(point.config.cache_schedule) == 4 for point in found.points)
 
 
 def test_images_that_the_safety_checker_blacks_out_are_not_compared(sd, searched, monkeypatch):
@@ -293,7 +293,7 @@ def test_images_that_the_safety_checker_blacks_out_are_not_compared(sd, searched
 
 def test_a_search_that_starts_from_a_schedule_with_todo_goes_on(searched):
     """The levels of its factors are integers, which JSON has as strings."""
-    mine = schedule.Schedule("0012", "mine", prune_ratio=0.0, todo=ToDoConfig({1: 2}))
+    mine = schedule.Schedule("012", "mine", prune_ratio=0.0, todo=ToDoConfig({1: 2}))
     plan = {"start": (mine,), "todo_factors": (1, 2), "generations": 1}
     first = searched("found", **plan)
     assert first.points[0].config.todo and "mine" in {point.origin for point in first.points}

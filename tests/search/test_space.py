@@ -83,6 +83,14 @@ def test_a_schedule_to_start_with_keeps_its_ratio_and_factors():
     assert space.known["0012"] == "mine"
 
 
+def test_a_shipped_schedule_keeps_its_ratio_and_factors():
+    found = schedule.load("landscapes-25")
+    space = Space(25, [2, 4], Plan(prune_ratios=(0.4, 0.0), todo_factors=(1, 2)))
+    row = [*map(int, found.digits), 1 if found.prune_ratio == 0 else 0, 1, 0]
+    for seed in range(3):
+        assert row in space.first_population(np.random.default_rng(seed)).tolist()
+
+
 def test_what_is_refused():
     with pytest.raises(SettingError, match="steps must give at least 2 calls of the UNet, got 1"):
         Space(1, [1], Plan())

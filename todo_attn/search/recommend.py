@@ -41,9 +41,7 @@ def recommended(found: Found, *, speedup: float | None = None, psnr: float | Non
         return point
     name, wish = ("psnr", f"{psnr:g} dB") if speedup is None else ("speedup", f"{speedup:g}x")
     if not found.front:
-        raise ArgumentError(
-            name, f"must be in reach, and nothing that was found is faster than dense, got {wish}"
-        )
+        raise ArgumentError(name, f"must be in reach, and nothing that was found is faster than dense, got {wish}")
     nearest = found.front[-1 if speedup is None else 0]
     there = f"{found.speedup(nearest):.2f}x at {fidelity_text(found, nearest)} dB"
     what = "the nearest to dense is" if speedup is None else "the fastest is"

@@ -10,7 +10,7 @@ import numpy as np
 from ..config import schedule
 from ..config.dato import DaToConfig
 from ..config.schedule import FULL, REUSE, SHALLOW
-from ..config.todo import ToDoConfig
+from ..config.todo import FINEST, ToDoConfig
 from ..options.methods import SettingError
 from .plan import Plan
 
@@ -115,7 +115,14 @@ class Space:
         todo = ToDoConfig(1) if config.todo is None else config.todo
         calls, levels = range(row[self._ratios].size), self.levels[: row[self._factors].size]
         row[self._ratios] = [_nearest(self.plan.prune_ratios, config.ratio_for(call)) for call in calls]
-        row[self._factors] = [_nearest(self.plan.todo_factors, _factor_at(todo, level)) for level in levels]
+        row[self._factors] = [_nearest(self.plan.todo_factors, self._factor_at(todo, level)) for level in levels]
+
+    def _factor_at(self, todo: ToDoConfig, level: int) -> float:
+        """The factor at a level, 1 if it depends on the size of the image."""
+        if isinstance(todo.factor, Mapping):
+            finest = todo.factor.get(FINEST, 1) if level == self.levels[0] else 1
+            return todo.factor.get(level, finest)
+        return 1 if isinstance(todo.factor, str) else todo.factor
 
     def canonical(self, rows: np.ndarray) -> np.ndarray:
         """``rows`` with one form for runs that are equal: a call that reuses the last output prunes nothing."""
@@ -146,10 +153,3 @@ class Space:
 def _nearest(choices: Sequence[float], wanted: float) -> int:
     """The index of the choice nearest to ``wanted``."""
     return min(range(len(choices)), key=lambda i: abs(choices[i] - wanted))
-
-
-def _factor_at(todo: ToDoConfig, level: int) -> float:
-    """The factor at a level, 1 if it depends on the size of the image."""
-    if isinstance(todo.factor, Mapping):
-        return todo.factor.get(level, 1)
-    return 1 if isinstance(todo.factor, str) else todo.factor
