@@ -191,8 +191,10 @@ def test_presets():
     assert DaToConfig.preset("coco") == DaToConfig(cache_schedule=digits)
     config = DaToConfig.preset("coco", 25, prune_ratio=0.3, seed=4)
     assert config == DaToConfig(prune_ratio=0.3, cache_schedule=schedule.resample(digits, 25), seed=4)
-    for name in schedule.names():
-        assert DaToConfig.preset(name).cache_schedule == schedule.load(name).digits
+    for found in map(schedule.load, schedule.names()):
+        config = DaToConfig.preset(found.name, found.calls - 1)
+        assert (config.cache_schedule, config.todo) == (found.digits, found.todo)
+        assert config.prune_ratio == (0.4 if found.prune_ratio is None else found.prune_ratio)
 
 
 def test_a_preset_from_a_file(tmp_path):

@@ -15,8 +15,13 @@ from todo_attn.config.todo import ToDoConfig
 COCO = "11110110110112100011010200000010101200000010120101"
 
 
+def published():
+    return [name for name in schedule.names() if schedule.load(name).published_speedup]
+
+
 def test_the_published_schedules():
-    names = schedule.names()
+    names = published()
+    assert schedule.names()[: len(names)] == names
     schedules = [schedule.load(name) for name in names]
     assert len(schedules) == len(set(names)) == len({s.digits for s in schedules}) == 115
     for name, found in zip(names, schedules, strict=True):
@@ -51,10 +56,23 @@ def test_schedules_with_a_name_of_their_own(name, digits, speedup):
 def test_published_costs_are_those_of_the_published_code():
     """Of Stable Diffusion 1.5 at 512 px, in units of 1e9: its shallow calls compute the middle block too."""
     full, shallow, reuse = 1606.55, 126.50 + 24.20, 0.19
-    for name in schedule.names():
+    for name in published():
         s = schedule.load(name)
         counted = 51 * full / (s.full * full + s.shallow * shallow + s.reuse * reuse)
         assert s.published_speedup == pytest.approx(counted, abs=0.006), name
+
+
+@pytest.mark.parametrize(("name", "calls"), [("landscapes-25", 25), ("landscapes-20", 20), ("landscapes-8", 8)])
+def test_the_schedules_that_were_found_here(name, calls):
+    """They say how, and name no level that another UNet may lack."""
+    assert name in schedule.named()
+    found = schedule.load(name)
+    assert (found.name, found.calls, found.steps, found.scheduler) == (name, calls, calls, "DDIM")
+    assert found.prune_ratio is not None and set(found.todo.factor) == {"finest"}
+    assert found.source.startswith("todo-attn search on landscapes; speed-up by operations: ")
+    search = found.provenance["search"]
+    assert (search["steps"], search["metric"], search["calls"]) == (calls, "psnr", calls)
+    assert found.provenance["figures"]["dense_cost"] > 2 * found.provenance["figures"]["cost"]
 
 
 def test_counts():
