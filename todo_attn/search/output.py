@@ -24,6 +24,7 @@ from ..config import schedule
 from ..config.schedule import FULL, KINDS, Schedule
 from .found import Found, Point
 from .plan import COSTS
+from .space import EVERYTHING
 
 SCHEDULES, FRONT, PAGE = "schedules", "front.json", "report.html"
 SHOWN = 7  # points of the front whose lines of Python are on the page
@@ -181,8 +182,7 @@ def _curve(found: Found, names: dict[str, str]) -> Curve:
     shown = {point.key: (names[point.key], "found", point) for point in found.front}
     for point in found.points:
         if point.origin and point.key not in shown:
-            family = "uniform" if point.origin.startswith("uniform ") else "published"
-            shown[point.key] = ("; ".join([point.origin, *point.key.split("; ")[1:]]), family, point)
+            shown[point.key] = (*_known_as(point), point)
     share = found.plan.cost == "operations"
     unit = found.dense_cost if share else 1.0
     return Curve(
@@ -197,6 +197,15 @@ def _curve(found: Found, names: dict[str, str]) -> Curve:
         [("dense", found.dense_cost / unit)],
         note="Found: the front. Published schedules and uniform intervals are resampled to this number of calls.",
     )
+
+
+def _known_as(point: Point) -> tuple[str, str]:
+    """The name and the family of a point whose schedule is known from elsewhere."""
+    if point.origin == EVERYTHING:
+        return f"ToDo {factors_text(point)}", "ToDo alone"
+    if point.origin.startswith("uniform "):
+        return point.origin, "uniform"
+    return point.origin, "published" if point.origin in schedule.named() else "given"
 
 
 def _table(found: Found, names: dict[str, str]) -> Table:
