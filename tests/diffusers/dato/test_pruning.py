@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 
 from todo_attn.config.dato import DaToConfig
-from todo_attn.diffusers.dato import apply_dato
+from todo_attn.config.todo import ToDoConfig
+from todo_attn.diffusers.dato import apply_dato, remove_dato
 
 
 class Reference:
@@ -275,6 +276,23 @@ def test_masked_self_attention_keeps_its_tokens(make_unet, inputs):
             unet(given.sample, 900, **given.kwargs, **mask).sample,
             dense(given.sample, 900, **given.kwargs, **mask).sample,
         )
+
+
+@pytest.mark.parametrize("todo", [None, ToDoConfig(factor={1: 2})], ids=["alone", "with-todo"])
+def test_self_attention_in_windows_is_not_pruned_and_that_is_said(make_unet, inputs, caplog, todo):
+    """As in HiDiffusion, whose blocks hand windows of the image to attn1: more rows, with fewer tokens each."""
+    unet = make_unet("small")
+    attn1 = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    given = inputs(unet)
+    attn1.register_forward_pre_hook(lambda _, args: (args[0].unflatten(1, (4, -1)).flatten(0, 1),))
+    apply_dato(unet, DaToConfig(prune_ratio=0.4, todo=todo))
+    attn1.register_forward_hook(lambda _, args, output: output.unflatten(0, (-1, 4)).flatten(1, 2))
+    with torch.no_grad():
+        actual = [unet(given.sample, timestep, **given.kwargs).sample for timestep in torch.tensor([500, 400])]
+        remove_dato(unet)
+        expected = [unet(given.sample, timestep, **given.kwargs).sample for timestep in torch.tensor([500, 400])]
+    assert all(map(torch.equal, actual, expected))
+    assert sum("other tokens than its block" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_grid_without_a_whole_patch_is_left_dense(make_unet, inputs):

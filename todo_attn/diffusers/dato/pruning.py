@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ... import ops
 from ...ops.pruning import check_ratio, plan_from_bases
+from ...ops.tracing import constant_in_graphs
 from ..grid import adopt_from_call_stack
 from ..patches import keeps_maps
 from ..processor import ToDoProcessor
@@ -158,8 +159,9 @@ class BlockPruning:
         """Pass only the kept tokens; anything but the block's tokens passes unchanged."""
         self._entered = False
         x = args[0] if args else kwargs["hidden_states"]
-        if self.pruned is None or x.ndim != 3 or x.shape[:2] != self.pruned.source.shape:
+        if not self._chose_for(x):
             return None
+        assert self.pruned is not None
         self._entered = True
         x = ops.gather_tokens(x, self.pruned.kept)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
@@ -167,7 +169,8 @@ class BlockPruning:
     def enter_self_attention(self, attn: Any, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
         """As :meth:`enter`, but under ToDo only queries are pruned: keys are taken on the coarse grid of all tokens.
 
-        A self-attention with a mask, which has a column for every token, is left alone.
+        A self-attention with a mask, which has a column for every token, is left alone, and so is one that gets other
+        tokens than its block (HiDiffusion's windows).
         """
         self._entered = False
         if self.pruned is None or kwargs.get("attention_mask") is not None:
@@ -175,6 +178,9 @@ class BlockPruning:
         if keeps_maps(attn.processor):  # its maps are of all tokens
             return None
         if kwargs.get("encoder_hidden_states") is not None:
+            return None
+        if not self._chose_for(args[0] if args else kwargs["hidden_states"]):
+            self._say_other_tokens()
             return None
         todo = self._todo_on(attn)
         # The plan is an argument, or on the transformer's state if the processor was set up in this very call.
@@ -187,6 +193,17 @@ class BlockPruning:
             return args, {**kwargs, ATTRIBUTE: plan}
         todo.transformer.plan = plan
         return None
+
+    def _chose_for(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` (B, N, C) has the tokens that the block has chosen from."""
+        return self.pruned is not None and x.ndim == 3 and x.shape[:2] == self.pruned.source.shape
+
+    @constant_in_graphs
+    def _say_other_tokens(self) -> None:
+        self.transformer.run.say(
+            "tokens",
+            "a self-attention gets other tokens than its block (windows, as HiDiffusion's), so none are pruned there",
+        )
 
     def _todo_on(self, attn: Any) -> AttentionState | None:
         """ToDo's state of ``attn``; None if its processor is not ToDo's."""
