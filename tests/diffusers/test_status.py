@@ -103,6 +103,24 @@ def test_what_took_todo_off(pipe, call, put, why):
     assert states(pipe) == {"off"}
 
 
+def test_an_attention_whose_forward_tgate_replaced(unet, call):
+    """T-GATE's forward computes attention itself, and no processor is called."""
+    apply_todo(unet, ToDoConfig(factor=2))
+    call(unet)
+    attn1 = unet.get_submodule(FINEST)
+
+    def forward(hidden_states, **kwargs):
+        return hidden_states
+
+    forward.__module__ = "tgate.tgate_utils"
+    attn1.forward = forward
+    call(unet)
+    layer = finest(unet)
+    assert layer.state == "off" and "T-GATE" in layer.why
+    del attn1.forward
+    assert finest(unet).state == "coarse"
+
+
 def test_the_bare_processor(make_unet, call):
     unet = make_unet()
     unet.set_attn_processor(ToDoProcessor(ToDoConfig(factor=2)))

@@ -18,8 +18,17 @@ def has_todo(model: nn.Module) -> bool:
 
 def has_deepcache(model: nn.Module) -> bool:
     """Whether DeepCache has replaced the forward of ``model`` or of a part of it."""
-    forwards = (module.__dict__.get("forward") for module in model.modules())
-    return any((getattr(forward, "__module__", None) or "").startswith("DeepCache") for forward in forwards)
+    return any(_replaced_by("DeepCache", module) for module in model.modules())
+
+
+def has_tgate(attn: nn.Module) -> bool:
+    """Whether T-GATE has replaced the forward of ``attn``, which then calls no processor."""
+    return _replaced_by("tgate", attn)
+
+
+def _replaced_by(package: str, module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return (getattr(forward, "__module__", None) or "").startswith(package)
 
 
 def keeps_maps(processor: object) -> bool:

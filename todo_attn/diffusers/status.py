@@ -11,6 +11,7 @@ from typing import Any
 from .dato.status import DaToStatus, dato_status
 from .levels import self_attentions, transformers_by_level
 from .models import models_of
+from .patches import has_tgate
 from .state import ATTRIBUTE, AttentionState, TakesPlan
 
 # What sets a processor, by a part of the name of its class.
@@ -93,6 +94,9 @@ def _layer(name: str, level: int, attn: Any) -> LayerStatus:
     processor = attn.processor
     if not isinstance(processor, TakesPlan):
         return LayerStatus(name, level, "off", None, None, _why_off(processor, state))
+    if has_tgate(attn):
+        why = "T-GATE replaced the attention's forward: use one or the other"
+        return LayerStatus(name, level, "off", None, None, why)
     if state is None or (plan := state.transformer.plan) is None:
         why = "its first call outside of torch.compile finds the grid" if state is None else ""
         return LayerStatus(name, level, "not called yet", None, None, why)
