@@ -43,6 +43,7 @@ CONTENTS = """
 :hidden:
 
 docs/usage
+docs/recipes
 docs/search
 docs/comfyui
 docs/api
