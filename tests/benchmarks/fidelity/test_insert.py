@@ -66,7 +66,7 @@ def test_the_command_changes_no_file_if_one_cannot_be_filled(rows):
     assert ran.exit_code == 0 and "`todo:factor=2`" in good.read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quality.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/quality.md", "docs/search.md"])
 def test_the_tables_of_this_repository_are_what_their_rows_say(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- fidelity benchmarks/results/" in text
