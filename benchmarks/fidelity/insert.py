@@ -20,6 +20,7 @@ from benchmarks.fidelity.metrics import METRICS
 from todo_attn.bench import jsonl
 from todo_attn.config.checks import ArgumentError
 
+_UNTIMED = "--no-seconds"  # of cases that were not timed under equal conditions
 _BLOCK = re.compile(r"(<!-- fidelity (?P<options>.*?) -->\n).*?(<!-- /fidelity -->)", re.DOTALL)
 
 
@@ -32,19 +33,22 @@ def inserted(text: str, root: Path) -> str:
 
     def fill(block: re.Match[str]) -> str:
         file, *options = shlex.split(block["options"])
+        timed = _UNTIMED not in options
+        options = [option for option in options if option != _UNTIMED]
         if len(options) % 2 or not set(options[::2]) <= {"--case", "--metric"}:
-            raise ArgumentError("block", f"must be a file, --case NAME and --metric NAME, got {block['options']!r}")
+            expected = f"must be a file, --case NAME, --metric NAME and {_UNTIMED}"
+            raise ArgumentError("block", f"{expected}, got {block['options']!r}")
         given: dict[str, list[str]] = {"--case": [], "--metric": []}
         for name, value in zip(options[::2], options[1::2], strict=True):
             given[name].append(value)
         if not (root / file).is_file():
             raise ArgumentError("block", f"must name a file of rows, got {file!r}")
-        return f"{block[1]}{_table(jsonl.read(root / file), given['--case'], given['--metric'])}\n{block[3]}"
+        return f"{block[1]}{_table(jsonl.read(root / file), given['--case'], given['--metric'], timed)}\n{block[3]}"
 
     return _BLOCK.sub(fill, text)
 
 
-def _table(rows: Sequence[table.Row], cases: Sequence[str], metrics: Sequence[str]) -> str:
+def _table(rows: Sequence[table.Row], cases: Sequence[str], metrics: Sequence[str], timed: bool) -> str:
     """A Markdown table of the cases, in the order of their patterns, with half the widths of the intervals."""
     names = {row["case"] for row in rows}
     for pattern in cases:
@@ -59,7 +63,7 @@ def _table(rows: Sequence[table.Row], cases: Sequence[str], metrics: Sequence[st
     shown = [table.cells(row, dense, same, narrow=True) for row in picked]
     for row in shown:
         row[0] = row[0] if row[0] == DENSE else f"`{row[0]}`"
-    return table.github(shown, same)
+    return table.github(shown, same, timed)
 
 
 def _only(columns: Mapping[str, object], metrics: Sequence[str]) -> dict[str, object]:

@@ -150,9 +150,12 @@ def rich_tables(rows: Sequence[Row]) -> list[Table]:
     return found
 
 
-def github(body: Sequence[Sequence[str]], rows: Sequence[Row]) -> str:
-    """Cells of some of ``rows`` as a table of Markdown."""
-    return tabulate(body, headings(rows), tablefmt="github", disable_numparse=True)
+def github(body: Sequence[Sequence[str]], rows: Sequence[Row], timed: bool = True) -> str:
+    """Cells of some of ``rows`` as a table of Markdown, with or without the columns of time."""
+    lines = [headings(rows), *body]
+    if not timed:
+        lines = [[*line[:1], *line[3:]] for line in lines]
+    return tabulate(lines[1:], lines[0], tablefmt="github", disable_numparse=True)
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -55,6 +55,12 @@ def test_what_a_block_cannot_name(rows, options, what):
         inserted(f"<!-- fidelity {options} -->\n<!-- /fidelity -->", rows)
 
 
+def test_a_table_without_times(rows):
+    filled = inserted("<!-- fidelity rows.jsonl --no-seconds --metric psnr -->\n<!-- /fidelity -->\n", rows)
+    assert [cell.strip() for cell in filled.splitlines()[1].split("|")[1:-1]] == ["case", "operations saved", "PSNR, dB"]
+    assert "0.0%" in filled.splitlines()[3]
+
+
 def test_the_command_changes_no_file_if_one_cannot_be_filled(rows):
     good, bad = rows / "good.md", rows / "bad.md"
     good.write_text("<!-- fidelity rows.jsonl -->\n<!-- /fidelity -->\n")
