@@ -31,4 +31,6 @@ def release_notes(tag: str, root: Path = ROOT) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python docs/release_notes.py TAG")
     sys.stdout.write(release_notes(sys.argv[1]))

@@ -38,12 +38,15 @@ def test_from_a_wish_to_code_and_a_page(recommend, tmp_path):
     options = {name: value for name, value in method["options"].items() if name != "schedule"}
     assert options == (config.todo.to_dict() if method["method"] == "todo" else config.to_dict())
     assert result["comparison"]["settings"]["seeds"] != [0]
-    page = (tmp_path / "recommend" / "compare" / "report.html").read_text()
-    assert "dense" in page
+    assert result["method"] == method["method"]
+    assert result["fulfilled"] is True  # operations do not depend on seeds
+    first = tmp_path / "recommend" / "speedup-1.05" / "report.html"
+    page = first.read_bytes()
     # Other wishes, in the same folder.
     other = recommend("--psnr", 1)
     assert other.code == 0, other.err
     assert "from todo_attn import" in other.out
+    assert (tmp_path / "recommend" / "psnr-1" / "report.html").exists() and first.read_bytes() == page
     unreached = recommend("--speedup", 1000)
     assert unreached.code == 1 and not unreached.out
     assert "--speedup must be in reach: the fastest is" in unreached.err and "got 1000x" in unreached.err
@@ -55,6 +58,9 @@ def test_from_a_wish_to_code_and_a_page(recommend, tmp_path):
         ((), "--speedup or --psnr must be given, and none is"),
         (("--speedup", 2, "--psnr", 30), "--speedup or --psnr must be given, and only one"),
         (("--speedup", 0), "--speedup must be a number above 0, got 0"),
+        (("--speedup", "inf"), "--speedup must be a number above 0, got inf"),
+        (("--speedup", 2, "--folder", "."), "--folder must be new, empty or of an earlier recommend, got '.'"),
+        (("--speedup", 2, "--folder", "letter.txt"), "--folder must be a folder, got 'letter.txt'"),
         (("--psnr", "nan"), "--psnr must be a number above 0, got nan"),
         (("--speedup", 2, "--minutes", 0), "--minutes must be a number above 0, got 0"),
         (("--speedup", 2, "--cost", "joules"), "--cost must be one of operations, seconds"),
@@ -62,6 +68,7 @@ def test_from_a_wish_to_code_and_a_page(recommend, tmp_path):
     ],
 )
 def test_what_is_refused(recommend, tmp_path, options, words):
+    (tmp_path / "letter.txt").write_text("dear")
     done = recommend(*options)
     assert done.code == 2 and not done.out
     assert words in done.err and done.err.count("\n") == 1, done.err

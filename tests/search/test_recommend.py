@@ -6,13 +6,15 @@ import json
 
 import pytest
 
+from todo_attn.compare.page import build_page
+from todo_attn.config import schedule
 from todo_attn.config.checks import ArgumentError
 from todo_attn.config.dato import DaToConfig
 from todo_attn.config.todo import ToDoConfig
 from todo_attn.search import code_of, comparison_of, recommended, run, short_plan
 from todo_attn.search.fidelity import METRICS
 from todo_attn.search.found import Found, Point
-from todo_attn.search.output import file_of, names_of, write_found
+from todo_attn.search.output import page_of
 
 pytest.importorskip("pymoo")
 
@@ -51,8 +53,8 @@ def test_a_metric_of_which_less_is_better(found):
     [
         ({"speedup": 11}, "speedup must be in reach: the fastest is 10.00x at 15.00 dB, got 11x"),
         ({"psnr": 41}, "psnr must be in reach: the nearest to dense is 2.00x at 40.00 dB, got 41 dB"),
-        ({}, "speedup or fidelity must be given, and only one, got None and None"),
-        ({"speedup": 2, "psnr": 20}, "speedup or fidelity must be given, and only one, got 2 and 20"),
+        ({}, "speedup or psnr must be given, and only one, got None and None"),
+        ({"speedup": 2, "psnr": 20}, "speedup or psnr must be given, and only one, got 2 and 20"),
     ],
 )
 def test_what_is_out_of_reach(found, wish, problem):
@@ -66,13 +68,13 @@ def test_nothing_is_faster_than_dense(found):
 
 
 def test_the_comparison_makes_what_was_found_with_other_seeds(found, tmp_path):
-    write_found(found, tmp_path)
-    settings = comparison_of(found, POINTS[1], tmp_path)
+    file = tmp_path / "speedup-4.json"
+    settings = comparison_of(found, POINTS[1], file)
     (_, dato) = settings.parsed_methods()
     assert settings.dato_config(dato, 5, 32, 32) == POINTS[1].config
-    assert settings.schedule == str(file_of(tmp_path, names_of(found)["b"]))
+    assert settings.schedule == str(file) and schedule.load(file).name == "speedup-4"
     assert settings.prompts == found.settings.prompts and not set(settings.seeds) & set(found.settings.seeds)
-    settings = comparison_of(found, POINTS[2], tmp_path)
+    settings = comparison_of(found, POINTS[2], tmp_path / "other.json")
     (_, todo) = settings.parsed_methods()
     assert settings.todo_config(todo, 32, 32) == POINTS[2].config.todo
 
@@ -86,6 +88,20 @@ def test_the_code_puts_it_on(found, point, monkeypatch):
         monkeypatch.setattr(todo_attn, name, lambda pipe, config: given.append(config))
     exec(code_of(found, point), {"pipe": None})
     assert given == [point.config.todo if point.key == "c" else point.config]
+
+
+def test_the_page_if_one_schedule_is_there_with_several_settings(found, tmp_path):
+    """Off the front, and with the names of the front's own files."""
+    off = [
+        Point(
+            f"{origin} {i}", DaToConfig(0.4 * i, cache_schedule=digits, todo=ToDoConfig({1: 2})), 1.0, 90.0, 1, origin
+        )
+        for origin, digits in (("uniform 3", "1211"), ("no cache", "2222"), ("front-01", "0101"), ("coco", "0201"))
+        for i in range(2)
+    ]
+    page = build_page(page_of(dataclasses.replace(found, points=[*POINTS, *off]), tmp_path))
+    for name in ("uniform 3 (2)", "ToDo 1=2, pruned 0.4", "front-01 (3)", "coco (2)"):
+        assert name in page
 
 
 def test_a_search_ends_by_the_clock_and_goes_on(searched, whole, monkeypatch, tmp_path):

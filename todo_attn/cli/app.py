@@ -92,6 +92,8 @@ def naming_options(refused: type[ArgumentError] = SettingError, **names: str) ->
     try:
         yield
     except refused as error:
+        if not error.argument.isidentifier():  # none of the user's
+            raise
         option = names.get(error.argument, f"--{error.argument.replace('_', '-')}")
         raise UserError(f"{option} {error.problem}", getattr(error, "exit_code", 2)) from error
 

@@ -223,7 +223,7 @@ def load_and_search(
 
             return pipe, search(pipe, settings, plan, folder, workers, watch), workers.is_main
     except KeyboardInterrupt:
-        kept = f"{done} of {plan.generations} generations are in {folder}, and the same command goes on"
+        kept = f"{_generations(done, plan)} are in {folder}, and the same command goes on"
         raise UserError(f"interrupted: {kept}", 130) from None
     except OSError as error:  # such as a full disk
         if error.filename is None:
@@ -254,7 +254,7 @@ def _showing(console: Console, plan: searching.Plan) -> Iterator[Callable[[searc
     with Live(bar, console=console, transient=True) as live:
 
         def watch(progress: searching.Progress) -> None:
-            what = f"generation {progress.generation} of {plan.generations}" if progress.generation else "dense images"
+            what = f"generation {progress.generation}{_of_all(plan)}" if progress.generation else "dense images"
             bar.update(task, description=what, completed=progress.done, total=progress.total)
             if progress.found is not None:
                 live.update(Group(bar, _table(progress.found, spread(progress.found.front, _SHOWN))))
@@ -262,12 +262,21 @@ def _showing(console: Console, plan: searching.Plan) -> Iterator[Callable[[searc
         yield watch
 
 
+def _of_all(plan: searching.Plan) -> str:
+    """ " of 20", or nothing if the clock decides how many generations there are."""
+    return f" of {plan.generations}" if plan.minutes is None else ""
+
+
+def _generations(done: int, plan: searching.Plan) -> str:
+    return f"{done}{_of_all(plan)} generations" if plan.minutes is None else f"{done} whole generations and a part"
+
+
 def _line(found: searching.Found) -> str:
     """The front in a line."""
     from ..search.output import fidelity_text, spread
 
     some = ", ".join(f"{found.speedup(p):.2f}x {fidelity_text(found, p)}" for p in spread(found.front, 4))
-    return f"generation {found.generations} of {found.plan.generations}: {len(found.front)} on the front: {some or '-'}"
+    return f"generation {found.generations}{_of_all(found.plan)}: {len(found.front)} on the front: {some or '-'}"
 
 
 def _table(found: searching.Found, points: list[searching.Point]) -> Table:
@@ -276,8 +285,8 @@ def _table(found: searching.Found, points: list[searching.Point]) -> Table:
 
     names, title = names_of(found), found.metric.title
     table = Table(
-        title=f"{len(found.front)} on the front of {len(found.points)} candidates, after {found.generations} of "
-        f"{found.plan.generations} generations; speed-up by {found.plan.cost}",
+        title=f"{len(found.front)} on the front of {len(found.points)} candidates, after "
+        f"{_generations(found.generations, found.plan)}; speed-up by {found.plan.cost}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,

@@ -20,17 +20,21 @@ def expression(config: ToDoConfig | DaToConfig) -> str:
     return f"{type(config).__name__}({', '.join(arguments)})"
 
 
-def python_lines(kind: str, options: Mapping[str, Any]) -> str | None:
-    """The lines for a method of a report: its kind, such as "todo", and its ``options``; None for dense."""
+def python_lines(kind: str, options: Mapping[str, Any], comment: str | None = None) -> str | None:
+    """The lines for a method of a report: its kind, such as "todo", and its ``options``; None for dense.
+
+    ``comment`` is about DaTo's schedule; None names it.
+    """
     if kind == "todo":
         config = expression(ToDoConfig.from_dict(options))
         return f"from todo_attn import ToDoConfig, apply_todo\n\napply_todo(pipe, {config})"
     if kind in ("dato", "todo+dato"):
         dato = DaToConfig.from_dict({name: value for name, value in options.items() if name != "schedule"})
         names = "DaToConfig, apply_dato" if dato.todo is None else "DaToConfig, ToDoConfig, apply_dato"
-        schedule = f"# cache_schedule is {options['schedule']!r}, for this number of steps\n"
-        apply = f"apply_dato(pipe, {expression(dato)})"
-        return f"from todo_attn import {names}\n\n{schedule if dato.cache_schedule else ''}{apply}"
+        if comment is None and dato.cache_schedule:
+            comment = f"cache_schedule is {options['schedule']!r}, for this number of steps"
+        about = f"# {comment}\n" if comment else ""
+        return f"from todo_attn import {names}\n\n{about}apply_dato(pipe, {expression(dato)})"
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
     if kind == "tome":
         return f"import tomesd\n\ntomesd.apply_patch(pipe, {arguments})"

@@ -53,6 +53,7 @@ OTHER_PROMPTS = (
 )
 SHIPPED_STEPS, OTHER_STEPS = 10, 30
 SHIPPED_GUIDANCE = 3.0
+RECOMMEND_MINUTES = 6.0  # of its search
 
 
 @dataclass(frozen=True, kw_only=True)

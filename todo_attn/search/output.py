@@ -8,6 +8,7 @@ report.html               the front, drawn, and its table
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shlex
 from dataclasses import replace
@@ -179,10 +180,16 @@ def spread(points: list[Point], most: int) -> list[Point]:
 
 def _curve(found: Found, names: dict[str, str]) -> Curve:
     """The front, and what is known from elsewhere."""
-    shown = {point.key: (names[point.key], "found", point) for point in found.front}
-    for point in found.points:
-        if point.origin and point.key not in shown:
-            shown[point.key] = (*_known_as(point), point)
+    shown = [(names[point.key], "found", point) for point in found.front]
+    known = sorted((point for point in found.points if point.origin and point.key not in names), key=lambda p: p.cost)
+    taken = set(names.values())
+    for point in known:  # the same schedule may be there with several ratios and factors
+        name, family = _known_as(point)
+        unique = next(
+            n for n in itertools.chain([name], (f"{name} ({i})" for i in itertools.count(2))) if n not in taken
+        )
+        taken.add(unique)
+        shown.append((unique, family, point))
     share = found.plan.cost == "operations"
     unit = found.dense_cost if share else 1.0
     return Curve(
@@ -191,7 +198,7 @@ def _curve(found: Found, names: dict[str, str]) -> Curve:
         found.metric.title,
         [
             PointOfCurve(name, family, Estimate(point.cost / unit), Estimate(point.fidelity))
-            for name, family, point in shown.values()
+            for name, family, point in shown
         ],
         found.metric.higher_is_better,
         [("dense", found.dense_cost / unit)],
@@ -202,10 +209,14 @@ def _curve(found: Found, names: dict[str, str]) -> Curve:
 def _known_as(point: Point) -> tuple[str, str]:
     """The name and the family of a point whose schedule is known from elsewhere."""
     if point.origin == EVERYTHING:
-        return f"ToDo {factors_text(point)}", "ToDo alone"
+        pruned = f", pruned {pruning_text(point)}" if pruning_text(point) != "0" else ""
+        todo = f"ToDo {factors_text(point)}" if point.config.todo else "no ToDo"
+        return f"{todo}{pruned}", EVERYTHING
     if point.origin.startswith("uniform "):
         return point.origin, "uniform"
-    return point.origin, "published" if point.origin in schedule.named() else "given"
+    if point.origin not in schedule.named():
+        return point.origin, "given"
+    return point.origin, "published" if schedule.load(point.origin).published_speedup else "shipped"
 
 
 def _table(found: Found, names: dict[str, str]) -> Table:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ..compare.files import write_whole
 from ..compare.lines import python_lines
+from ..config import schedule
 from ..config.checks import ArgumentError
 from ..config.todo import ToDoConfig
-from ..options.settings import CompareSettings
+from ..options.settings import RECOMMEND_MINUTES, CompareSettings
 from .found import Found, Point
-from .output import factors_text, fidelity_text, file_of, names_of
+from .output import factors_text, fidelity_text, schedule_of
 from .plan import Plan
 
-MINUTES = 6.0
 _SEEDS_APART = 1_000_003  # the comparison's seeds are so much later than those of the search
 
 
-def short_plan(cost: str = "seconds", minutes: float = MINUTES) -> Plan:
+def short_plan(cost: str = "seconds", minutes: float = RECOMMEND_MINUTES) -> Plan:
     """Of a search over ToDo's factors and DaTo's schedules and ratios that ends after so many minutes."""
     return Plan(
         metric="psnr",
@@ -34,9 +35,11 @@ def recommended(found: Found, *, speedup: float | None = None, psnr: float | Non
     """The best of the front for a wish: a speed-up of at least so much, or a PSNR of at least so many dB.
 
     Raises:
-        ArgumentError: of the wish: nothing that was found fulfils it, and what comes nearest; or not one of the two is
-            given.
+        ArgumentError: of the wish: nothing that was found fulfils it, and what comes nearest; or there is not exactly
+            one wish.
     """
+    if (speedup is None) == (psnr is None):
+        raise ArgumentError("speedup", f"or psnr must be given, and only one, got {speedup} and {psnr}")
     if (point := found.choose(speedup=speedup, fidelity=psnr)) is not None:
         return point
     name, wish = ("psnr", f"{psnr:g} dB") if speedup is None else ("speedup", f"{speedup:g}x")
@@ -48,16 +51,19 @@ def recommended(found: Found, *, speedup: float | None = None, psnr: float | Non
     raise ArgumentError(name, f"must be in reach: {what} {there}, got {wish}")
 
 
-def comparison_of(found: Found, point: Point, folder: str | Path) -> CompareSettings:
+def comparison_of(found: Found, point: Point, file: str | Path) -> CompareSettings:
     """Dense against ``point`` on the prompts of the search, with seeds that it has not seen.
 
     Args:
-        folder: of the search, which has the schedule's file.
+        file: that the schedule of ``point`` is written to, if it has one.
+
+    Raises:
+        OSError: it cannot be written.
     """
     seeds = tuple((seed + _SEEDS_APART) % 2**63 for seed in found.settings.seeds)
     if point.config.computes_everything:
         return replace(found.settings, seeds=seeds, methods="dense,todo", factor=factors_text(point))
-    file = file_of(Path(folder), names_of(found)[point.key])
+    write_whole(Path(file), schedule.dumps(replace(schedule_of(found, point), name=Path(file).stem)).encode())
     return replace(found.settings, seeds=seeds, methods="dense,dato", schedule=str(file))
 
 
@@ -68,6 +74,7 @@ def code_of(found: Found, point: Point) -> str:
         assert isinstance(config.todo, ToDoConfig)
         lines = python_lines("todo", config.todo.to_dict())
     else:
-        lines = python_lines("dato", config.to_dict() | {"schedule": names_of(found)[point.key]})
+        comment = f"for {found.calls} calls of the UNet, found with {found.about['scheduler']}"
+        lines = python_lines("dato", config.to_dict(), comment)
     assert lines is not None
     return lines

@@ -14,12 +14,13 @@ from typing import Any
 from ..compare.bind import bind_dato, calls_of, check_fits
 from ..compare.files import wait_for
 from ..compare.identity import identity, open_folder
-from ..compare.run import quiet, told_once
+from ..compare.run import quiet
 from ..compare.workers import Workers
 from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..config.todo import ToDoConfig
 from ..diffusers.levels import transformers_by_level
+from ..logs import silent
 from ..machine import device_name
 from ..models.pipelines import check_pipeline, sized
 from ..options.methods import SettingError
@@ -82,7 +83,7 @@ def search(
     """
     check_pipeline(pipe, settings.source)
     run = _Search(pipe, sized(settings, pipe, times=1), plan or Plan(), Path(folder), workers, watch)
-    with quiet(pipe), told_once():
+    with quiet(pipe), silent():  # what the package says of candidates, the user cannot change
         return run.run()
 
 

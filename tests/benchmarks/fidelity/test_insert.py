@@ -57,7 +57,11 @@ def test_what_a_block_cannot_name(rows, options, what):
 
 def test_a_table_without_times(rows):
     filled = inserted("<!-- fidelity rows.jsonl --no-seconds --metric psnr -->\n<!-- /fidelity -->\n", rows)
-    assert [cell.strip() for cell in filled.splitlines()[1].split("|")[1:-1]] == ["case", "operations saved", "PSNR, dB"]
+    assert [cell.strip() for cell in filled.splitlines()[1].split("|")[1:-1]] == [
+        "case",
+        "operations saved",
+        "PSNR, dB",
+    ]
     assert "0.0%" in filled.splitlines()[3]
 
 
