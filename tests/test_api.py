@@ -108,7 +108,7 @@ search
     --folder=search --json
 recommend
     MODEL --speedup= --psnr= --prompts= --prompt=... --seed=... --height= --width= --steps= --guidance= --scheduler=
-    --device=auto --dtype=auto --threads= --cost=seconds --minutes=6 --variant= --config= --folder=recommend --json
+    --device=auto --dtype=auto --threads= --cost=seconds --minutes=6.0 --variant= --config= --folder=recommend --json
 schedules
     --model= --height= --width= --steps=50 --name= --all --json
 bench

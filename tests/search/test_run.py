@@ -293,7 +293,7 @@ def test_images_that_the_safety_checker_blacks_out_are_not_compared(sd, searched
 
 def test_a_search_that_starts_from_a_schedule_with_todo_goes_on(searched):
     """The levels of its factors are integers, which JSON has as strings."""
-    mine = schedule.Schedule("012", "mine", prune_ratio=0.0, todo=ToDoConfig({1: 2}))
+    mine = schedule.Schedule("120", "mine", prune_ratio=0.0, todo=ToDoConfig({1: 2}))
     plan = {"start": (mine,), "todo_factors": (1, 2), "generations": 1}
     first = searched("found", **plan)
     assert first.points[0].config.todo and "mine" in {point.origin for point in first.points}
