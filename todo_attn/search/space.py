@@ -58,7 +58,8 @@ class Space:
         for found in map(schedule.load, schedule.named()):
             if found.prune_ratio is not None:
                 config = DaToConfig.from_schedule(found).for_calls(calls)
-                self._own.setdefault(config.schedule_for(calls), config)
+                assert config.cache_schedule is not None  # there are at least 2 calls
+                self._own.setdefault(config.cache_schedule, config)
 
     def _known(self) -> Iterator[tuple[str, str]]:
         """Digits that are known from elsewhere, each once, with their names."""
