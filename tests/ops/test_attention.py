@@ -296,6 +296,14 @@ def test_empty(backend):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
+def test_gradients_of_no_heads(backend, mode):
+    leaves = [t[:, :, :0].requires_grad_() for t in inputs(40, torch.float32, (4, 4))]
+    ops.downsampled_attention(*leaves, (4, 4), 2, mode=mode, backend=backend).sum().backward()
+    assert all(t.grad.shape == (2, 16, 0, 40) for t in leaves)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
 @pytest.mark.parametrize(("grid", "factor"), [((6, 8), 2), ((7, 9), (2, 3)), ((4, 5), 1), ((7, 10), 1.5)], ids=str)
 def test_gradients(backend, mode, grid, factor, monkeypatch):
     """Against autograd through the oracle, with the queries taken in several blocks."""

@@ -111,6 +111,8 @@ def _refine(grad: torch.Tensor, grid: tuple[int, int], coarse: tuple[int, int], 
     batch, _, heads, head_dim = grad.shape
     if coarse == grid:
         return grad
+    if not heads:  # which torch's pooling refuses
+        return grad.new_empty((batch, grid[0] * grid[1], heads, head_dim))
     if mode == "mean":
         image = grad.flatten(2).transpose(1, 2).unflatten(2, coarse)
         full = image.new_empty((batch, heads * head_dim, *grid))
