@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import tomesd.patch
 import torch
 from DeepCache import DeepCacheSDHelper
 
-from todo_attn import apply_todo, remove_todo
+from todo_attn import ToDoConfig, apply_todo, remove_todo
 from todo_attn.compare.bind import bind, calls_of
 from todo_attn.config import schedule
 from todo_attn.diffusers.dato import apply_dato, remove_dato
@@ -253,6 +254,21 @@ def test_a_level_that_the_model_lacks(sd, sd_folder, given, name):
     before = census(sd.unet)
     with pytest.raises(SettingError, match=f"^{name} .*must name levels .*1, 2 or 'finest', got 64"):
         bound(sd, sd_folder, given[0], factor=given[1])
+    assert census(sd.unet) == before
+
+
+@pytest.mark.parametrize(("methods", "name"), [
+    ("dato", "schedule"), ("todo+dato", "schedule"), ("dato:landscapes-8", "methods")
+])  # fmt: skip
+def test_a_schedule_with_a_level_that_the_model_lacks(sd, sd_folder, tmp_path, monkeypatch, methods, name):
+    found = schedule.load("landscapes-8")
+    lacking = replace(found, todo=ToDoConfig({64: 2}))
+    (tmp_path / "found.json").write_text(schedule.dumps(lacking))
+    monkeypatch.setattr(schedule, "_shipped", lambda: {found.name: lacking})
+    before = census(sd.unet)
+    message = rf"^{name} .*must fit the model: factor must name levels .*1, 2 or 'finest', got 64"
+    with pytest.raises(SettingError, match=message):
+        bound(sd, sd_folder, methods, schedule=str(tmp_path / "found.json"))
     assert census(sd.unet) == before
 
 

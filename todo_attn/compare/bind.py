@@ -18,7 +18,7 @@ from ..diffusers.apply import apply_todo, remove_todo
 from ..diffusers.dato.apply import ATTRIBUTE as DATO
 from ..diffusers.dato.apply import apply_dato, remove_dato, reset_dato
 from ..diffusers.patches import has_deepcache, has_todo
-from ..options.methods import Method, SettingError, refusal
+from ..options.methods import Method, SettingError
 from ..options.settings import CompareSettings
 from .peers import DeepCache, apply_tome, remove_tome, tome_options
 
@@ -55,7 +55,7 @@ def bind(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
     """``method`` for ``pipe`` at the size and steps of ``settings``, which must be filled in; tried once.
 
     Raises:
-        SettingError: the pipeline cannot take it: it lacks a level of the factor, or is not built as DaTo needs.
+        SettingError: the pipeline cannot take it: it lacks a level of a factor, or is not built as DaTo needs.
         ArgumentError: one of the methods is on the pipeline already, and would be taken off.
     """
     bound = _BINDERS[method.kind](method, pipe, settings)
@@ -65,8 +65,7 @@ def bind(method: Method, pipe: Any, settings: CompareSettings) -> BoundMethod:
         if isinstance(error, ArgumentError) and error.argument == "pipe":
             raise
         if isinstance(error, ArgumentError) and error.argument == "factor":
-            option = Method("todo") if method.kind == "todo+dato" else method  # the variant of todo+dato is no factor
-            raise refusal(option, "factor", error.problem) from error
+            raise settings.factor_refused(method, error.problem) from error
         raise SettingError("methods", f"has {method.label!r}, which the pipeline cannot take: {error}") from error
     return bound
 

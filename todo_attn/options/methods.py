@@ -9,7 +9,7 @@ from typing import cast
 from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..config.modes import Mode
-from ..config.schedule import names as published
+from ..config.schedule import names as schedule_names
 from ..config.todo import FINEST, Factor, ToDoConfig
 
 # Each kind of method, and what its variant (after a colon) sets; None if it has no variants.
@@ -142,23 +142,30 @@ class MethodOptions:
         most = ratio if isinstance(ratio, float) else max(ratio)
         if most > MAX_RATIO:
             raise SettingError("schedule", f"must have prune ratios of at most {MAX_RATIO}, got {most}")
-        if method.kind == "todo+dato" and (config.todo is None or self._has_todo):
+        if self._gives_todo(method, config):
             config = replace(config, todo=self.todo_config(Method("todo"), height, width))
         return config
 
-    @property
-    def _has_todo(self) -> bool:
-        """Whether an option of ToDo was given."""
-        names = ("factor", "max_kv_tokens", "mode")
-        return any(getattr(self, name) != getattr(MethodOptions, name) for name in names)
+    def _gives_todo(self, method: Method, config: DaToConfig) -> bool:
+        """Whether ToDo beside DaTo is that of the options, and not of ``config``, which is the schedule's."""
+        given = any(getattr(self, name) != getattr(MethodOptions, name) for name in ("factor", "max_kv_tokens", "mode"))
+        return method.kind == "todo+dato" and (config.todo is None or given)
+
+    def factor_refused(self, method: Method, problem: str) -> SettingError:
+        """The error about ToDo's factor in ``method``, which names the option or the schedule that has it."""
+        if method.kind == "todo":
+            return refusal(method, "factor", problem)
+        if self._gives_todo(method, self._config_of(method)):
+            return SettingError("factor", problem)
+        return refusal(method, "schedule", f"must fit the model: factor {problem}")
 
     def _config_of(self, method: Method) -> DaToConfig:
         """What the schedule says, before resampling."""
         if (method.variant or self.schedule) == NO_SCHEDULE:
             return DaToConfig()
-        if method.variant is not None and method.variant not in published():
-            some = ", ".join(map(repr, published()[:3]))
-            problem = f"must be published (todo-attn schedules lists them), such as {some}, got {method.variant!r}"
+        if method.variant is not None and method.variant not in schedule_names():
+            some = ", ".join(map(repr, schedule_names()[:3]))
+            problem = f"must be one that todo-attn schedules lists, such as {some}, got {method.variant!r}"
             raise refusal(method, "schedule", problem)
         try:
             return DaToConfig.from_file(self.schedule if method.variant is None else method.variant)
