@@ -170,7 +170,7 @@ def test_what_dato_does_to_pictures_is_said_with_the_figures_there_are(run, sd_f
     for case in ("dato:coco", "todo:level1=2"):
         columns = rows[case]["columns"]
         assert f"{columns['psnr']['value']:.1f} dB" in said and f"{columns['ssim']['value']:.3f}" in said
-    assert "A schedule pays from about 12 calls of the UNet on" in said
+    assert "A published schedule pays from about 12 calls of the UNet on" in said
 
 
 @pytest.mark.parametrize(("steps", "few"), [(4, True), (10, True), (11, False)])

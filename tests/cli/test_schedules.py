@@ -68,10 +68,10 @@ def test_it_is_read_at_80_columns(run, monkeypatch, sd_folder, more):
 
 
 def test_too_few_calls_for_a_schedule_are_said(run, sd_folder):
-    said = "a schedule pays from about 12 calls on, and here there are 5"
+    said = "a published schedule pays from about 12 calls on, and here there are 5"
     assert said in run("schedules", "--model", sd_folder, "--steps", 4).out
     assert said in run("schedules", "--model", sd_folder, "--steps", 4, "--name", "coco").out
-    assert "a schedule pays" not in run("schedules", "--model", sd_folder, "--steps", 11).out
+    assert "a published schedule pays" not in run("schedules", "--model", sd_folder, "--steps", 11).out
 
 
 def test_one_whole(run, sd_folder):

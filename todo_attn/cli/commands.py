@@ -76,7 +76,7 @@ def doctor_command(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help=f"DaTo: the name of a published schedule, a JSON file, or {NO_SCHEDULE} to prune alone.",
+            help=f"DaTo: a schedule's name (todo-attn schedules), a JSON file, or {NO_SCHEDULE} to prune alone.",
             show_default=f"{_PRESET}, or {NO_SCHEDULE} below {FEWEST_CALLS} calls of the UNet",
         ),
     ] = None,
@@ -202,17 +202,17 @@ def schedules_command(
     name: Annotated[
         str | None,
         typer.Option(
-            help="A published schedule, or a JSON file: this one alone, with its digits and source.",
+            help="The name of a schedule, or a JSON file: this one alone, with its digits and source.",
             autocompletion=schedule.names,
             show_default="those without a number",
         ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All published schedules.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All schedules.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all of them, or the one, as JSON, digits and sources included.")
     ] = False,
 ) -> None:
-    """List DaTo's published cache schedules, and the operations that each saves on a model.
+    """List the cache schedules for DaTo, published or found here, and the operations that each saves on a model.
 
     Only the configuration of the model is read: no weights, no GPU.
 

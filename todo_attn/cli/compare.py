@@ -80,7 +80,7 @@ def compare_command(
     mode: Annotated[str, typer.Option(help=f"ToDo: how keys are taken, {', '.join(MODES)}.")] = "nearest",
     tome_ratio: Annotated[float, typer.Option(help="ToMe: the share of tokens merged, at most 0.75.")] = 0.5,
     schedule: Annotated[
-        str, typer.Option(help="DaTo: the name of a published schedule, a JSON file, or none.")
+        str, typer.Option(help="DaTo: a schedule's name (todo-attn schedules), a JSON file, or none.")
     ] = "coco",
     prune_ratio: PruneRatio = None,
     cache_interval: Annotated[int, typer.Option(help="DeepCache: every n-th call of the UNet is full.")] = 3,

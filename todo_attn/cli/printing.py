@@ -99,7 +99,7 @@ def schedules_notes(listing: dict[str, Any]) -> list[str]:
     """What the columns of :func:`schedules_table` mean, and what one call costs."""
     calls = ", ".join(f"{kind} {count / 1e9:.4g}" for kind, count in listing["operations_per_call"].items())
     own = any(row["prune_ratio"] is not None or row["todo"] is not None for row in listing["schedules"])
-    few = f"a schedule pays from about {FEWEST_CALLS} calls on, and here there are {listing['calls']}"
+    few = f"a published schedule pays from about {FEWEST_CALLS} calls on, and here there are {listing['calls']}"
     return [
         "full, shallow (the last layers alone) and reuse (the last output again): how many calls of each kind",
         "published: times fewer operations, by the published code, on Stable Diffusion 1.5 at 512 x 512 with 51 calls, "

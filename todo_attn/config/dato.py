@@ -81,12 +81,12 @@ class DaToConfig:
 
     @classmethod
     def preset(cls, name: str, steps: int = 50, **overrides: Any) -> DaToConfig:
-        """A published schedule, resampled to ``steps`` steps of the scheduler.
+        """A schedule of the package, resampled to ``steps`` steps of the scheduler.
 
         Args:
             name: one of :func:`todo_attn.config.schedule.names`, such as "coco", or a schedule's JSON file.
             steps: at least 1. The schedule gets one digit per step, for a scheduler that calls the UNet once more than
-                it has steps, such as PNDM, for which the schedules were made.
+                it has steps, such as PNDM, for which the published ones were made.
             overrides: other arguments of ``DaToConfig``, in place of those of the schedule's file too.
 
         Raises:
@@ -102,7 +102,7 @@ class DaToConfig:
         """The configuration in a schedule's JSON file, as :meth:`from_schedule`.
 
         Args:
-            path: such as ``todo-attn search`` writes; or the name of a published schedule.
+            path: such as ``todo-attn search`` writes; or the name of a schedule of the package.
             calls: of the UNet in a run: a file for another number of calls is refused. None takes any file, and a run
                 of another length resamples it.
             overrides: other arguments of ``DaToConfig``, in place of the file's too.
