@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,6 +130,10 @@ def _common(
     pass
 
 
+def _not_about_types(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Expected types for ")
+
+
 def hush_loading() -> None:
     """Silence the libraries' own progress bars and advice on loading, unless their environment variables ask for it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -138,6 +143,8 @@ def hush_loading() -> None:
 
     if "HF_HUB_VERBOSITY" not in os.environ:
         hub_logging.set_verbosity_error()
+    if "DIFFUSERS_VERBOSITY" not in os.environ:  # of an AutoencoderTiny, which the shipped pipeline has
+        logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_not_about_types)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
 
