@@ -28,6 +28,7 @@ from todo_attn import DaToConfig, ToDoConfig, apply_dato, apply_todo, machine, p
 from todo_attn.bench import harness, jsonl, report
 from todo_attn.bench.harness import Candidate, Meter, Rounds
 from todo_attn.compare.metrics import psnr
+from todo_attn.config.dtypes import DTYPES
 from todo_attn.models.architectures import CONFIGS, PIXELS_PER_LATENT
 from todo_attn.predict.count import count_work, tallied
 
@@ -109,9 +110,12 @@ def timed(
     candidate = partial(_candidate, device=device, size=size, steps=steps, dense={})
     candidates = [candidate("dense", lambda pipe: None), *(candidate(*named) for named in recipes.items())]
     measured = harness.measure(candidates, Meter(device), rounds, label=f"{steps} steps")
-    dtype = {"cpu": "fp32"}.get(device.type, "fp16")
-    case = {"model": "landscapes", "dtype": dtype, "height": size, "width": size, "batch": 1, "calls": steps}
+    case = {"model": "landscapes", "dtype": _dtype(device), "height": size, "width": size, "batch": 1, "calls": steps}
     return harness.compare("recipes", case, machine.describe(device), measured)
+
+
+def _dtype(device: torch.device) -> str:
+    return "fp32" if device.type == "cpu" else "fp16"
 
 
 def _candidate(
@@ -121,10 +125,9 @@ def _candidate(
     info: dict[str, Any] = {}
 
     def build() -> Callable[[], Any]:
-        dtype = torch.float32 if device.type == "cpu" else torch.float16
         pipe: Any = StableDiffusionPipeline.from_pretrained(todo_attn.example_pipeline())
         pipe.set_progress_bar_config(disable=True)
-        recipe(pipe.to(device, dtype))
+        recipe(pipe.to(device, getattr(torch, DTYPES[_dtype(device)])))
         options = {"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": 1.0}
 
         def generate() -> Any:
