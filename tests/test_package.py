@@ -14,10 +14,10 @@ import pytest
 import torch
 from packaging import version
 
+from todo_attn.ops import libraries
+
 pytestmark = pytest.mark.xdist_group("package")  # one build serves all
 ROOT = Path(__file__).parents[1]
-
-
 BUILT = ("build", "dist", "*.egg-info", ".*", "__pycache__", "checkpoints", "demo", "*.so")
 
 
@@ -106,6 +106,30 @@ def test_installed_wheel_works_without_diffusers_and_triton(wheel, tmp_path):
     assert f"\n{tmp_path / 'todo_attn' / 'landscapes'}\n" in out
     assert (tmp_path / "todo_attn/landscapes/model_index.json").is_file()
     assert "pip install 'todo_attn[diffusers]'" in out
+
+
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX") or "c++") is None or libraries._processor_unavailable_reason() is not None,
+    reason="needs a C++ compiler and AVX2",
+)
+def test_an_installed_wheel_brings_its_library(wheel, tmp_path):
+    """Installed alone into an empty folder, used from there."""
+    assert "-cp310-abi3-" in wheel.name
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if "_C_" in name]
+    assert names == ["todo_attn/_C_cpu.abi3.so"]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
+    install = [*pip, "install", "--no-deps", "--target", str(tmp_path), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = (
+        "import torch\nfrom todo_attn.ops import libraries, tokens\n"
+        "libraries.load()\n"
+        f"assert libraries.__file__.startswith({str(tmp_path)!r}), libraries.__file__\n"
+        "assert libraries.unavailable_reason('cpu') is None, libraries.unavailable_reason('cpu')\n"
+        f"assert any(path.startswith({str(tmp_path)!r}) for path in torch.ops.loaded_libraries)\n"
+        "x = torch.arange(8.0).view(1, 4, 2)\n"
+        "print(tokens.gather_tokens(x, torch.tensor([[3, 0]])).tolist())\n"
+    )
+    assert run(code, path=tmp_path) == "[[[6.0, 7.0], [0.0, 1.0]]]\n"
 
 
 def test_the_example_pipeline_of_a_checkout():

@@ -63,7 +63,7 @@ def test_head_dims(head_dim, dtype, use_tma):
 
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "mean"])
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 5, 6, 7, 8, (1, 3), (4, 2), (9, 1), 1.5, (2.4, 1)], ids=str)
-@pytest.mark.parametrize("grid", [(16, 16), (9, 23), (62, 10)], ids=str)
+@pytest.mark.parametrize("grid", [(16, 16), (9, 23), (30, 10)], ids=str)
 def test_factors_grids_and_modes(grid, factor, mode):
     fh, fw = factor if isinstance(factor, tuple) else (factor, factor)
     if fh > grid[0] or fw > grid[1]:
