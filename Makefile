@@ -12,8 +12,8 @@ PY     := $(VENV)/bin/python
 # torch first and alone: the other packages must not bring a torch of their own choice, and csrc/ is compiled against it.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt torch 'setuptools>=77'
-	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt torch 'setuptools>=77'
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
 env: $(VENV)/.ready
@@ -30,7 +30,7 @@ test: lint
 	$(PY) -m pytest -n auto --dist loadgroup
 
 $(VENV)/.docs: $(VENV)/.ready
-	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	touch $@
 
 docs: $(VENV)/.docs
@@ -39,7 +39,7 @@ docs: $(VENV)/.docs
 
 $(VENV)/.nox: constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt nox
+	$(PY) -m pip install --quiet --constraint constraints.txt nox
 	touch $@
 
 wheel: $(VENV)/.nox
