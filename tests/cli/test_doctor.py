@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from todo_attn import doctor, ops
+from todo_attn import ToDoConfig, doctor, ops
 from todo_attn.bench import jsonl
+from todo_attn.config import schedule
 from todo_attn.ops import backends, libraries
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -187,7 +188,14 @@ def test_a_schedule_that_is_asked_for_is_counted_at_few_steps(run, sd_folder):
     ran = run("doctor", "--model", sd_folder, "--steps", 4, "--schedule", "coco")
     said = notes_of(ran)
     assert "\ndato: " in ran.out
-    assert "With 5 calls --schedule none, which only prunes, suits them" in said and "change the image" in said
+    assert "With 5 calls try --schedule none too, which only prunes" in said and "change the image" in said
+
+
+def test_a_schedule_with_a_level_that_the_model_lacks(run, sd_folder, tmp_path):
+    schedule.save(schedule.Schedule("2012", todo=ToDoConfig({64: 2})), tmp_path / "mine.json")
+    ran = run("doctor", "--model", sd_folder, "--steps", 4, "--schedule", tmp_path / "mine.json")
+    assert ran.code == 2
+    assert "--schedule must fit the model: factor must name levels" in " ".join(ran.err.split())
 
 
 def test_without_a_schedule_at_many_steps(run, sd_folder):

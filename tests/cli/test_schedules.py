@@ -6,6 +6,7 @@ import pytest
 
 from todo_attn.config import schedule
 from todo_attn.config.dato import DaToConfig
+from todo_attn.config.todo import ToDoConfig
 from todo_attn.models.architectures import read_architecture
 from todo_attn.predict.count import count_work
 
@@ -84,6 +85,13 @@ def test_one_whole(run, sd_folder):
     assert "2 full, 1 shallow, 0 reuse" in ran.out
     listing = json.loads(run("schedules", "--model", sd_folder, "--name", "search", "--json").out)
     assert [row["name"] for row in listing["schedules"]] == ["search"]
+
+
+def test_one_with_a_level_that_the_model_lacks(run, sd_folder, tmp_path):
+    schedule.save(schedule.Schedule("2012", todo=ToDoConfig({64: 2})), tmp_path / "mine.json")
+    ran = run("schedules", "--model", sd_folder, "--steps", 4, "--name", tmp_path / "mine.json")
+    assert ran.code == 2
+    assert "--name must fit the model: factor must name levels" in " ".join(ran.err.split())
 
 
 def test_one_from_a_file(run, sd_folder, tmp_path):

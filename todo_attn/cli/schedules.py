@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..config import schedule
+from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..options.methods import SettingError
 from ..options.settings import check_steps
@@ -56,7 +57,10 @@ def build_listing(
             run = sum(dato.of(kind).operations for kind in kinds)
         else:
             counter = RunCounter(architecture.config, height, width, _BATCH, architecture.pixels_per_latent)
-            run = counter.operations(DaToConfig.from_schedule(published), len(kinds))
+            try:
+                run = counter.operations(DaToConfig.from_schedule(published), len(kinds))
+            except ArgumentError as error:  # a level of its ToDo that the UNet lacks
+                raise SettingError("name", f"must fit the model: {error}") from error
         dense_run = dense.full.operations * len(kinds)
         rows.append(
             {

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from .. import logs
+from ..config.checks import ArgumentError
 from ..config.dato import DaToConfig
 from ..config.schedule import FEWEST_CALLS, FULL
 from ..config.todo import ToDoConfig
-from ..diffusers.levels import heads_by_level
+from ..diffusers.levels import check_levels, heads_by_level
 from ..machine import device_name
 from ..models.architectures import Architecture, chosen_size
 from ..models.unets import on_meta
@@ -73,6 +74,7 @@ def build_advice(
                 problem = "must have one prune ratio for all calls here, got one for each: --prune-ratio replaces them"
                 raise SettingError("schedule", problem)
             configs[method.label] = dato
+    _check_levels(settings, architecture, configs)
 
     # If a method combines both, the advice also says what each adds to the other.
     both = [(c, c.todo) for c in configs.values() if isinstance(c, DaToConfig) and c.todo is not None]
@@ -143,6 +145,22 @@ def build_advice(
     }
 
 
+def _check_levels(
+    settings: CompareSettings, architecture: Architecture, configs: dict[str, ToDoConfig | DaToConfig]
+) -> None:
+    """Refuse a factor for a level that the UNet lacks, of an option or of a schedule."""
+    for method in settings.parsed_methods():
+        config = configs.get(method.label)
+        todo = config.todo if isinstance(config, DaToConfig) else config
+        if todo is None or not isinstance(todo.factor, dict):
+            continue
+        try:
+            check_levels(todo, on_meta(architecture.config))
+        except ArgumentError as error:
+            if error.argument == "factor":  # of any other, counting says what is wrong
+                raise settings.factor_refused(method, error.problem) from error
+
+
 def advice_lines(found: dict[str, Any]) -> list[str]:
     """What :func:`build_advice` found, for a person."""
     dense, rates = found["dense"], found["rates"]
@@ -181,7 +199,7 @@ def _notes(calls: int, configs: list[ToDoConfig | DaToConfig]) -> list[str]:
         if not few:
             advice = "For them use ToDo, or DaTo with --schedule none, which only prunes"
         elif cached:
-            advice = f"With {calls} calls --schedule none, which only prunes, suits them"
+            advice = f"With {calls} calls try --schedule none too, which only prunes"
         else:
             advice = f"With {calls} calls DaTo is without one here and only prunes"
         notes.append(f"{_FEW_STEPS}. {advice}")
