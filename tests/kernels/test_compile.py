@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[2]
 # The head dims compiled for each architecture: those of Stable Diffusion, and elsewhere in the table of launch
 # configurations. `python -m benchmarks.compile_report` compiles all of them for all architectures.
 HEAD_DIMS = {
-    80: {8, 40, 160, 256},
+    80: {8, 40, 64, 80, 160, 256},
     86: {64},
     89: {96},
-    90: {40, 64, 80, 160, 256},
+    90: {24, 40, 64, 80, 128, 160, 256},
     100: {40, 160},
-    120: {80},
+    120: {64, 160},
 }
 BACKWARD = {"query_grad": 3, "key_grad": 4}  # the number of products
 LATENCY = 800  # clocks that a copy from memory to shared memory may take
