@@ -53,6 +53,11 @@ def chosen_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def default_dtype(device: torch.device) -> str:
+    """The short name of the dtype that ``device`` is measured in: half precision on a GPU."""
+    return "fp32" if device.type == "cpu" else "fp16"
+
+
 def checked_out(path: Path, argument: str = "out") -> Path:
     """The file of an option, such as --out.
 

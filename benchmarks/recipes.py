@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 import todo_attn
 from benchmarks import RESULTS
-from benchmarks.options import DEFAULT_DEVICE, checked_out, chosen_device
+from benchmarks.options import DEFAULT_DEVICE, checked_out, chosen_device, default_dtype
 from todo_attn import DaToConfig, ToDoConfig, apply_dato, apply_todo, machine, peak_memory
 from todo_attn.bench import harness, jsonl, report
 from todo_attn.bench.harness import Candidate, Meter, Rounds
@@ -110,12 +110,15 @@ def timed(
     candidate = partial(_candidate, device=device, size=size, steps=steps, dense={})
     candidates = [candidate("dense", lambda pipe: None), *(candidate(*named) for named in recipes.items())]
     measured = harness.measure(candidates, Meter(device), rounds, label=f"{steps} steps")
-    case = {"model": "landscapes", "dtype": _dtype(device), "height": size, "width": size, "batch": 1, "calls": steps}
+    case = {
+        "model": "landscapes",
+        "dtype": default_dtype(device),
+        "height": size,
+        "width": size,
+        "batch": 1,
+        "calls": steps,
+    }
     return harness.compare("recipes", case, machine.describe(device), measured)
-
-
-def _dtype(device: torch.device) -> str:
-    return "fp32" if device.type == "cpu" else "fp16"
 
 
 def _candidate(
@@ -127,7 +130,7 @@ def _candidate(
     def build() -> Callable[[], Any]:
         pipe: Any = StableDiffusionPipeline.from_pretrained(todo_attn.example_pipeline())
         pipe.set_progress_bar_config(disable=True)
-        recipe(pipe.to(device, getattr(torch, DTYPES[_dtype(device)])))
+        recipe(pipe.to(device, getattr(torch, DTYPES[default_dtype(device)])))
         options = {"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": 1.0}
 
         def generate() -> Any:

@@ -27,7 +27,7 @@ import typer
 from diffusers.models import UNet2DConditionModel
 
 from benchmarks import RESULTS, models
-from benchmarks.options import DEFAULT_DEVICE, check_among, checked_out, chosen_device
+from benchmarks.options import DEFAULT_DEVICE, check_among, checked_out, chosen_device, default_dtype
 from benchmarks.unet_candidates import Candidates, check_exact, check_output, checked
 from benchmarks.unet_plan import (
     PEERS,
@@ -167,7 +167,7 @@ def main(
     """
     resolved = chosen_device(device)
     cpu = resolved.type == "cpu"
-    dtype = dtype or ("fp32" if cpu else "fp16")
+    dtype = dtype or default_dtype(resolved)
     batch = batch or (1 if cpu else 2)
     if (height is None) != (width is None):
         raise typer.BadParameter("--height and --width must be given together")

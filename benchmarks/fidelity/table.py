@@ -155,7 +155,7 @@ def github(body: Sequence[Sequence[str]], rows: Sequence[Row], timed: bool = Tru
     lines = [headings(rows), *body]
     if not timed:
         lines = [[*line[:1], *line[3:]] for line in lines]
-    return tabulate(lines[1:], lines[0], tablefmt="github", disable_numparse=True)
+    return tabulate(lines, headers="firstrow", tablefmt="github", disable_numparse=True)
 
 
 def markdown(rows: Sequence[Row]) -> str:
